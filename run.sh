@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Set everything up beside this file, once, and run a tfloop command:
+#
+#   ./run.sh train [flags]     train the article's CNN on MNIST
+#   ./run.sh test [arguments]  run the tests with pytest
+#   ./run.sh --help            list the other commands
+#
+# Needs bash and a Python from 3.10 to 3.13; PYTHON=/path/to/python chooses one. Everything is installed into .venv.
+# Exit codes are those of the command; 2 where no suitable Python is there, 1 where the installation failed.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+venv=$here/.venv
+python=$venv/bin/python
+
+fail() { printf 'run.sh: %s\n' "$2" >&2; exit "$1"; }
+
+suits() {  # suits COMMAND: a Python of the right version that can make environments
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+find_python() {
+  local candidate seen=()
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
+    command -v -- "$candidate" >/dev/null || continue
+    suits "$candidate" && { printf '%s\n' "$candidate"; return; }
+    seen+=("$candidate ($("$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo 'does not run'))")
+  done
+  fail 2 "needs Python 3.10, 3.11, 3.12 or 3.13 with its venv module (Debian: apt install python3 python3-venv); found: ${seen[*]:-none}"
+}
+
+install_for() {  # install_for EXTRA: the package with its pinned dependencies, unless this very state is installed
+  local extra=$1 state found
+  state=$(cat "$here/pyproject.toml" "$here/constraints.txt"; printf '%s' "$here")
+  [[ -f $venv/.installed-$extra && $(<"$venv/.installed-$extra") == "$state" && -x $python ]] && return
+  # An interrupted installation can leave packages that pip takes for whole: begin again.
+  if [[ -e $venv/.installing || ! -x $python ]]; then
+    found=$(find_python)
+    echo "run.sh: setting up $venv with $("$found" --version)" >&2
+    rm -rf -- "$venv"
+    mkdir -p -- "$venv" && : >"$venv/.installing"
+    "$found" -m venv "$venv" || fail 1 "could not make $venv"
+  fi
+  : >"$venv/.installing"
+  echo "run.sh: installing tfloop${extra:+ and what '$extra' needs}; this takes a minute or two" >&2
+  "$python" -m pip install -q --disable-pip-version-check -c "$here/constraints.txt" -e "$here${extra:+[$extra]}" >&2 ||
+    fail 1 "the installation failed; call again to repeat it"
+  printf '%s' "$state" >"$venv/.installed-$extra"
+  printf '%s' "$state" >"$venv/.installed-"
+  rm -- "$venv/.installing"
+}
+
+case ${1:-} in
+  test) install_for test; shift; cd -- "$here"; exec "$python" -m pytest "$@" ;;
+  *) install_for ""; exec "$python" -m tfloop "$@" ;;
+esac

@@ -1,0 +1,171 @@
+import gzip
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from sklearn.preprocessing import StandardScaler
+
+import tfloop
+from tfloop.data import SHIPPED, Standardizer, read_idx
+from tfloop.errors import UserError
+
+
+def idx(array: np.ndarray) -> bytes:
+    code = {"uint8": 8, "int32": 12, "float32": 13}[array.dtype.name]
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.astype(
+        array.dtype.newbyteorder(">")).tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path, random):
+    """An IDX folder of 20 training and 10 test images of 5×4, plain and gzipped."""
+    for part, n in (("train", 20), ("t10k", 10)):
+        images, labels = random.integers(0, 256, (n, 5, 4), np.uint8), np.arange(n, dtype=np.uint8) % 3
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    return tmp_path
+
+
+def test_shipped_mnist_is_the_standard_set(mnist):
+    assert mnist.train.images.shape == (60000, 28, 28, 1) and mnist.test.images.shape == (10000, 28, 28, 1)
+    assert mnist.classes == 10 and np.bincount(mnist.train.labels)[:3].tolist() == [5923, 6742, 5958]
+    assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+def test_shapes_and_classes_follow_from_the_files(folder):
+    data = tfloop.load(str(folder))
+    assert data.image_shape == (5, 4, 1) and data.classes == 3 and len(data.train) == 20 and len(data.test) == 10
+
+
+@pytest.mark.parametrize("array", [np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.array([1, -2], np.int32),
+                                   np.linspace(0, 1, 6, dtype=np.float32).reshape(3, 2)], ids=lambda a: a.dtype.name)
+def test_idx_is_read_back_plain_and_gzipped(tmp_path, array):
+    (tmp_path / "plain").write_bytes(idx(array))
+    (tmp_path / "zipped").write_bytes(gzip.compress(idx(array)))
+    for name in ("plain", "zipped"):
+        np.testing.assert_array_equal(read_idx(tmp_path / name), array)
+
+
+GOOD = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "not an IDX file: it starts with nothing"),
+    (b"PNG and so on", "not an IDX file: it starts with 504e4720"),
+    (GOOD[:9], "truncated in its header"),
+    (GOOD[:-1], "promises 24 bytes of data, 23 bytes follow"),
+    (GOOD + b"x", "promises 24 bytes of data, more follow"),
+    (gzip.compress(GOOD)[:-9], "damaged"),
+    (b"\x1f\x8b" + gzip.compress(GOOD)[2:-8] + b"\0" * 8, "damaged"),
+    (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), "more than the file can hold"),
+], ids=["empty", "other", "header", "short", "long", "cut", "sum", "bomb"])
+def test_a_damaged_idx_file_is_named(tmp_path, content, message):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: .*{message}"):
+        read_idx(path)
+
+
+def test_a_changed_mnist_file_is_noticed(tmp_path, monkeypatch):
+    shutil.copytree(SHIPPED["mnist"], tmp_path / "mnist")
+    monkeypatch.setitem(SHIPPED, "mnist", tmp_path / "mnist")
+    path = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(path.read_bytes())
+    content[4] ^= 1  # the gzip time stamp: everything else would still read well
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz: damaged: its SHA-256"):
+        tfloop.load("mnist")
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "t10k-images-idx3-ubyte").unlink()
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz is missing"):
+        tfloop.load(str(folder))
+
+
+def test_labels_in_place_of_images_are_noticed(folder):
+    shutil.copy(folder / "train-labels-idx1-ubyte.gz", folder / "train-images-idx3-ubyte.gz")
+    (folder / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(UserError, match=r"training images: expected numbers of shape .* found uint8 \(20,\)"):
+        tfloop.load(str(folder))
+
+
+def test_an_unknown_data_set_is_named():
+    with pytest.raises(UserError, match="--dataset=cifar: not mnist, digits, a folder"):
+        tfloop.load("cifar")
+
+
+def arrays(**changed):
+    made = dict(x_train=np.zeros((6, 4, 4, 3), np.uint8), y_train=np.arange(6) % 2, x_test=np.ones((4, 4, 4, 3), np.uint8),
+                y_test=np.arange(4) % 2)
+    return {**made, **changed}
+
+
+def test_npz_as_keras_writes_it_with_colour_and_one_hot_labels(tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays(y_train=np.eye(2)[np.arange(6) % 2]))
+    data = tfloop.load(str(tmp_path / "a.npz"))
+    assert data.image_shape == (4, 4, 3) and data.classes == 2 and data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("changed, message", [
+    (dict(y_train=np.arange(5)), "6 training images but 5 labels"),
+    (dict(y_test=np.array([0, 1, 2, 1])), "test label 2 is out of range: training labels go from 0 to 1"),
+    (dict(y_train=np.array([0, 1, 0, -1, 0, 1])), "training labels: label -1 in row 3 is not a class number"),
+    (dict(y_train=np.array([0, 1, 0, 0.5, 0, 1])), "training labels: label 0.5 in row 3 is not a class number"),
+    (dict(y_train=np.ones((6, 2))), "training labels: the rows of .* are not one-hot"),
+    (dict(y_train=np.zeros(6, int)), "all training labels are 0"),
+    (dict(x_train=np.full((6, 4, 4, 3), np.nan)), "training images: image 0 has a pixel that is NaN or infinite"),
+    (dict(x_test=np.full((4, 4, 4, 3), 1e300)), "test images: image 0 has a pixel that is NaN or infinite"),
+    (dict(x_test=np.zeros((4, 5, 4, 3), np.uint8)), "training images are 4×4×3 uint8, test images 5×4×3 uint8"),
+    (dict(x_train=np.zeros((6, 4))), "training images: expected numbers of shape"),
+    (dict(x_train=np.zeros((0, 4, 4, 3), np.uint8), y_train=np.zeros(0, int)), "there are no training images"),
+    (dict(x_train=np.array([object()] * 6)), "not an .npz of plain arrays"),
+])
+def test_arrays_that_do_not_fit_are_named(tmp_path, changed, message):
+    np.savez(tmp_path / "a.npz", **arrays(**changed))
+    with pytest.raises(UserError, match=message):
+        tfloop.load(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x93NUMPY"])
+def test_a_file_that_is_no_npz_is_named(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match="a.npz: damaged or not an .npz"):
+        tfloop.load(str(tmp_path / "a.npz"))
+
+
+def test_standardizer_is_scikit_learns_over_the_training_images_only(digits):
+    flat = digits.train.images.reshape(len(digits.train), -1).astype(np.float64)
+    scaler = StandardScaler().fit(flat)
+    np.testing.assert_allclose(digits.standardizer.mean.ravel(), scaler.mean_, rtol=1e-6)
+    np.testing.assert_allclose(digits.standardizer.scale.ravel(), scaler.scale_, rtol=1e-6)
+
+
+def test_a_pixel_that_never_varies_stays_finite():
+    images = np.full((10, 2, 2, 1), 7, np.uint8)
+    fit = Standardizer.fit(images)
+    np.testing.assert_array_equal((images - fit.mean) / fit.scale, 0)
+
+
+def test_shuffled_joins_and_cuts_again_by_seed(digits):
+    one, again, other = (tfloop.load("digits", split="shuffled", seed=seed) for seed in (1, 1, 2))
+    assert len(one.train) == len(digits.train) and len(one.test) == len(digits.test)
+    np.testing.assert_array_equal(one.test.images, again.test.images)
+    assert (one.test.labels != other.test.labels).any()
+    pool = lambda data: sorted(map(bytes, np.concatenate([data.train.images, data.test.images])))
+    assert pool(one) == pool(digits)
+
+
+def test_validation_is_stratified_and_taken_from_training_only(digits):
+    data = tfloop.load("digits", validation_size=200)
+    assert len(data.validation) == 200 and len(data.train) == len(digits.train) - 200
+    np.testing.assert_array_equal(data.test.images, digits.test.images)
+    expected = 200 * np.bincount(digits.train.labels) / len(digits.train)
+    assert np.abs(np.bincount(data.validation.labels) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size, message", [(1437, "leaves nothing to train on"), (5, "proportions of the classes")])
+def test_a_validation_size_that_cannot_be_cut_is_named(size, message):
+    with pytest.raises(UserError, match=f"--validation_size={size}.*{message}"):
+        tfloop.load("digits", validation_size=size)

@@ -1,0 +1,258 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfloop
+from conftest import SMALL
+from tfloop import models, pipelines
+from tfloop.errors import DivergenceError, UserError
+from tfloop.loop import forward_and_backward, losses, train_step
+
+
+def same(ours, theirs, **tolerance):
+    for name, weight in ours.items():
+        np.testing.assert_allclose(weight.numpy(), theirs[name].numpy(), **tolerance)
+
+
+def test_an_epoch_follows_keras_with_the_same_order(loop):
+    """Keras's own layers, loss, regularizer and optimizer, on the same 15 batches, the last of 37."""
+    ours = loop(l2=0.01, momentum=0.8)
+    twin = models.build(tfloop.Config.make(**SMALL), ours.data.image_shape, ours.data.classes)
+    for layer in twin.layers:
+        if isinstance(layer, keras.layers.Dense):
+            layer.kernel.regularizer = keras.regularizers.L2(0.01)
+    twin.compile(keras.optimizers.RMSprop(0.001, momentum=0.8), "sparse_categorical_crossentropy")
+    total = 0.0
+    for index in range(ours.steps):
+        batch = pipelines.batch_at(ours.data.train, 100, 0, 0, index)
+        n = int(tf.reduce_sum(batch.weights))
+        twin.reset_metrics()
+        total += n * float(twin.train_on_batch(ours.state.standardize(batch.images)[:n], batch.labels[:n]))
+    *_, last = ours.train_epoch()
+    assert last.step == 15 and n == 37
+    assert last.train.total == pytest.approx(total / 1437, rel=1e-5)
+    same(ours.state.weights, models.named_variables(twin)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_epoch_metrics_are_means_over_examples(loop):
+    """With rate 0 nothing moves, so the epoch's mean is that of one large batch."""
+    still = loop(learning_rate=0.0, l2=0.01)
+    record = still.fit(1)
+    images, labels = still.data.train.images, still.data.train.labels
+    whole = pipelines.Batch(tf.constant(images), tf.constant(labels), tf.ones(len(labels)))
+    loss, logits, _ = forward_and_backward(still.state, whole)
+    assert record.train.total == pytest.approx(float(loss.total), rel=1e-5)
+    assert record.train.l2 == pytest.approx(float(loss.l2), rel=1e-5)
+    assert record.train.accuracy == pytest.approx(np.mean(np.argmax(logits, axis=1) == labels), abs=1e-6)
+
+
+def test_evaluation_agrees_with_numpy_float64(loop):
+    trained = loop(l1=0.001, l2=0.01)
+    trained.fit(1)
+    test = trained.data.test
+    logits = np.float64(models.logits(trained.state.model, trained.state.standardize(test.images)))
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    found = trained.evaluate(test)
+    kernels = [np.float64(kernel) for kernel in trained.state.kernels]
+    assert found.data == pytest.approx(-log_p[np.arange(len(test)), test.labels].mean(), rel=1e-5)
+    assert found.accuracy == pytest.approx((logits.argmax(axis=1) == test.labels).mean())
+    assert found.l1 == pytest.approx(0.001 * sum(np.abs(k).sum() for k in kernels), rel=1e-5)
+    assert found.l2 == pytest.approx(0.01 * sum((k**2).sum() for k in kernels), rel=1e-5)
+    assert found.total == pytest.approx(found.data + found.l1 + found.l2, rel=1e-6)
+
+
+@pytest.mark.parametrize("output, keras_loss", [("softmax", keras.losses.CategoricalCrossentropy),
+                                                ("sigmoid", keras.losses.BinaryCrossentropy)])
+def test_label_smoothing_is_keras_own(loop, random, output, keras_loss):
+    state = loop(output=output, label_smoothing=0.1).state
+    labels, logits = np.arange(10, dtype=np.int32), random.normal(size=(10, 10)).astype(np.float32)
+    reference = keras_loss(from_logits=True, label_smoothing=0.1, reduction=None)(np.eye(10), logits)
+    np.testing.assert_allclose(tfloop.example_losses(state, tf.constant(labels), tf.constant(logits)), reference, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(steps_per_call=1), dict(steps_per_call=4), dict(pipeline="host"),
+                                      dict(pipeline="prefetch", steps_per_call=7)], ids=str)
+def test_how_it_runs_does_not_change_a_bit(loop, settings):
+    plain, other = loop(dropout=0.3), loop(dropout=0.3, **settings)
+    assert plain.fit(2).train == pytest.approx(other.fit(2).train, rel=1e-6)
+    assert plain.state.digest() != loop(dropout=0.3).state.digest()
+    assert {k: v.numpy().tobytes() for k, v in plain.state.named().items() if k != "totals"} == \
+        {k: v.numpy().tobytes() for k, v in other.state.named().items() if k != "totals"}
+
+
+@pytest.mark.parametrize("settings", [dict(eager=True), dict(jit_compile=True)], ids=str)
+def test_eager_and_xla_agree_to_rounding(loop, settings):
+    plain, other = loop(optimizer="sgd", learning_rate=0.1), loop(optimizer="sgd", learning_rate=0.1, **settings)
+    plain.fit(1), other.fit(1)
+    same(plain.state.weights, other.state.weights, rtol=1e-3, atol=1e-5)
+
+
+def test_batch_normalisation_and_dropout_train(loop):
+    record = loop(batch_norm=True, dropout=0.1, optimizer="adam", learning_rate=0.01).fit(30)
+    assert record.test.accuracy > 0.8
+
+
+def test_nothing_is_traced_again_whatever_number_changes(loop):
+    trained = loop(optimizer="adam", schedule="cosine", l1=0.1, label_smoothing=0.1)
+    trained.fit(1)
+    for variable in trained.state.hyper.values():
+        variable.assign(variable * 0.5)
+    trained.state.reset(seed=3)
+    trained.fit(2)
+    assert trained.traces == {"train": 1, "evaluate": 1}
+
+
+def test_records_come_one_per_call_and_one_per_epoch(loop):
+    records = list(loop(steps_per_call=6).run(2))
+    calls = [r for r in records if isinstance(r, tfloop.Call)]
+    assert [(c.epoch, c.step, c.batch, c.steps) for c in calls] == [
+        (1, 6, 6, 6), (1, 12, 12, 6), (1, 15, 15, 3), (2, 21, 6, 6), (2, 27, 12, 6), (2, 30, 15, 3)]
+    epochs = [r for r in records if isinstance(r, tfloop.Epoch)]
+    assert [(e.epoch, e.step) for e in epochs] == [(1, 15), (2, 30)] and records[3] is epochs[0]
+
+
+def test_a_run_broken_off_goes_on_where_it_was(loop):
+    whole, broken = loop(steps_per_call=4), loop(steps_per_call=4)
+    last = whole.fit(2)
+    for record in broken.run(2):
+        if isinstance(record, tfloop.Call) and record.step == 23:
+            break
+    assert broken.fit(2).train == last.train
+    assert broken.state.digest() == whole.state.digest()
+
+
+def test_code_between_records_may_change_a_number(loop):
+    trained, rates = loop(steps_per_call=5), []
+    for record in trained.run(1):
+        rates.append(record.rate)
+        trained.state.hyper["learning_rate"].assign(0.5)
+    assert rates == pytest.approx([0.001, 0.5, 0.5, 0.5])
+
+
+def test_the_schedule_is_read_at_its_own_step(loop):
+    trained = loop(schedule="inverse_time", learning_rate=0.1, decay_rate=1.0, steps_per_call=1)
+    rates = [r.rate for r in trained.run(1) if isinstance(r, tfloop.Call)]
+    np.testing.assert_allclose(rates, [0.1 / (1 + step) for step in range(15)], rtol=1e-6)
+
+
+class Linear(tf.Module):
+    def __init__(self):
+        super().__init__(name="linear")
+        self.w, self.b = tf.Variable(tf.zeros([64, 10]), name="w"), tf.Variable(tf.zeros([10]), name="b")
+
+    def __call__(self, images):
+        return tf.reshape(images, [-1, 64]) @ self.w + self.b
+
+
+def test_a_tf_module_trains_and_resets(digits):
+    state = tfloop.TrainState(Linear(), "sgd", 0.05, l2=0.001, standardizer=digits.standardizer)
+    trained = tfloop.Loop(state, digits)
+    first = trained.fit(3)
+    assert first.test.accuracy > 0.9 and first.test.l2 > 0
+    state.reset()
+    assert trained.fit(3).train == first.train and trained.traces["train"] == 1
+
+
+def test_a_keras_model_with_losses_and_a_keras_optimizer_trains_and_resets(digits):
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Dense(16, "relu", activity_regularizer=keras.regularizers.L2(0.01))(keras.layers.Flatten()(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Dropout(0.2)(x)))
+    schedule = tfloop.Schedule("exponential", learning_rate=0.01, decay_rate=0.99)
+    state = tfloop.TrainState(model, keras.optimizers.Lion(0.5), schedule, standardizer=digits.standardizer)
+    trained = tfloop.Loop(state, digits)
+    first, digest = trained.fit(3), state.digest("weights", "slots")
+    assert first.test.accuracy > 0.85 and first.train.model > 0
+    assert float(state.optimizer.inner.learning_rate) == pytest.approx(first.rate)
+    state.reset()
+    assert trained.fit(3).train == first.train and state.digest("weights", "slots") == digest
+    assert trained.traces["train"] == 1
+
+
+def test_a_penalty_is_any_function_of_a_kernel(loop, digits):
+    orthogonal = lambda kernel: 0.1 * tf.reduce_sum(tf.square(tf.matmul(kernel, kernel, transpose_a=True)))
+    state = tfloop.TrainState(Linear(), "sgd", 0.05, penalties=[orthogonal], standardizer=digits.standardizer)
+    state.weights["w"].assign(tf.ones([64, 10]))
+    loss = losses(state, tf.constant(2.0), tf.constant(0.0))
+    assert float(loss.custom) == pytest.approx(0.1 * 100 * 64**2) and float(loss.total) == pytest.approx(2 + 40960)
+
+
+def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy(digits):
+    squared = lambda labels, outputs: tf.reduce_sum(tf.square(tf.one_hot(labels, 10) - outputs), axis=-1)
+    state = tfloop.TrainState(Linear(), "sgd", 0.001, loss=squared, standardizer=digits.standardizer)
+    assert float(tfloop.example_losses(state, tf.constant([3]), tf.zeros([1, 10]))[0]) == 1
+    assert tfloop.Loop(state, digits).fit(3).test.accuracy > 0.8
+
+
+def test_a_batch_larger_than_the_data_is_named(loop):
+    with pytest.raises(UserError, match="--batch_size=1438 is larger than the 1437 training images"):
+        loop(batch_size=1438)
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "host"])
+def test_divergence_stops_before_the_step_and_names_step_and_layer(loop, pipeline):
+    trained = loop(steps_per_call=10, pipeline=pipeline)
+    records = trained.run(1)
+    next(records)
+    trained.state.weights["conv2/kernel"].assign(trained.state.weights["conv2/kernel"] * np.inf)
+    before = trained.state.digest("weights", "slots", "count", "batch", "schedule_step")
+    with pytest.raises(DivergenceError, match="step 10: the weights of conv2 became NaN or infinite") as caught:
+        list(records)
+    assert (caught.value.step, caught.value.layer) == (10, "conv2")
+    assert trained.state.digest("weights", "slots", "count", "batch", "schedule_step") == before
+
+
+def test_a_rate_that_is_far_too_high_is_caught_with_finite_weights(loop):
+    trained = loop(optimizer="sgd", learning_rate=1e20)
+    with pytest.raises(DivergenceError, match="became NaN or infinite, at rate 1e"):
+        trained.fit(1)
+    assert all(np.isfinite(weight).all() for weight in trained.state.weights.values())
+
+
+# --- what must hold for the mathematics, whatever the numbers
+
+
+def step_gradient(state, batch):
+    return np.concatenate([g.numpy().ravel() for g in forward_and_backward(state, batch).gradients.values()])
+
+
+@pytest.fixture
+def batch(digits):
+    return pipelines.batch_at(digits.train, 50, 0, 0, 0)
+
+
+def test_permuting_a_batch_does_not_change_its_gradient(loop, batch, random):
+    state, rows = loop().state, random.permutation(50)
+    permuted = pipelines.Batch(*(tf.gather(part, rows) for part in batch))
+    np.testing.assert_allclose(step_gradient(state, permuted), step_gradient(state, batch), rtol=1e-3, atol=1e-6)
+
+
+def test_two_equal_batches_are_one(loop, batch):
+    state = loop().state
+    twice = pipelines.Batch(*(tf.concat([part, part], axis=0) for part in batch))
+    np.testing.assert_allclose(step_gradient(state, twice), step_gradient(state, batch), rtol=1e-3, atol=1e-6)
+
+
+def test_rows_of_weight_0_change_nothing(loop, batch):
+    state = loop().state
+    padded = pipelines.Batch(tf.concat([batch.images, batch.images[:9]], 0), tf.concat([batch.labels, batch.labels[:9]], 0),
+                             tf.concat([batch.weights, tf.zeros(9)], 0))
+    np.testing.assert_allclose(step_gradient(state, padded), step_gradient(state, batch), rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradient_of_the_total_is_the_data_gradient_plus_2_l2_w(loop, batch):
+    with_l2, without = loop(l2=0.05).state, loop().state
+    a, b = (forward_and_backward(state, batch).gradients for state in (with_l2, without))
+    for name in a:
+        extra = 0.1 * without.weights[name] if name in ("dense1/kernel", "output/kernel") else 0
+        np.testing.assert_allclose(a[name], b[name] + extra, rtol=1e-4, atol=1e-6)
+
+
+def test_one_step_of_sgd_is_minus_rate_times_gradient(loop, batch):
+    state = loop(optimizer="sgd", learning_rate=0.1).state
+    before = {name: weight.numpy() for name, weight in state.weights.items()}
+    gradients = forward_and_backward(state, batch).gradients
+    sums, rate = train_step(state, batch)
+    for name, weight in state.weights.items():
+        np.testing.assert_allclose(weight, before[name] - 0.1 * gradients[name].numpy(), rtol=1e-5, atol=1e-7)
+    assert sums[0] == 1 and sums[1] == 50 and float(rate) == pytest.approx(0.1)

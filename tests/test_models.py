@@ -1,0 +1,107 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfloop import models
+from tfloop.config import Config
+from tfloop.errors import UserError
+
+SHAPE = (28, 28, 1)
+
+
+def build(shape=SHAPE, classes=10, **settings):
+    return models.build(Config.make(**settings), shape, classes)
+
+
+def test_the_articles_first_network_has_96844_parameters():
+    rows = models.table(build())
+    assert [(name, count) for name, _, _, count in rows if count] == [
+        ("conv1", 320), ("conv2", 18496), ("conv3", 36928), ("dense1", 40390), ("output", 710)]
+    assert sum(row[-1] for row in rows) == 96844
+    assert ("dense1", "(70)", "kernel (576, 70), bias (70)", 40390) in rows
+
+
+def test_names_are_those_of_stock_layers():
+    trainable, moving = models.named_variables(build(batch_norm=True))
+    assert list(trainable)[:4] == ["conv1/kernel", "conv1/bias", "norm1/gamma", "norm1/beta"]
+    assert list(moving)[:2] == ["norm1/moving_mean", "norm1/moving_variance"]
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(output="sigmoid"), dict(batch_norm=True, dropout=0.5), dict(conv=(), pool=()),
+    dict(conv=(3, 4), kernel=(5, 3), padding="same", conv_activation="elu", dense=(), dense_activation="tanh")])
+def test_forward_gives_the_logits_of_what_keras_computes(random, settings):
+    model = build(**settings)
+    images = random.normal(size=(5, *SHAPE)).astype(np.float32)
+    ours = models.probabilities(model, models.logits(model, images))
+    np.testing.assert_allclose(ours, model(images, training=False), atol=1e-6)
+
+
+def test_forward_names_every_layer_in_order(random):
+    model = build(conv=(3,), pool=(2,))
+    names = [name for name, _ in models.forward(model, random.normal(size=(2, *SHAPE)).astype(np.float32))]
+    assert names == ["conv1", "pool1", "flatten", "dense1", "output"]
+
+
+def test_initial_weights_are_a_function_of_the_seed_alone():
+    model = build()
+    one, again, other = (models.initial_weights(model, seed) for seed in (1, 1, 2))
+    for name in one:
+        np.testing.assert_array_equal(one[name], again[name])
+        assert name.endswith("bias") or (one[name] != other[name]).any()
+    assert (one["conv2/kernel"].ravel()[:576] != one["conv3/kernel"].ravel()[:576]).any()
+
+
+def test_initial_kernels_are_glorot_uniform():
+    kernel = models.initial_weights(build(), 0)["dense1/kernel"]
+    limit = (6 / (576 + 70)) ** 0.5
+    assert np.abs(kernel).max() <= limit and np.abs(kernel).max() > 0.99 * limit
+    assert kernel.std() == pytest.approx(limit / 3**0.5, rel=0.02)
+
+
+def test_rows_of_weight_0_do_not_count_in_batch_normalisation(random):
+    images = random.normal(size=(6, *SHAPE)).astype(np.float32)
+    settings = dict(batch_norm=True, conv=(3,), pool=(2,), dense=(4,))
+    whole, padded = build(**settings), build(**settings)
+    expected = models.logits(whole, images[:4], tf.ones([4]), training=True)
+    found = models.logits(padded, images, tf.constant([1.0] * 4 + [0.0] * 2), training=True)
+    np.testing.assert_allclose(found[:4], expected, rtol=1e-4, atol=1e-5)
+    for name, variable in models.named_variables(whole)[1].items():
+        np.testing.assert_allclose(models.named_variables(padded)[1][name], variable, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_a_function_of_the_key(random):
+    model = build(dropout=0.5)
+    images = random.normal(size=(3, *SHAPE)).astype(np.float32)
+    one, again, other, off = (models.logits(model, images, None, training, tf.constant(key)).numpy() for training, key in
+                              ((True, [0, 1]), (True, [0, 1]), (True, [0, 2]), (False, [0, 1])))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any() and (one != off).any()
+
+
+@pytest.mark.parametrize("which, names", [("dense", ["dense1", "output"]), ("conv", ["conv1", "conv2"]),
+                                          ("all", ["conv1", "conv2", "dense1", "output"]), ("none", [])])
+def test_penalised_kernels_are_chosen_by_kind(which, names):
+    model = build(conv=(2, 3), pool=())
+    trainable, _ = models.named_variables(model)
+    found = [name for kernel in models.kernels(model, which) for name, v in trainable.items() if v is kernel]
+    assert found == [f"{name}/kernel" for name in names]
+
+
+def test_a_kernel_larger_than_its_input_is_named():
+    with pytest.raises(UserError, match="--kernel: conv3 has a 9×9 kernel, larger than its 5×5 input"):
+        build(kernel=(3, 3, 9))
+
+
+def test_more_pools_than_the_image_allows_are_named():
+    with pytest.raises(UserError, match="--pool: pool3 is 4×4, larger than its 3×3 input"):
+        build(pool=(2, 2, 4))
+
+
+def test_any_keras_model_is_taken(random):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dropout(0.5)(inputs)), name="mine")
+    trainable, moving = models.named_variables(model)
+    assert [name.split("/")[-1] for name in trainable] == ["kernel", "bias"] and list(moving) == ["seed_generator"]
+    assert models.logits(model, random.normal(size=(3, 4)).astype(np.float32)).shape == (3, 2)

@@ -1,0 +1,120 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfloop.errors import UserError
+from tfloop.optimizers import OPTIMIZERS, KerasOptimizer, Optimizer, flatten, rmsprop, unflatten
+from tfloop.schedules import Schedule
+
+KO = keras.optimizers
+CASES = [
+    ("sgd", dict(), KO.SGD), ("sgd", dict(momentum=0.9), KO.SGD), ("sgd", dict(momentum=0.9, nesterov=True), KO.SGD),
+    ("rmsprop", dict(), KO.RMSprop), ("rmsprop", dict(momentum=0.8, rho=0.95, epsilon=1e-5), KO.RMSprop),
+    ("rmsprop", dict(momentum=0.5, centered=True, epsilon=1e-4), KO.RMSprop),
+    ("adam", dict(), KO.Adam), ("adam", dict(beta_1=0.8, beta_2=0.99, epsilon=1e-4), KO.Adam),
+    ("adamw", dict(weight_decay=0.1), KO.AdamW), ("nadam", dict(), KO.Nadam), ("adamax", dict(), KO.Adamax),
+]
+
+
+def weights(random):
+    return {"a": tf.Variable(random.normal(size=(4, 3)).astype(np.float32)),
+            "b": tf.Variable(random.normal(size=(3,)).astype(np.float32))}
+
+
+@pytest.mark.parametrize("name, hyper, reference", CASES, ids=lambda case: getattr(case, "__name__", str(case)))
+def test_200_steps_follow_keras_to_float32_rounding(random, name, hyper, reference):
+    ours = weights(random)
+    theirs = [keras.Variable(weight.numpy()) for weight in ours.values()]
+    optimizer, keras_optimizer = Optimizer(name, **hyper), reference(learning_rate=0.01, **hyper)
+    optimizer.build(ours)
+    for _ in range(200):
+        gradients = {key: tf.constant(random.normal(size=w.shape).astype(np.float32)) for key, w in ours.items()}
+        optimizer.apply(optimizer.updates(flatten(gradients.values()), ours, 0.01), ours, tf.constant(True))
+        keras_optimizer.apply(list(gradients.values()), theirs)
+    for mine, other in zip(ours.values(), theirs):
+        np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=2e-5, atol=2e-6)
+    assert int(optimizer.count) == 200
+
+
+def test_three_steps_of_rmsprop_worked_by_hand():
+    w, v, m = 1.0, 0.0, 0.0
+    slots = {"mean_square": tf.zeros([1]), "momentum": tf.zeros([1])}
+    weight = tf.constant([1.0])
+    for g in (0.5, -1.0, 2.0):
+        update, slots = rmsprop(tf.constant([g]), weight, slots, 0, 0.1, rho=0.9, momentum=0.8, epsilon=1e-7)
+        weight += update
+        v = 0.9 * v + 0.1 * g * g
+        m = 0.8 * m + 0.1 * g / (v + 1e-7) ** 0.5
+        w -= m
+        np.testing.assert_allclose(weight, [w], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_reset_makes_the_next_run_the_same_bit_for_bit(random, name):
+    gradients = random.normal(size=(20, 15)).astype(np.float32)
+    start, optimizer = weights(random), Optimizer(name)
+    optimizer.build(start)
+
+    def run():
+        own = {key: tf.Variable(weight) for key, weight in start.items()}
+        for gradient in gradients:
+            optimizer.apply(optimizer.updates(tf.constant(gradient), own, 0.1), own, tf.constant(True))
+        return flatten(own.values()).numpy()
+
+    first = run()
+    optimizer.reset()
+    np.testing.assert_array_equal(run(), first)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_invalid_step_changes_nothing(random, name):
+    own, optimizer = weights(random), Optimizer(name)
+    optimizer.build(own)
+    before = [v.numpy() for v in (*own.values(), *optimizer.slots.values(), optimizer.count)]
+    optimizer.apply(optimizer.updates(tf.fill([15], np.nan), own, 0.1), own, tf.constant(False))
+    for old, variable in zip(before, (*own.values(), *optimizer.slots.values(), optimizer.count)):
+        np.testing.assert_array_equal(variable.numpy(), old)
+
+
+def test_numbers_are_variables_that_the_next_update_reads(random):
+    own, optimizer = weights(random), Optimizer("sgd", momentum=0.9)
+    optimizer.build(own)
+    optimizer.slots["momentum"].assign(tf.ones([15]))
+    optimizer.hyper["momentum"].assign(0.5)
+    np.testing.assert_allclose(optimizer.updates(tf.zeros([15]), own, 0.1)[0], 0.5)
+
+
+def test_flatten_and_unflatten_are_inverse(random):
+    own = weights(random)
+    for name, part in unflatten(flatten(own.values()), own).items():
+        np.testing.assert_array_equal(part, own[name])
+
+
+@pytest.mark.parametrize("name, hyper, message", [
+    ("lion", {}, "--optimizer=lion is unknown"),
+    ("nadam", dict(momentum=0.9), "--momentum: optimizer 'nadam' has no momentum; it has beta_1, beta_2, epsilon"),
+    ("adamax", dict(momentum=0.9), "--momentum: optimizer 'adamax' has no momentum"),
+    ("sgd", dict(rho=0.9), "--rho: optimizer 'sgd' has no rho"),
+])
+def test_a_hyperparameter_that_the_rule_lacks_is_named(name, hyper, message):
+    with pytest.raises(UserError, match=message):
+        Optimizer(name, **hyper)
+
+
+def test_a_keras_optimizer_with_a_schedule_of_its_own_is_refused():
+    inner = KO.SGD(KO.schedules.CosineDecay(0.1, 10))
+    with pytest.raises(UserError, match="SGD: hand it in with a plain learning rate"):
+        KerasOptimizer(inner, [])
+
+
+def test_the_loop_drives_a_keras_optimizers_rate(random):
+    variables = [keras.Variable(np.ones(3, np.float32))]
+    optimizer = KerasOptimizer(KO.SGD(0.7), variables)
+    own = {"w": variables[0].value}
+    optimizer.build(own)
+    rate = Schedule("constant", learning_rate=0.1)(0)
+    update, _ = optimizer.updates(tf.ones([3]), own, rate)
+    np.testing.assert_allclose(update, -0.1, rtol=1e-6)
+    optimizer.reset()
+    assert int(optimizer.count) == 0 and float(optimizer.inner.learning_rate) == pytest.approx(0.7)

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfloop import pipelines
+from tfloop.data import Split
+
+NAMES = ("resident", "host", "prefetch")
+
+
+def epoch(pipeline, seed=0, number=0, first=0):
+    source = pipeline.begin(seed, number, first)
+    return [pipeline.take(source, tf.constant(i, tf.int64)) for i in range(first, pipeline.steps)]
+
+
+@pytest.fixture
+def split(random):
+    return Split(random.integers(0, 256, (23, 3, 2, 1), np.uint8), np.arange(23, dtype=np.int32))
+
+
+def test_order_is_a_permutation_given_by_seed_and_epoch():
+    one, again, other_epoch, other_seed = (pipelines.order(*key, 1000).numpy() for key in ((1, 2), (1, 2), (1, 3), (2, 2)))
+    assert sorted(one) == list(range(1000))
+    np.testing.assert_array_equal(one, again)
+    for other in (other_epoch, other_seed):
+        assert (one == other).sum() < 10
+
+
+def test_order_is_the_same_compiled():
+    compiled = tf.function(lambda seed, epoch: pipelines.order(seed, epoch, 1000))
+    np.testing.assert_array_equal(compiled(tf.constant(1), tf.constant(2)), pipelines.order(1, 2, 1000))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_epoch_holds_every_example_once_and_fills_up_the_last_batch(split, name):
+    batches = epoch(pipelines.make(name, split, 5))
+    assert all(batch.images.shape == (5, 3, 2, 1) for batch in batches) and len(batches) == 5
+    labels = np.concatenate([batch.labels.numpy()[batch.weights.numpy() > 0] for batch in batches])
+    assert sorted(labels) == list(range(23)) and labels.tolist() != list(range(23))
+    assert batches[-1].weights.numpy().tolist() == [1, 1, 1, 0, 0]
+    for batch in batches:
+        np.testing.assert_array_equal(batch.images, split.images[batch.labels])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("first", [0, 3])
+def test_every_pipeline_gives_the_batches_of_the_plain_function(split, name, first):
+    for index, batch in enumerate(epoch(pipelines.make(name, split, 5), 4, 7, first), start=first):
+        for found, expected in zip(batch, pipelines.batch_at(split, 5, 4, 7, index)):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_auto_is_resident_where_the_images_fit(split, monkeypatch):
+    assert pipelines.make("auto", split, 5).name == "resident"
+    monkeypatch.setattr(pipelines, "comfortable_bytes", lambda: split.images.nbytes)
+    assert pipelines.make("auto", split, 5).name == "prefetch"

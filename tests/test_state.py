@@ -1,0 +1,121 @@
+"""The heart of the project: a reset is exact, in place, and traces nothing."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tfloop
+from conftest import SMALL
+from tfloop.optimizers import OPTIMIZERS
+
+PIPELINES = ("resident", "host", "prefetch")
+RICH = dict(schedule="inverse_time", decay_rate=0.01, l2=0.01, dropout=0.2, batch_norm=True)
+FRESH = """
+import sys, tfloop
+for optimizer in sys.argv[1].split(","):
+    loop = tfloop.make_loop(tfloop.Config.make(optimizer=optimizer, **{settings!r}))
+    loop.fit(2)
+    print(optimizer, loop.state.digest())
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_process() -> dict[str, str]:
+    """The digest of the whole state after a run of two epochs in a process of its own, by optimizer."""
+    code = FRESH.replace("{settings!r}", repr({**SMALL, **RICH}))
+    lines = subprocess.run([sys.executable, "-c", code, ",".join(OPTIMIZERS)], check=True, capture_output=True, text=True)
+    return dict(line.split() for line in lines.stdout.splitlines())
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_reset_repeats_the_first_run_bit_for_bit(loop, fresh_process, optimizer, pipeline):
+    trained = loop(optimizer=optimizer, pipeline=pipeline, **RICH)
+    first, digest = trained.fit(2), trained.state.digest()
+    assert digest == fresh_process[optimizer]
+
+    trained.state.reset()
+    second = trained.fit(2)
+
+    assert (second.train, second.test) == (first.train, first.test)
+    assert trained.traces == {"train": 1, "evaluate": 1}
+    assert int(trained.state.global_step) == 60  # it alone goes on
+    trained.state.global_step.assign(30)
+    assert trained.state.digest() == digest
+
+
+def test_without_a_reset_the_second_run_is_another(loop):
+    """Otherwise the test above could not fail."""
+    trained = loop(**RICH)
+    first = trained.fit(2)
+    trained.state.epoch.assign(0)
+    assert trained.fit(2).train != first.train
+
+
+def test_a_new_seed_gives_the_run_that_a_fresh_state_with_it_gives(loop):
+    trained, fresh = loop(), loop(seed=5)
+    trained.fit(1)
+    trained.state.reset(seed=5)
+    assert trained.fit(2).train == fresh.fit(2).train
+
+
+def test_begin_is_as_good_as_new(loop):
+    trained = loop(**RICH)
+    new = trained.state.digest()
+    trained.fit(1)
+    assert trained.state.digest() != new
+    trained.state.begin(0)
+    assert trained.state.digest() == new
+
+
+@pytest.mark.parametrize("part, moved", [
+    ("weights", {"weights", "moving"}), ("slots", {"slots", "count"}), ("schedule", {"schedule_step"}),
+    ("data", {"epoch", "batch"})])
+def test_any_part_is_reset_alone(loop, part, moved):
+    trained = loop(optimizer="nadam", steps_per_call=4, **RICH)
+    start = {name: v.numpy() for name, v in trained.state.named().items()}
+    for record in trained.run(2):
+        if record.step == 19:
+            break
+    before = {name: v.numpy() for name, v in trained.state.named().items()}
+    trained.state.reset(**{name: name == part for name in ("weights", "slots", "schedule", "data")})
+    for name, variable in trained.state.named().items():
+        belongs = name.split("/")[0] in moved or (name == "totals" and part == "data")
+        np.testing.assert_array_equal(variable.numpy(), (start if belongs else before)[name], err_msg=name)
+        if belongs and "beta" not in name:
+            assert not np.array_equal(before[name], start[name]), name
+
+
+def test_a_warm_restart_keeps_the_weights_and_starts_the_rate_again(loop):
+    trained = loop(schedule="inverse_time", decay_rate=0.1)
+    late = trained.fit(3).rate
+    weights = trained.state.digest("weights")
+    trained.state.reset(weights=False, slots=False, data=False)
+    assert trained.state.digest("weights") == weights and int(trained.state.epoch) == 3
+    again = next(iter(trained.run(4)))
+    assert late == pytest.approx(0.001 / (1 + 0.1 * 44)) and again.rate == pytest.approx(0.001 / (1 + 0.1 * 14))
+
+
+def test_every_variable_that_a_step_reads_or_writes_is_in_the_state(loop):
+    """What TensorFlow's graph captures, but for the images and their order, is named."""
+    trained = loop(optimizer="nadam", **RICH)
+    named = {id(v) for v in trained.state.named().values()}
+    captured = trained._train._call.get_concrete_function((), np.int32(1)).variables
+    missing = [v.name for v in captured if id(v) not in named and v is not trained.pipeline._order]
+    assert not missing
+
+
+def test_digest_sees_one_bit(loop):
+    state = loop().state
+    before = state.digest()
+    state.weights["output/bias"][3].assign(np.float32(1e-45))
+    assert state.digest() != before and state.digest("slots") == loop().state.digest("slots")
+
+
+def test_a_model_without_weights_is_refused():
+    import tensorflow as tf
+
+    with pytest.raises(tfloop.UserError, match="no trainable variables"):
+        tfloop.TrainState(tf.Module())

@@ -1,0 +1,3 @@
+from tfloop.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,280 @@
+"""The command line: flags make a Config, a command runs with it, and every mistake is one line and an exit code.
+
+Exit codes: 0 done, 2 bad input, 3 diverged, 130 interrupted. Only this module knows absl; TensorFlow is imported when
+a command needs it.
+"""
+
+import time
+
+STARTED = time.perf_counter()
+
+import csv  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+
+from absl import flags  # noqa: E402
+
+from tfloop import __version__  # noqa: E402
+from tfloop.config import FIELDS, GROUPS, PRESETS, Config, kind  # noqa: E402
+from tfloop.errors import DivergenceError, UserError  # noqa: E402
+
+BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+
+
+def train(config: Config, options: dict, arguments: list[str]) -> int:
+    device = _start(config)
+    from tfloop import runs
+
+    stop = _Interrupt()
+    runs.train(config, device, STARTED, stop.asked)
+    return INTERRUPTED if stop.asked() else 0
+
+
+def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
+    folder = _one(arguments, "RUN", "the folder of a finished run")
+    _start(config)
+    from tfloop import runs
+    from tfloop.loop import Loop
+
+    trained, state, _ = runs.open_run(folder)
+    if options["dataset"]:
+        trained = trained.replace(dataset=options["dataset"])
+    data = runs.load_data(trained)
+    _same_shape(data.image_shape, state, f"--dataset={trained.dataset}")
+    metrics = Loop(state, data, batch_size=min(trained.batch_size, len(data.train))).evaluate(data.test)
+    print(f"{len(data.test)} test images of {trained.dataset}: loss {metrics.total:.4f} (data {metrics.data:.4f}, "
+          f"l1 {metrics.l1:.4f}, l2 {metrics.l2:.4f})  accuracy {100 * metrics.accuracy:.2f} %")
+    return 0
+
+
+def predict(config: Config, options: dict, arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        raise UserError(f"predict: expected RUN and IMAGES (a folder or an .npz file), found {len(arguments)} arguments")
+    _start(config)
+    from tfloop import predictions, runs
+
+    _, state, _ = runs.open_run(arguments[0])
+    names, images = predictions.read_images(arguments[1], state.model.input_shape[1:])
+    probabilities = predictions.predict(state, images)
+    with _output(options["out"]) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "class", *(f"p{k}" for k in range(probabilities.shape[1]))])
+        for name, row in zip(names, probabilities):
+            writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row)])
+    return 0
+
+
+def model(config: Config, options: dict, arguments: list[str]) -> int:
+    _start(config)
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from tfloop import models, runs
+
+    data = runs.load_data(config.replace(standardize=False))
+    built = models.build(config, data.image_shape, data.classes)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    for title, justify, footer in (("layer", "left", "total"), ("output", "left", ""), ("weights", "left", ""),
+                                   ("parameters", "right", f"{built.count_params():,}")):
+        table.add_column(title, justify=justify, footer=footer)
+    for layer, shape, weights, parameters in models.table(built):
+        table.add_row(layer, shape, weights, f"{parameters:,}")
+    print(f"input {'×'.join(map(str, data.image_shape))}; a dense kernel is (inputs, units): y = x·W + b, row by row")
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+def schedule(config: Config, options: dict, arguments: list[str]) -> int:
+    if not options["plot"] and not options["print"]:
+        raise UserError("schedule: choose --print, or --plot=FILE.png")
+    _start(config)
+    from tfloop import runs
+
+    steps = -(-len(runs.load_data(config.replace(standardize=False)).train) // config.batch_size)
+    rate_at = runs.make_schedule(config, steps)
+    total = config.epochs * steps
+    if options["print"]:
+        print(f"{'epoch':>8} {'step':>8}  rate")
+        for step in sorted({round(share * (total - 1) / 20) for share in range(21)}):
+            print(f"{step / steps:8.2f} {step:8d}  {float(rate_at(step)):.8g}")
+    if options["plot"]:
+        from tfloop import plots
+
+        plots.schedule(rate_at, steps, total, f"{config.schedule}, {config.epochs} epochs of {steps} steps",
+                       options["plot"])
+        print(options["plot"])
+    return 0
+
+
+class Command(NamedTuple):
+    function: Callable[[Config, dict, list[str]], int]
+    help: str
+    arguments: str = ""
+    settings: tuple[str, ...] = tuple(FIELDS)  # the fields of Config that it takes as flags
+    options: dict[str, tuple] = {}  # flags of its own: name → (default, help)
+
+
+WHERE = ("device", "intra_op_threads", "inter_op_threads", "memory_growth", "memory_limit", "log_device_placement",
+         "tensorflow_log")
+COMMANDS = {
+    "train": Command(train, "train a model; the default is the article's CNN on MNIST"),
+    "evaluate": Command(evaluate, "loss and accuracy of a finished run on its test images", "RUN", WHERE, {
+        "dataset": ("", "other data than the run's own: its test images")}),
+    "predict": Command(predict, "class and probabilities of each image, as CSV", "RUN IMAGES", WHERE, {
+        "out": ("", "the CSV file; unset: standard output")}),
+    "model": Command(model, "the model's layers, shapes and parameters"),
+    "schedule": Command(schedule, "the learning rate over a run", options={
+        "print": (False, "print a table"), "plot": ("", "write a plot to this PNG file")}),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(argv)
+    except UserError as error:
+        print(f"tfloop: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except DivergenceError as error:
+        print(f"tfloop: {error}", file=sys.stderr)
+        return DIVERGED
+    except KeyboardInterrupt:
+        print("tfloop: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help", "--helpfull"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"tfloop {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise UserError(f"'{name}' is no command; choose from {', '.join(COMMANDS)}, or see --help")
+    command = COMMANDS[name]
+    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in rest):
+        print(_help(name, command))
+        return 0
+    parsed = _flags(command)
+    try:
+        arguments = parsed([name, *rest])[1:]
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if arguments and not command.arguments:
+        raise UserError(f"{name} takes flags only, found '{arguments[0]}'; a flag begins with --")
+    given = {field: parsed[field].value for field in command.settings if parsed[field].present}
+    values = Config.read(parsed["config"].value) if "config" in parsed and parsed["config"].present else {}
+    config = Config.make(**{**values, **given})
+    return command.function(config, {option: parsed[option].value for option in command.options}, arguments)
+
+
+def _flags(command: Command) -> flags.FlagValues:
+    """The command's flags, every one unset. Values stay text: Config.make checks them, wherever they come from."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("flagfile", None, "a file of flags, one a line", flag_values=values)
+    for name in command.settings:
+        define = flags.DEFINE_boolean if kind(name)[0] is bool else flags.DEFINE_string
+        define(name, None, FIELDS[name].metadata["help"], flag_values=values)
+    if "epochs" in command.settings:
+        flags.DEFINE_string("config", None, "a config.json to start from", flag_values=values)
+    for name, (default, help) in command.options.items():
+        define = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
+        define(name, default, help, flag_values=values)
+    return values
+
+
+def _overview() -> str:
+    lines = [f"tfloop {__version__}: a TensorFlow 2 training loop that one can read, step through, reset and measure.", "",
+             "usage: tfloop COMMAND [--flag=value …]", ""]
+    lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(lines + ["", "tfloop COMMAND --help lists its flags. Presets: " + ", ".join(PRESETS) + "."])
+
+
+def _help(name: str, command: Command) -> str:
+    lines = [f"usage: tfloop {name} {command.arguments}{' ' * bool(command.arguments)}[--flag=value …]",
+             f"  {command.help}"]
+    for option, (default, help) in command.options.items():
+        lines += ["", "this command"] if option == next(iter(command.options)) else []
+        lines.append(_flag_line(option, default, help))
+    for group, names in GROUPS.items():
+        names = [field for field in names if field in command.settings]
+        lines += ["", group] if names else []
+        lines += [_flag_line(field, FIELDS[field].default, help_text(field)) for field in names]
+    lines += ["", "files", _flag_line("flagfile", "", "a file of flags, one a line")]
+    if "epochs" in command.settings:
+        lines.append(_flag_line("config", "", "start from a config.json"))
+    return "\n".join(lines)
+
+
+def help_text(name: str) -> str:
+    """A setting's help with the values it may take."""
+    metadata = FIELDS[name].metadata
+    choices = ", ".join(PRESETS) if name == "preset" else ", ".join(metadata["choices"])
+    return metadata["help"] + (f" ({choices})" if choices else "")
+
+
+def flag(name: str, default) -> str:
+    """`--name=default` as one would type it."""
+    if isinstance(default, bool):
+        return f"--{'' if default else '[no]'}{name}" if not default else f"--[no]{name}"
+    return f"--{name}={','.join(map(str, default)) if isinstance(default, tuple) else '' if default is None else default}"
+
+
+def _flag_line(name: str, default, help: str) -> str:
+    suffix = f" [{'on' if default else 'off'}]" if isinstance(default, bool) else ""
+    return f"  {flag(name, default):28} {help}{suffix}"
+
+
+def _start(config: Config) -> str:
+    from tfloop import devices
+
+    return devices.start(config)
+
+
+def _one(arguments: list[str], name: str, what: str) -> str:
+    if len(arguments) != 1:
+        raise UserError(f"expected {name}, {what}; found {len(arguments)} arguments")
+    return arguments[0]
+
+
+def _same_shape(found, state, where: str) -> None:
+    expected = tuple(state.model.input_shape[1:])
+    if tuple(found) != expected:
+        raise UserError(f"{where}: images are {'×'.join(map(str, found))}, the model takes "
+                        f"{'×'.join(map(str, expected))}")
+
+
+def _output(path: str):
+    import contextlib
+
+    if not path:
+        return contextlib.nullcontext(sys.stdout)
+    try:
+        return open(path, "w", encoding="utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"--out={path}: cannot be written: {error.strerror}") from None
+
+
+class _Interrupt:
+    """Ctrl-C once asks the run to end after its current call; twice ends the program."""
+
+    def __init__(self):
+        self._asked = False
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self) -> bool:
+        return self._asked

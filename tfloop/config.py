@@ -1,0 +1,262 @@
+"""Every setting of a run: its name, default, range and help text, in one frozen dataclass, and the presets.
+
+The command line makes its flags from these fields, `config.json` is this object, and a value is checked in one
+place, `Config.make`, whether it came from a flag, a file or Python.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from tfloop.errors import UserError
+
+UNIT = (0.0, 1.0)  # closed interval
+POSITIVE = (1e-30, math.inf)
+NOT_NEGATIVE = (0.0, math.inf)
+
+
+def option(default, help: str, choices: tuple[str, ...] = (), within: tuple[float, float] | None = None):
+    """A field of Config with its help text and the values it accepts."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one run. Make one with `Config.make`, which checks every value and every combination.
+
+    The default is the preset `article2`: conv 32-64-64, dense 70, RMSprop at rate 0.001, batch 64, 5 epochs.
+    """
+
+    preset: str = option("article2", "start from these settings; any flag overrides them")
+
+    # --- data
+    dataset: str = option("mnist", "mnist, digits, or a path: a folder of IDX files or an .npz file")
+    split: str = option("standard", "the set's own test images, or all images joined, shuffled and cut again",
+                        choices=("standard", "shuffled"))
+    validation_size: int = option(0, "training images held out, stratified by class, for choosing anything",
+                                  within=NOT_NEGATIVE)
+    split_seed: int = option(0, "of the shuffled split and of the choice of validation images", within=(0, 2**31 - 1))
+    standardize: bool = option(True, "scale every pixel to mean 0 and variance 1 over the training images")
+
+    # --- model
+    conv: tuple[int, ...] = option((32, 64, 64), "filters of each convolution", within=(1, math.inf))
+    kernel: tuple[int, ...] = option((3,), "kernel size of each convolution, or one size for all", within=(1, math.inf))
+    pool: tuple[int, ...] = option((2, 2), "max-pool size after each convolution; 1, or none given, is no pooling",
+                                   within=(1, math.inf))
+    padding: str = option("valid", "padding of the convolutions", choices=("valid", "same"))
+    dense: tuple[int, ...] = option((70,), "units of each hidden dense layer", within=(1, math.inf))
+    conv_activation: str = option("relu", "after each convolution", choices=("relu", "sigmoid", "elu", "tanh"))
+    dense_activation: str = option("relu", "after each hidden dense layer", choices=("relu", "sigmoid", "elu", "tanh"))
+    output: str = option("softmax", "softmax with cross-entropy, or sigmoid with binary cross-entropy",
+                         choices=("softmax", "sigmoid"))
+    batch_norm: bool = option(False, "batch normalisation between each convolution and its activation")
+    dropout: float = option(0.0, "share of units dropped after each hidden dense layer", within=(0.0, 0.999))
+
+    # --- loss
+    l1: float = option(0.0, "coefficient of the sum of |w|", within=NOT_NEGATIVE)
+    l2: float = option(0.0, "coefficient of the sum of w²", within=NOT_NEGATIVE)
+    penalize: str = option("dense", "whose kernels the penalties count; biases never",
+                           choices=("dense", "conv", "all", "none"))
+    label_smoothing: float = option(0.0, "share of each label spread over all classes", within=UNIT)
+
+    # --- optimizer; None is the rule's own default
+    optimizer: str = option("rmsprop", "update rule",
+                            choices=("sgd", "rmsprop", "adam", "adamw", "nadam", "adamax"))
+    learning_rate: float = option(0.001, "rate at the start of the schedule (the peak, for one_cycle)",
+                                  within=NOT_NEGATIVE)
+    momentum: float | None = option(None, "sgd, rmsprop", within=UNIT)
+    nesterov: bool = option(False, "sgd: Nesterov's momentum")
+    rho: float | None = option(None, "rmsprop: decay of the mean square", within=UNIT)
+    centered: bool = option(False, "rmsprop: divide by the variance, not by the mean square")
+    beta_1: float | None = option(None, "adam, adamw, nadam, adamax", within=(0.0, 0.9999999))
+    beta_2: float | None = option(None, "adam, adamw, nadam, adamax", within=(0.0, 0.9999999))
+    epsilon: float | None = option(None, "all but sgd: added to the divisor", within=NOT_NEGATIVE)
+    weight_decay: float | None = option(None, "adamw: decoupled decay, times the rate", within=NOT_NEGATIVE)
+
+    # --- schedule
+    schedule: str = option("constant", "rate as a function of the step",
+                           choices=("constant", "inverse_time", "exponential", "polynomial", "piecewise", "cosine",
+                                    "one_cycle"))
+    schedule_unit: str = option("step", "what decay_steps, warmup_steps and boundaries count", choices=("step", "epoch"))
+    decay_steps: float | None = option(None, "length of the schedule's step; unset, inverse_time and exponential "
+                                             "take 1, the others the whole run", within=POSITIVE)
+    decay_rate: float | None = option(None, "inverse_time, exponential", within=NOT_NEGATIVE)
+    staircase: bool = option(False, "inverse_time, exponential: whole steps only")
+    end_rate: float | None = option(None, "polynomial, cosine, one_cycle: last rate", within=NOT_NEGATIVE)
+    power: float | None = option(None, "polynomial: exponent", within=POSITIVE)
+    restarts: bool = option(False, "cosine: start again at each end")
+    t_mul: float | None = option(None, "cosine: each restart's length over the last one's", within=(1.0, math.inf))
+    m_mul: float | None = option(None, "cosine: each restart's rate over the last one's", within=NOT_NEGATIVE)
+    start_rate: float | None = option(None, "one_cycle: first rate", within=NOT_NEGATIVE)
+    peak_at: float | None = option(None, "one_cycle: where the peak lies, as a share of decay_steps",
+                                   within=(1e-6, 0.999999))
+    boundaries: tuple[float, ...] = option((), "piecewise: where the rate changes", within=NOT_NEGATIVE)
+    rates: tuple[float, ...] = option((), "piecewise: the rate after each boundary", within=NOT_NEGATIVE)
+    warmup_steps: float = option(0.0, "linear warm-up in front of any schedule", within=NOT_NEGATIVE)
+
+    # --- run
+    epochs: int = option(5, "passes over the training images", within=(1, math.inf))
+    batch_size: int = option(64, "images per step", within=(1, math.inf))
+    seed: int = option(0, "of weights, data order and dropout", within=(0, 2**31 - 1))
+    seeds: tuple[int, ...] = option((), "train once for each of these, in one process", within=(0, 2**31 - 1))
+    runs: int = option(1, "train this often with the same seed, in one process", within=(1, math.inf))
+
+    # --- where and how it runs: the result does not depend on these, but for the order of float operations
+    pipeline: str = option("auto", "host: tf.data; prefetch: tf.data, copied ahead to the device; resident: the "
+                                   "images stay on the device", choices=("auto", "host", "prefetch", "resident"))
+    steps_per_call: int = option(0, "steps in one compiled call; 0 chooses", within=NOT_NEGATIVE)
+    jit_compile: bool = option(False, "compile the step with XLA")
+    eager: bool = option(False, "run the step uncompiled, op by op")
+    device: str = option("auto", "auto, cpu, gpu or gpu:1")
+    intra_op_threads: int = option(0, "threads inside one operation; 0: TensorFlow decides", within=NOT_NEGATIVE)
+    inter_op_threads: int = option(0, "operations side by side; 0: TensorFlow decides", within=NOT_NEGATIVE)
+    memory_growth: bool = option(True, "GPU memory is taken as needed, not all at once")
+    memory_limit: int = option(0, "GPU memory at most, in MiB; 0: no limit", within=NOT_NEGATIVE)
+    log_device_placement: bool = option(False, "print the device of every operation")
+    tensorflow_log: bool = option(False, "show TensorFlow's own start-up messages")
+
+    # --- what is written
+    logdir: str = option("runs", "the folder that each run gets a folder of its own in")
+    name: str = option("", "first part of the run folder's name; unset: the preset")
+    quiet: bool = option(False, "print nothing but errors")
+
+    @classmethod
+    def make(cls, preset: str = "article2", **values: Any) -> "Config":
+        """The preset's settings with `values` in place of its own, checked.
+
+        Values may be of the field's type or text, as flags and files give them.
+
+        Raises:
+          UserError: an unknown name, a value of the wrong type or out of range, or an impossible combination.
+        """
+        if preset not in PRESETS:
+            raise UserError(f"--preset={preset} is unknown; choose from {', '.join(PRESETS)}")
+        for name in values:
+            if name not in FIELDS:
+                raise UserError(f"there is no setting '{name}'")
+        merged = {"preset": preset, **PRESETS[preset], **values}
+        config = cls(**{name: _coerce(name, value) for name, value in merged.items()})
+        _check_combinations(config)
+        return config
+
+    def replace(self, **values: Any) -> "Config":
+        """This configuration with other values, checked like new ones."""
+        return Config.make(**{**dataclasses.asdict(self), **values})
+
+    def to_json(self) -> str:
+        """As written to `config.json`, which `--config` reads back."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """The settings in a JSON file, unchecked: a `config.json`, or any part of one."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config={path}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--config={path}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"--config={path}: expected one JSON object of settings, found {type(values).__name__}")
+        return values
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "article2": {},
+    "article3": dict(conv=(64, 64, 128), dense=(120,), l2=0.0008, schedule="inverse_time", learning_rate=0.001,
+                     decay_steps=1, decay_rate=0.001, momentum=0.8, epochs=80),
+    "article3_32": dict(conv=(32, 64, 128), dense=(120,), l2=0.001, schedule="inverse_time", learning_rate=0.001,
+                        decay_steps=1, decay_rate=0.001, momentum=0.9, epochs=80),
+    "digits": dict(dataset="digits", conv=(16, 32), pool=(2,), dense=(32,), batch_size=32, epochs=20),
+}
+
+_HINTS = get_type_hints(Config)
+FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Config)}
+_FIRST = {"preset": "start from", "dataset": "data", "conv": "model", "l1": "loss", "optimizer": "optimizer",
+          "schedule": "schedule", "epochs": "run", "pipeline": "where and how it runs", "logdir": "what is written"}
+GROUPS: dict[str, list[str]] = {}  # heading → fields, for help texts
+for _name in FIELDS:
+    _heading = _FIRST.get(_name) or _heading
+    GROUPS.setdefault(_heading, []).append(_name)
+
+
+def kind(name: str) -> tuple[type, bool, bool]:
+    """(element type, is it a list, may it be unset) of a field."""
+    hint, arguments = _HINTS[name], get_args(_HINTS[name])
+    if not arguments:
+        return hint, False, False
+    return arguments[0], Ellipsis in arguments, type(None) in arguments
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """`value` as the field's type, or a UserError that names the flag."""
+    element, is_list, may_be_unset = kind(name)
+    if may_be_unset and value in (None, ""):
+        return None
+    if not is_list:
+        return _coerce_one(name, element, value)
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part.strip()]
+    elif not isinstance(value, (list, tuple)):
+        value = [value]
+    return tuple(_coerce_one(name, element, part) for part in value)
+
+
+def _coerce_one(name: str, element: type, value: Any) -> Any:
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[element]
+    wrong = UserError(f"--{name}: expected {expected}, found {value!r}")
+    try:
+        if element is bool:
+            value = {True: True, False: False, "true": True, "false": False}[value]
+        elif element is str:
+            if not isinstance(value, str):
+                raise wrong
+        else:
+            if isinstance(value, bool) or (element is int and isinstance(value, float) and value != int(value)):
+                raise wrong
+            value = element(value)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise wrong from None
+    choices, bounds = FIELDS[name].metadata["choices"], FIELDS[name].metadata["within"]
+    if choices and value not in choices:
+        raise UserError(f"--{name}={value} is unknown; choose from {', '.join(choices)}")
+    if element is float and not math.isfinite(value):
+        raise UserError(f"--{name}={value} is not a finite number")
+    if bounds and not bounds[0] <= value <= bounds[1]:
+        low, high = (f"{bound:g}" for bound in bounds)
+        raise UserError(f"--{name}={value} is out of range: " + (
+            "it must be positive" if bounds == POSITIVE else
+            f"it must be at least {low}" if high == "inf" else f"it must lie between {low} and {high}"))
+    return value
+
+
+def _check_combinations(config: Config) -> None:
+    """Combinations that can be judged without looking at the data."""
+    if not config.conv and (config.pool or config.batch_norm) and config.pool != Config.pool:
+        raise UserError("--pool: there is no convolution to pool after; set --conv or --pool=")
+    if not config.conv and config.batch_norm:
+        raise UserError("--batch_norm: there is no convolution to normalise; set --conv")
+    if config.conv and len(config.kernel) not in (1, len(config.conv)):
+        raise UserError(f"--kernel has {len(config.kernel)} sizes for {len(config.conv)} convolutions: "
+                        f"give one, or one for each")
+    if config.conv and len(config.pool) > len(config.conv):
+        raise UserError(f"--pool has {len(config.pool)} sizes for {len(config.conv)} convolutions: "
+                        f"give at most one for each")
+    penalty = "l1" if config.l1 else "l2" if config.l2 else ""
+    if penalty and config.penalize == "none":
+        raise UserError(f"--{penalty}={getattr(config, penalty)} has no kernels to penalise: --penalize=none")
+    if penalty and config.penalize == "conv" and not config.conv:
+        raise UserError(f"--{penalty}={getattr(config, penalty)} has no kernels to penalise: --penalize=conv, "
+                        f"and the model has no convolution")
+    if config.schedule == "piecewise" and len(config.rates) != len(config.boundaries) or \
+            config.schedule == "piecewise" and not config.boundaries:
+        raise UserError(f"--schedule=piecewise needs --boundaries and as many --rates; found "
+                        f"{len(config.boundaries)} and {len(config.rates)}")
+    if list(config.boundaries) != sorted(set(config.boundaries)):
+        raise UserError(f"--boundaries={','.join(f'{b:g}' for b in config.boundaries)} must rise from each to the next")
+    if config.eager and config.jit_compile:
+        raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
+    if config.seeds and config.runs > 1:
+        raise UserError("--seeds and --runs exclude each other: --seeds trains once for each seed")

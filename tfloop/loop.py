@@ -1,0 +1,316 @@
+"""The training loop, top to bottom: losses → train_step → Loop.train_epoch → Loop.evaluate → Loop.run → Loop.fit.
+
+One step function serves every mode: compiled, under XLA, eager in a debugger, benchmarked. It returns tensors and
+touches nothing but the state; what is not the story (files, plots, checkpoints) consumes the records that `run` yields.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tfloop import models
+from tfloop import penalties, pipelines
+from tfloop.data import Dataset, Split
+from tfloop.errors import DivergenceError, UserError
+from tfloop.optimizers import flatten
+from tfloop.pipelines import Batch
+from tfloop.state import TrainState
+from tfloop.tracing import Traced
+
+EVALUATION_BATCH = 256
+STEPS_PER_CALL = {"CPU": 50, "GPU": 500}  # chosen so that a call lasts about half a second: Ctrl-C waits for its end
+
+
+class Loss(NamedTuple):
+    """total = data + l1 + l2 + custom + model, each a float32 scalar."""
+
+    total: tf.Tensor
+    data: tf.Tensor  # mean over the batch of the loss of each example
+    l1: tf.Tensor  # l1 · Σ|w| over the penalised kernels
+    l2: tf.Tensor  # l2 · Σw²
+    custom: tf.Tensor  # the user's own penalties
+    model: tf.Tensor  # what the model's own layers add
+
+
+class Metrics(NamedTuple):
+    """Means over the examples of a call, an epoch or a test set."""
+
+    total: float
+    data: float
+    l1: float
+    l2: float
+    custom: float
+    model: float
+    accuracy: float
+    gradient_norm: float | None = None  # of training alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one compiled call did."""
+
+    epoch: int  # counted from 1
+    step: int  # global_step after it
+    batch: int  # steps of the epoch done after it
+    steps: int
+    train: Metrics
+    rate: float  # of its last step
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """What one epoch reached."""
+
+    epoch: int
+    step: int
+    train: Metrics
+    test: Metrics
+    validation: Metrics | None
+    rate: float
+    seconds: float  # of training alone
+
+
+def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """[batch] float32: the loss of each example, from logits [batch, classes].
+
+    Softmax: -Σ_k t_k · log p_k. Sigmoid: the mean over k of the binary cross-entropy, as Keras has it. The target t is
+    one-hot, smoothed to (1 - s) · t + s / classes, or with sigmoid to (1 - s) · t + s / 2.
+    """
+    if state.loss is not None:
+        return state.loss(labels, outputs)
+    classes, smoothing = outputs.shape[-1], tf.convert_to_tensor(state.hyper["label_smoothing"])
+    targets = tf.one_hot(labels, classes) * (1.0 - smoothing)
+    if models.output_activation(state.model) == "sigmoid":
+        return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets + smoothing / 2.0, outputs), axis=-1)
+    return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, outputs)
+
+
+def model_losses(state: TrainState) -> tf.Tensor:
+    """What the layers of a user's own model added to the loss in the forward pass just made (Keras's model.losses)."""
+    own = getattr(state.model, "losses", [])
+    return tf.add_n([tf.reduce_sum(loss) for loss in own]) if own else tf.constant(0.0)
+
+
+def losses(state: TrainState, data: tf.Tensor, model: tf.Tensor) -> Loss:
+    """The loss, term by term, from the mean data loss and the model's own term."""
+    l1 = state.hyper["l1"] * penalties.total(penalties.l1, state.kernels)
+    l2 = state.hyper["l2"] * penalties.total(penalties.l2, state.kernels)
+    custom = penalties.total(lambda kernel: tf.add_n([penalty(kernel) for penalty in state.penalties]),
+                             state.kernels if state.penalties else [])
+    return Loss(data + l1 + l2 + custom + model, data, l1, l2, custom, model)
+
+
+class Pass(NamedTuple):
+    """One way forward through the model and back."""
+
+    loss: Loss
+    logits: tf.Tensor  # [batch, classes]
+    gradients: dict[str, tf.Tensor]  # of loss.total, by weight: "conv1/kernel"
+
+
+def forward_and_backward(state: TrainState, batch: Batch) -> Pass:
+    """The loss of a batch, term by term, and its gradients. Changes nothing but moving averages."""
+    images = state.standardize(batch.images)
+    with tf.GradientTape() as tape:
+        logits = models.logits(state.model, images, batch.weights, training=True, key=state.key())
+        each = example_losses(state, batch.labels, logits)
+        data_loss = tf.reduce_sum(batch.weights * each) / tf.reduce_sum(batch.weights)
+        loss = losses(state, data_loss, model_losses(state))
+    gradients = tape.gradient(loss.total, state.weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return Pass(loss, logits, gradients)
+
+
+def train_step(state: TrainState, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
+    """One step: forward, loss, backward, update.
+
+    A step whose loss or gradient is not finite changes no weight, slot or counter, and neither does any step after
+    it, so that the state is found as it was before: `state.diverged` tells.
+
+    Returns:
+      float32 [10]: steps, examples, and the sums over the examples of what Metrics names.
+      float32: the learning rate.
+    """
+    learning_rate = state.schedule(state.schedule_step)
+    loss, logits, gradients = forward_and_backward(state, batch)
+
+    gradient = flatten(gradients.values())
+    gradient_norm = tf.norm(gradient)
+    valid = tf.math.is_finite(loss.total) & tf.math.is_finite(gradient_norm) & ~state.diverged
+
+    updates = state.optimizer.updates(gradient, state.weights, learning_rate)
+    state.optimizer.apply(updates, state.weights, valid)
+    state.advance(valid)
+
+    examples = tf.reduce_sum(batch.weights)
+    accuracy = tf.reduce_sum(batch.weights * _hits(logits, batch.labels)) / examples
+    sums = tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, gradient_norm])], axis=0)
+    return tf.where(valid, sums, tf.zeros_like(sums)), learning_rate
+
+
+def _hits(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.equal(tf.argmax(logits, axis=-1, output_type=tf.int32), labels), tf.float32)
+
+
+class Loop:
+    """Trains a state on a data set.
+
+    Example:
+      >>> loop = Loop(state, tfloop.load("mnist"))
+      >>> for record in loop.run(epochs=5): print(record)
+      >>> state.reset()              # in place: the second run repeats the first bit for bit
+      >>> loop.fit(epochs=5)         # and nothing is traced again
+
+    Attributes:
+      seconds: {"tracing", "training", "evaluation"} so far.
+      traces: {"train", "evaluate"}: how often each was traced; 1 each, in a whole process.
+      steps: steps in an epoch.
+    """
+
+    def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
+                 steps_per_call: int = 0, jit_compile: bool = False, eager: bool = False):
+        """Args:
+          state: what to train.
+          data: images and labels.
+          batch_size: images per step; the last step of an epoch takes what is left.
+          pipeline: "auto", "host", "prefetch" or "resident" (see `pipelines`).
+          steps_per_call: steps in one compiled call; 0 chooses.
+          jit_compile: compile the step with XLA.
+          eager: run the step op by op.
+
+        Raises:
+          UserError: a batch larger than the data.
+        """
+        if batch_size > len(data.train):
+            raise UserError(f"--batch_size={batch_size} is larger than the {len(data.train)} training images")
+        self.state, self.data = state, data
+        self.pipeline = pipelines.make(pipeline, data.train, batch_size)
+        self.steps = self.pipeline.steps
+        kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+        self.steps_per_call = min(steps_per_call or STEPS_PER_CALL[kind], self.steps)
+        self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
+        step = lambda batch: train_step(state, batch)
+        self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile else step
+        self._train = Traced(self._train_steps, "the training step", eager)
+        self._evaluate = Traced(self._evaluate_all, "the evaluation", eager, input_signature=[
+            tf.TensorSpec([None, *data.image_shape], data.train.images.dtype), tf.TensorSpec([None], tf.int32)])
+
+    @property
+    def traces(self) -> dict[str, int]:
+        return {"train": self._train.traces, "evaluate": self._evaluate.traces}
+
+    def _train_steps(self, source, steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """`steps` steps in one call. A count that is a tensor keeps one trace for all counts, 0 included."""
+        def body(i, sums, _):
+            new, learning_rate = self._step(self.pipeline.take(source, self.state.batch))
+            return i + 1, sums + new, learning_rate
+
+        start = (tf.constant(0), tf.zeros([len(Metrics._fields) + 2]), tf.constant(0.0))
+        return tf.while_loop(lambda i, *_: i < steps, body, start, parallel_iterations=1)[1:]
+
+    def train_epoch(self) -> Iterator[Call]:
+        """The rest of the epoch that the state is in, a record per compiled call."""
+        state, first = self.state, int(self.state.batch)
+        source = self.pipeline.begin(state.seed, state.epoch, first)
+        if not self._train.traces:  # by running no step: the next call then does nothing but steps
+            self._time("tracing", self._train, source, tf.constant(0))
+        while first < self.steps:
+            count = self.steps_per_call - first % self.steps_per_call  # calls end at fixed places, resumed or not
+            count = min(count, self.steps - first)
+            (sums, rate), seconds = self._time("training", self._train, source, tf.constant(count))
+            if state.diverged:
+                raise self._divergence()
+            state.totals.assign_add(tf.cast(sums, tf.float64))
+            first += count
+            yield Call(int(state.epoch) + 1, int(state.global_step), first, count, _metrics(sums), float(rate), seconds)
+
+    def evaluate(self, split: Split) -> Metrics:
+        """Means over all of `split`, with the weights as they are."""
+        images, labels = (tf.convert_to_tensor(array) for array in (split.images, split.labels))
+        if not self._evaluate.traces:
+            self._time("tracing", self._evaluate, images[:0], labels[:0])
+        sums, _ = self._time("evaluation", self._evaluate, images, labels)
+        return _metrics(sums)._replace(gradient_norm=None)
+
+    def _evaluate_all(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        """The sums of train_step over all images, in batches of static size."""
+        state, size = self.state, tf.shape(labels)[0]
+
+        def body(first, sums):
+            rows = first + tf.range(EVALUATION_BATCH)
+            weights, rows = tf.cast(rows < size, tf.float32), tf.minimum(rows, size - 1)
+            logits = models.logits(state.model, state.standardize(tf.gather(images, rows)))
+            truth = tf.gather(labels, rows)
+            means = tf.stack([example_losses(state, truth, logits), _hits(logits, truth),
+                              tf.fill([EVALUATION_BATCH], model_losses(state))])
+            return first + EVALUATION_BATCH, sums + tf.linalg.matvec(means, weights)
+
+        _, sums = tf.while_loop(lambda first, _: first < size, body, (tf.constant(0), tf.zeros([3])), parallel_iterations=1)
+        examples = tf.cast(size, tf.float32)
+        data, accuracy, model = tf.unstack(sums / examples)
+        loss = losses(state, data, model)
+        return tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, 0.0])], axis=0)
+
+    def run(self, epochs: int) -> Iterator[Call | Epoch]:
+        """Train until `epochs` epochs are done: a Call after each compiled call, an Epoch after each epoch.
+
+        The state moves on only as records are taken, so code between them sees it as the record says, and may change
+        it: any variable of `state.hyper`, or `state.reset(...)`.
+
+        Raises:
+          DivergenceError: the loss or a gradient is NaN or infinite; the state is that before the step.
+        """
+        state = self.state
+        while int(state.epoch) < epochs:
+            before = self.seconds["training"]
+            yield from self.train_epoch()
+            train = _metrics(state.totals)
+            test = self.evaluate(self.data.test)
+            validation = self.evaluate(self.data.validation) if len(self.data.validation) else None
+            state.epoch.assign_add(1)
+            state.batch.assign(0)
+            state.totals.assign(tf.zeros_like(state.totals))
+            rate = float(state.schedule(state.schedule_step - 1))
+            yield Epoch(int(state.epoch), int(state.global_step), train, test, validation, rate,
+                        self.seconds["training"] - before)
+
+    def fit(self, epochs: int) -> Epoch | None:
+        """`run` to its end; the last epoch's record."""
+        record = None
+        for record in self.run(epochs):
+            pass
+        return record
+
+    def _time(self, what: str, function, *arguments):
+        """(result, seconds): the call, and the wait for the device to finish it."""
+        started = time.perf_counter()
+        result = function(*arguments)
+        tf.nest.map_structure(lambda tensor: tensor.numpy(), result)  # sync
+        seconds = time.perf_counter() - started
+        self.seconds[what] += seconds
+        return (result, seconds) if what != "tracing" else None
+
+    def _divergence(self) -> DivergenceError:
+        """Do the step that failed once more, layer by layer, to name where the first value is not finite."""
+        state, step = self.state, int(self.state.global_step)
+        batch = pipelines.batch_at(self.data.train, self.pipeline.batch_size, state.seed, state.epoch, int(state.batch))
+        activations = models.forward(state.model, state.standardize(batch.images), batch.weights, True, state.key())
+        found = [("weights", name.split("/")[0], weight) for name, weight in state.weights.items()]
+        found += [("activations", name, activation) for name, activation in activations]
+        found += [("gradients", name.split("/")[0], gradient)
+                  for name, gradient in forward_and_backward(state, batch).gradients.items()]
+        what, layer = next(((what, layer) for what, layer, values in found
+                            if not bool(tf.reduce_all(tf.math.is_finite(values)))), ("loss", "loss"))
+        where = "the loss" if layer == "loss" else f"the {what} of {layer}"
+        return DivergenceError(f"step {step}: {where} became NaN or infinite, at rate "
+                               f"{float(state.schedule(state.schedule_step)):.4g}; the weights are those before this "
+                               f"step. Try a lower --learning_rate", step, layer)
+
+
+def _metrics(sums: tf.Tensor) -> Metrics:
+    steps, examples, *rest = (float(value) for value in sums)
+    return Metrics(*(value / examples if examples else math.nan for value in rest))

@@ -1,0 +1,208 @@
+"""The article's CNN from Keras layers, and what the loop needs to know of any model.
+
+A model here is a keras.Model, or a tf.Module that is callable and has trainable variables. A plain stack of layers
+(`keras.Sequential`) is run layer by layer in `forward`, so that each activation can be seen and the last softmax or
+sigmoid is folded into the loss; any other model is called as it is and must return logits.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfloop.config import Config
+from tfloop.errors import UserError
+
+OUTPUTS = ("softmax", "sigmoid")
+
+
+def build(config: Config, image_shape: tuple[int, int, int], classes: int) -> keras.Sequential:
+    """The CNN that `config` describes: (conv, batch norm, activation, pool)*, flatten, (dense, dropout)*, output.
+
+    The weights are those of `initial_weights(model, config.seed)`.
+
+    Raises:
+      UserError: a kernel or a pool is larger than what is left of the image at that depth.
+    """
+    layers = keras.layers
+    _check_sizes(config, image_shape)
+    model = keras.Sequential([keras.Input(image_shape)], name="cnn")
+    kernels = config.kernel * len(config.conv) if len(config.kernel) == 1 else config.kernel
+    pools = config.pool + (1,) * len(config.conv)
+    for i, (filters, kernel, pool) in enumerate(zip(config.conv, kernels, pools), start=1):
+        fused = None if config.batch_norm else config.conv_activation
+        model.add(layers.Conv2D(filters, kernel, padding=config.padding, activation=fused, name=f"conv{i}"))
+        if config.batch_norm:
+            model.add(layers.BatchNormalization(name=f"norm{i}"))
+            model.add(layers.Activation(config.conv_activation, name=f"activation{i}"))
+        if pool > 1:
+            model.add(layers.MaxPooling2D(pool, name=f"pool{i}"))
+    model.add(layers.Flatten(name="flatten"))
+    for i, units in enumerate(config.dense, start=1):
+        model.add(layers.Dense(units, activation=config.dense_activation, name=f"dense{i}"))
+        if config.dropout:
+            model.add(layers.Dropout(config.dropout, name=f"dropout{i}"))
+    model.add(layers.Dense(classes, activation=config.output, name="output"))
+    values = initial_weights(model, config.seed)
+    for layer in model.layers:
+        for variable in layer.weights:
+            variable.assign(values[f"{layer.name}/{variable.name}"])
+    return model
+
+
+def _check_sizes(config: Config, image_shape: tuple[int, int, int]) -> None:
+    size = list(image_shape[:2])
+    kernels = config.kernel * len(config.conv) if len(config.kernel) == 1 else config.kernel
+    for i, kernel in enumerate(kernels[:len(config.conv)]):
+        if config.padding == "valid":
+            if kernel > min(size):
+                raise UserError(f"--kernel: conv{i + 1} has a {kernel}×{kernel} kernel, larger than its "
+                                f"{size[0]}×{size[1]} input; use a smaller kernel, fewer layers or --padding=same")
+            size = [side - kernel + 1 for side in size]
+        if i < len(config.pool) and config.pool[i] > 1:
+            pool = config.pool[i]
+            if pool > min(size):
+                raise UserError(f"--pool: pool{i + 1} is {pool}×{pool}, larger than its {size[0]}×{size[1]} input; "
+                                f"use a smaller pool, fewer pools or --padding=same")
+            size = [side // pool for side in size]
+
+
+def initial_weights(model: keras.Sequential, seed: int) -> dict[str, np.ndarray]:
+    """The value of each variable of a stack of layers at the start of a run: a pure function of its shape and the seed.
+
+    Kernels follow their layer's own initializer (Glorot uniform, by default), each from a seed of its own; everything
+    else is what its layer begins with: biases 0, moving means 0, moving variances 1.
+    """
+    constants = {"bias": 0, "beta": 0, "gamma": 1, "moving_mean": 0, "moving_variance": 1}
+    values = {}
+    for index, layer in enumerate(model.layers):
+        for variable in layer.weights:
+            if variable.name == "kernel":
+                settings = layer.kernel_initializer.get_config()
+                settings["seed"] = int(np.random.SeedSequence((seed, index)).generate_state(1)[0] & 0x7FFFFFFF)
+                value = np.asarray(type(layer.kernel_initializer).from_config(settings)(variable.shape))
+            else:
+                value = np.full(variable.shape, constants[variable.name], np.float32)
+            values[f"{layer.name}/{variable.name}"] = value
+    return values
+
+
+def named_variables(model) -> tuple[dict[str, tf.Variable], dict[str, tf.Variable]]:
+    """(trainable, other) variables of a model by name, "conv1/kernel", in the model's order.
+
+    A name that comes twice gets a number. Of a stack of layers the states of Keras's seed generators are left out:
+    `forward` makes its dropout from the position in the data instead.
+    """
+    kept, taken = ({}, {}), set()
+    trainable = {id(variable) for variable in model.trainable_variables}
+    for variable in model.variables:
+        path = getattr(variable, "path", variable.name).split(":")[0].removeprefix(f"{model.name}/")
+        if path.startswith("seed_generator"):  # numbered by process, so not a name to keep
+            path = "seed_generator"
+            if isinstance(model, keras.Sequential):
+                continue
+        name = next(n for k in range(len(taken) + 1) if (n := f"{path}_{k}" if k else path) not in taken)
+        taken.add(name)
+        kept[id(variable) not in trainable][name] = _variable(variable)
+    return kept
+
+
+def _variable(variable) -> tf.Variable:
+    """The tf.Variable behind a Keras variable, or the variable itself."""
+    return variable if isinstance(variable, tf.Variable) else variable.value
+
+
+def kernels(model, which: str) -> list[tf.Variable]:
+    """The kernels that a penalty counts: of the layers with a `kernel`, "dense", "conv" or "all"; "none" is [].
+
+    Of a tf.Module that is no Keras model, "all" is every trainable variable with two or more axes.
+    """
+    if which == "none":
+        return []
+    if not isinstance(model, keras.Model):
+        if which != "all":
+            raise UserError(f"--penalize={which}: only a Keras model tells its layers apart; use all or none")
+        return [v for v in model.trainable_variables if len(v.shape) > 1]
+    layers = [layer for layer in model._flatten_layers() if getattr(layer, "kernel", None) is not None]
+    dense = {id(layer) for layer in layers if isinstance(layer, keras.layers.Dense)}
+    return [_variable(layer.kernel) for layer in layers
+            if which == "all" or (which == "dense") == (id(layer) in dense)]
+
+
+def output_activation(model) -> str:
+    """"softmax" or "sigmoid" where a stack of layers ends in one; "" where the model returns logits."""
+    if not isinstance(model, keras.Sequential):
+        return ""
+    name = getattr(getattr(model.layers[-1], "activation", None), "__name__", "")
+    return name if name in OUTPUTS else ""
+
+
+def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training: bool = False, key=None):
+    """Yields (layer name, activation) from the first layer to the logits.
+
+    Args:
+      model: a keras.Sequential is run layer by layer; any other model yields once, what it returns.
+      images: [batch, height, width, channels] float32.
+      weights: [batch] float32, 0 for the rows that only fill up the batch: batch normalisation leaves them out.
+      training: as Keras's argument.
+      key: int32 [2], the seed of this step's dropout; needed in training where the model has a Dropout layer.
+    """
+    if not isinstance(model, keras.Sequential):
+        yield getattr(model, "name", "model"), _call(model, images, training)
+        return
+    x = images
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer, keras.layers.Dropout):
+            if training:  # stateless in place of Keras's own generator: the mask depends on the position alone
+                x = tf.nn.experimental.stateless_dropout(x, layer.rate, fold_in(key, index))
+        elif isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
+            mask = tf.reshape(weights > 0, [-1] + [1] * (len(x.shape) - 2))
+            x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
+            x = tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
+        elif index == len(model.layers) - 1 and output_activation(model):
+            x = _without_activation(layer, x)
+        else:
+            x = _call(layer, x, training)
+        yield layer.name, x
+
+
+def logits(model, images, weights=None, training=False, key=None) -> tf.Tensor:
+    """The last of what `forward` yields."""
+    for _, x in forward(model, images, weights, training, key):
+        pass
+    return x
+
+
+def probabilities(model, outputs: tf.Tensor) -> tf.Tensor:
+    """The model's output activation over its logits; softmax where it has none."""
+    return tf.sigmoid(outputs) if output_activation(model) == "sigmoid" else tf.nn.softmax(outputs)
+
+
+def fold_in(key, *numbers) -> tf.Tensor:
+    """A new int32 [2] seed from a seed and some whole numbers."""
+    for number in numbers:
+        key = tf.random.experimental.stateless_fold_in(key, tf.cast(number, tf.int32))
+    return key
+
+
+def _call(layer, x, training):
+    return layer(x, training=training) if isinstance(layer, keras.layers.Layer) else layer(x)
+
+
+def _without_activation(layer, x):
+    if not isinstance(layer, keras.layers.Dense):
+        return x  # an Activation or Softmax layer of its own
+    x = tf.matmul(x, layer.kernel)
+    return x if layer.bias is None else tf.nn.bias_add(x, layer.bias)
+
+
+def table(model: keras.Model) -> list[tuple[str, str, str, int]]:
+    """(layer, output shape, weight shapes, parameters) for each layer. A dense kernel is (inputs, units)."""
+    rows = []
+    for layer in model.layers:
+        shapes = ", ".join(f"{w.name} {_shape(w.shape)}" for w in layer.weights)
+        rows.append((layer.name, _shape(layer.output.shape[1:]), shapes, layer.count_params()))
+    return rows
+
+
+def _shape(shape) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"

@@ -1,0 +1,197 @@
+"""Optimizers: pure update rules on vectors, and the object that keeps their slots and numbers.
+
+A rule takes the gradient, the weights and the slots, each one float32 vector [n] over all trainable weights, and the
+count of updates made before this one. It returns the update to add to the weights, and the new slots. One vector in
+place of a tensor per weight makes every rule a handful of operations, however many layers there are.
+
+The rules and their defaults are those of keras.optimizers (3.15), which they follow to float32 rounding.
+"""
+
+import keras
+import tensorflow as tf
+
+from tfloop.errors import UserError
+from tfloop.schedules import bind
+
+
+def f32(number) -> tf.Tensor:
+    """Hyperparameters are float64, so that 1 - beta_2 is 0.001 and not 5e-5 off it; the arithmetic is float32."""
+    return tf.cast(number, tf.float32)
+
+
+def average(old, new, decay):
+    """The exponential moving average decay · old + (1 - decay) · new."""
+    return old + (new - old) * f32(1.0 - decay)
+
+
+def sgd(gradient, weights, slots, count, rate, *, momentum=0.0, nesterov=False):
+    """m ← momentum · m - rate · g;  w ← w + m, or with Nesterov w ← w + momentum · m - rate · g."""
+    m = f32(momentum) * slots["momentum"] - rate * gradient
+    return f32(momentum) * m - rate * gradient if nesterov else m, {"momentum": m}
+
+
+def rmsprop(gradient, weights, slots, count, rate, *, rho=0.9, momentum=0.0, epsilon=1e-7, centered=False):
+    """v ← rho · v + (1 - rho) · g²;  m ← momentum · m + rate · g / √(v + epsilon);  w ← w - m.
+
+    Centered, the mean gradient a ← rho · a + (1 - rho) · g is kept too, and v - a² stands in the root for v.
+    (Hinton, Tieleman: lecture 6.5, 2012; centered: Graves, arXiv:1308.0850.)
+    """
+    v = average(slots["mean_square"], tf.square(gradient), rho)
+    new = {"mean_square": v}
+    if centered:
+        new["mean_gradient"] = average(slots["mean_gradient"], gradient, rho)
+        v = v - tf.square(new["mean_gradient"])
+    new["momentum"] = f32(momentum) * slots["momentum"] + rate * gradient * tf.math.rsqrt(v + f32(epsilon))
+    return -new["momentum"], new
+
+
+def adam(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+    """m ← beta_1 · m + (1 - beta_1) · g;  v ← beta_2 · v + (1 - beta_2) · g²;  with t = count + 1
+    w ← w - rate · √(1 - beta_2 ** t) / (1 - beta_1 ** t) · m / (√v + epsilon).
+
+    (Kingma and Ba, arXiv:1412.6980, the form at the end of section 2, where epsilon is "epsilon hat".)
+    """
+    t = f32(count + 1)
+    m, v = average(slots["momentum"], gradient, beta_1), average(slots["mean_square"], tf.square(gradient), beta_2)
+    alpha = rate * tf.sqrt(1.0 - tf.pow(f32(beta_2), t)) / (1.0 - tf.pow(f32(beta_1), t))
+    return -alpha * m / (tf.sqrt(v) + f32(epsilon)), {"momentum": m, "mean_square": v}
+
+
+def adamw(gradient, weights, slots, count, rate, *, weight_decay=0.004, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+    """adam's update, and - rate · weight_decay · w beside it (Loshchilov and Hutter, arXiv:1711.05101)."""
+    update, new = adam(gradient, weights, slots, count, rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)
+    return update - rate * f32(weight_decay) * weights, new
+
+
+def nadam(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+    """adam with Nesterov's momentum: u_t = beta_1 · (1 - ½ · 0.96 ** t), U_t = u_1 · … · u_t,
+    w ← w - rate · (u_{t+1} · m / (1 - U_{t+1}) + (1 - u_t) · g / (1 - U_t)) / (√(v / (1 - beta_2 ** t)) + epsilon).
+
+    (Dozat, "Incorporating Nesterov momentum into Adam", 2016.) U_t is the slot "product", a scalar that starts at 1.
+    """
+    t = f32(count + 1)
+    u, u_next = (f32(beta_1) * (1.0 - 0.5 * tf.pow(0.96, k)) for k in (t, t + 1.0))
+    product = slots["product"] * u
+    m, v = average(slots["momentum"], gradient, beta_1), average(slots["mean_square"], tf.square(gradient), beta_2)
+    m_hat = u_next * m / (1.0 - product * u_next) + (1.0 - u) * gradient / (1.0 - product)
+    v_hat = v / (1.0 - tf.pow(f32(beta_2), t))
+    return -rate * m_hat / (tf.sqrt(v_hat) + f32(epsilon)), {"momentum": m, "mean_square": v, "product": product}
+
+
+def adamax(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+    """m as in adam;  u ← max(beta_2 · u, |g|);  w ← w - rate / (1 - beta_1 ** t) · m / (u + epsilon)."""
+    t = f32(count + 1)
+    m = average(slots["momentum"], gradient, beta_1)
+    u = tf.maximum(f32(beta_2) * slots["infinity_norm"], tf.abs(gradient))
+    return -rate / (1.0 - tf.pow(f32(beta_1), t)) * m / (u + f32(epsilon)), {"momentum": m, "infinity_norm": u}
+
+
+OPTIMIZERS = {rule.__name__: rule for rule in (sgd, rmsprop, adam, adamw, nadam, adamax)}
+SLOTS = {"sgd": ("momentum",), "rmsprop": ("mean_square", "momentum"), "adam": ("momentum", "mean_square"),
+         "adamw": ("momentum", "mean_square"), "nadam": ("momentum", "mean_square", "product"),
+         "adamax": ("momentum", "infinity_norm")}
+
+
+class Optimizer(tf.Module):
+    """An update rule with its slots, its count and its numbers as variables.
+
+    Attributes:
+      hyper: name → float64 variable, for every hyperparameter of the rule but the rate, which the schedule gives.
+      slots: name → float32 variable, one vector [n] over all weights (or a scalar); made by `build`.
+      count: int64 variable, updates made since the slots were last reset; drives the bias correction.
+    """
+
+    def __init__(self, name: str = "rmsprop", **hyper):
+        """Args:
+          name: one of OPTIMIZERS.
+          **hyper: the rule's hyperparameters; those left out take its defaults.
+
+        Raises:
+          UserError: an unknown rule, or a hyperparameter that it does not have.
+        """
+        super().__init__(name=name)
+        self._rule, numbers, self._switches = bind(OPTIMIZERS, "optimizer", name, hyper)
+        self.hyper = {key: tf.Variable(value, dtype=tf.float64, trainable=False, name=key)
+                      for key, value in numbers.items()}
+        self.slots = {}
+        self.count = tf.Variable(0, dtype=tf.int64, trainable=False, name="count")
+
+    def build(self, weights: dict[str, tf.Variable]) -> None:
+        """Make the slots for these weights."""
+        size = sum(weight.shape.num_elements() for weight in weights.values())
+        names = SLOTS[self.name] + (("mean_gradient",) if self._switches.get("centered") else ())
+        self.slots = {name: tf.Variable(_initial(name, size), trainable=False, name=name) for name in names}
+
+    def updates(self, gradient: tf.Tensor, weights: dict[str, tf.Variable], rate):
+        """(the update to add to the weights [n], the new slots), from the gradient [n]. Changes nothing."""
+        numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
+        slots = {name: tf.convert_to_tensor(slot) for name, slot in self.slots.items()}
+        vector = flatten(weights.values()) if self.name == "adamw" else None  # no other rule looks at them
+        return self._rule(gradient, vector, slots, self.count, rate, **numbers, **self._switches)
+
+    def apply(self, updates, weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
+        """Add an update to the weights and keep its slots; nothing changes where `valid`, a boolean, is false."""
+        update, slots = updates
+        update = tf.where(valid, update, tf.zeros_like(update))
+        for name, part in unflatten(update, weights).items():
+            weights[name].assign_add(part)
+        for name, slot in slots.items():
+            self.slots[name].assign(tf.where(valid, slot, self.slots[name]))
+        self.count.assign_add(tf.cast(valid, tf.int64))
+
+    def reset(self) -> None:
+        """Slots and count as they were when built; hyperparameters stay."""
+        self.count.assign(0)
+        for name, slot in self.slots.items():
+            slot.assign(_initial(name, slot.shape.num_elements()))
+
+
+class KerasOptimizer(tf.Module):
+    """Any keras.optimizers.Optimizer in Optimizer's place: the loop drives its rate and resets its variables.
+
+    Keras computes and applies in one go, so `updates` makes the update and reports it, and `apply` has nothing left
+    to do. A step that is not valid is therefore made all the same.
+    """
+
+    def __init__(self, inner, variables):
+        """Args: a Keras optimizer that no model was compiled with, and the Keras variables that it is to train."""
+        super().__init__(name=type(inner).__name__.lower())
+        if not isinstance(inner.learning_rate, keras.Variable):
+            raise UserError(f"{type(inner).__name__}: hand it in with a plain learning rate; the loop's schedule drives it")
+        self.inner, self.hyper, self._variables = inner, {}, list(variables)
+
+    def build(self, weights: dict[str, tf.Variable]) -> None:
+        """Make the slots for these weights, which are those of the variables given."""
+        self.inner.build(self._variables)
+        self.count = self.inner.iterations.value
+        self.slots = {f"{index}/{variable.name}": variable.value for index, variable in enumerate(self.inner.variables)
+                      if variable.value is not self.count}
+        self._initial = [(variable, variable.numpy()) for variable in self.inner.variables]
+
+    def updates(self, gradient: tf.Tensor, weights: dict[str, tf.Variable], rate):
+        before = flatten(weights.values())
+        self.inner.learning_rate.assign(rate)
+        self.inner.apply(list(unflatten(gradient, weights).values()), self._variables)
+        return flatten(weights.values()) - before, {}
+
+    def apply(self, updates, weights, valid) -> None:
+        pass
+
+    def reset(self) -> None:
+        for variable, value in self._initial:
+            variable.assign(value)
+
+
+def flatten(tensors) -> tf.Tensor:
+    """One vector [n] of all tensors' elements, in order."""
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
+
+
+def unflatten(vector: tf.Tensor, like: dict[str, tf.Variable]) -> dict[str, tf.Tensor]:
+    """The inverse of flatten: name → the part of `vector` with the shape of like[name]."""
+    parts = tf.split(vector, [weight.shape.num_elements() for weight in like.values()])
+    return {name: tf.reshape(part, like[name].shape) for name, part in zip(like, parts)}
+
+
+def _initial(slot: str, size: int) -> tf.Tensor:
+    return tf.ones([]) if slot == "product" else tf.zeros([size])

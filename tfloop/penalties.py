@@ -1,0 +1,22 @@
+"""Penalties on kernels. A penalty is any function `kernel → scalar`; these are the usual two.
+
+The loss is written out in the step: total = data + l1 · Σ|w| + l2 · Σw², in the convention of Keras's regularizers
+(no factor ½). `l1` and `l2` are variables of the state; biases are never counted.
+"""
+
+import tensorflow as tf
+
+
+def l1(kernel: tf.Tensor) -> tf.Tensor:
+    """Σ|w|. Its gradient is sign(w), 0 at 0."""
+    return tf.reduce_sum(tf.abs(kernel))
+
+
+def l2(kernel: tf.Tensor) -> tf.Tensor:
+    """Σw². Its gradient is 2w."""
+    return tf.reduce_sum(tf.square(kernel))
+
+
+def total(penalty, kernels) -> tf.Tensor:
+    """The penalty summed over kernels; 0 where there are none."""
+    return tf.add_n([penalty(kernel) for kernel in kernels]) if kernels else tf.constant(0.0)

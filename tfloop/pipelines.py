@@ -1,0 +1,121 @@
+"""How batches reach the step. Three ways, one order: what a batch holds is a pure function of (seed, epoch, index).
+
+A pipeline has `begin(seed, epoch, first)`, which returns a source for the rest of that epoch, and
+`take(source, index)`, which the compiled step calls for the batch with this index. Images travel as they lie in the
+data set (uint8); they become float32 in the step.
+"""
+
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfloop.data import Split
+from tfloop.models import fold_in
+
+SHARE_OF_MEMORY = 0.25  # images that take less than this of the free memory are kept resident
+GPU_BYTES = 4 << 30  # and on a GPU, less than this
+
+
+class Batch(NamedTuple):
+    """One batch of static size. The last one of an epoch is filled up with rows of weight 0."""
+
+    images: tf.Tensor  # [batch, height, width, channels], uint8 or float32
+    labels: tf.Tensor  # [batch] int32
+    weights: tf.Tensor  # [batch] float32, 1 or 0
+
+
+def order(seed, epoch, size: int) -> tf.Tensor:
+    """The order of `size` examples in an epoch: a permutation, int64 [size], the same on every device.
+
+    The rows are sorted by 64 random bits each (Philox, keyed by seed and epoch).
+    """
+    key = fold_in(tf.stack([tf.cast(seed, tf.int32), 0]), epoch)
+    bits = tf.random.stateless_uniform([size], key, None, None, tf.int64, alg="philox")
+    return tf.cast(tf.argsort(bits, stable=True), tf.int64)
+
+
+class Resident:
+    """The images stay in device memory; permuting and gathering happen there, and an epoch crosses nothing."""
+
+    name = "resident"
+
+    def __init__(self, split: Split, batch_size: int):
+        self.size, self.batch_size = len(split), batch_size
+        self.steps = math.ceil(self.size / batch_size)
+        self._images, self._labels = tf.constant(split.images), tf.constant(split.labels)
+        self._order = tf.Variable(tf.zeros([self.steps * batch_size], tf.int64), trainable=False)
+
+    def begin(self, seed, epoch, first: int) -> tuple:
+        rows = order(seed, epoch, self.size)
+        self._order.assign(tf.concat([rows, rows[:self._order.shape[0] - self.size]], axis=0))
+        return ()
+
+    def take(self, source: tuple, index: tf.Tensor) -> Batch:
+        first = index * self.batch_size
+        rows = tf.slice(self._order, [first], [self.batch_size])
+        return Batch(tf.gather(self._images, rows), tf.gather(self._labels, rows),
+                     _weights(first, self.batch_size, self.size))
+
+
+class Streamed:
+    """tf.data gathers the batches on the CPU, ahead of the step; `to_device` also copies them ahead to the device."""
+
+    def __init__(self, split: Split, batch_size: int, to_device: bool):
+        self.name = "prefetch" if to_device else "host"
+        self.size, self.batch_size = len(split), batch_size
+        self.steps = math.ceil(self.size / batch_size)
+        self._device = (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU"))[0].name
+        with tf.device("CPU"):
+            self._images, self._labels = tf.constant(split.images), tf.constant(split.labels)
+
+    def begin(self, seed, epoch, first: int):
+        with tf.device("CPU"):
+            rows = order(seed, epoch, self.size)
+            rows = tf.concat([rows, rows[:self.steps * self.batch_size - self.size]], axis=0)
+
+        def gather(index, rows):
+            return Batch(tf.ensure_shape(tf.gather(self._images, rows), [self.batch_size, *self._images.shape[1:]]),
+                         tf.ensure_shape(tf.gather(self._labels, rows), [self.batch_size]),
+                         _weights(index * self.batch_size, self.batch_size, self.size))
+
+        batches = tf.data.Dataset.from_tensor_slices(tf.reshape(rows, [self.steps, self.batch_size]))
+        batches = tf.data.Dataset.zip(tf.data.Dataset.range(self.steps), batches).skip(first)
+        batches = batches.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        if self.name == "prefetch":
+            batches = batches.apply(tf.data.experimental.prefetch_to_device(self._device, 2))
+        else:
+            batches = batches.prefetch(tf.data.AUTOTUNE)
+        return iter(batches)
+
+    def take(self, source, index: tf.Tensor) -> Batch:
+        return next(source)
+
+
+def batch_at(split: Split, batch_size: int, seed, epoch, index: int) -> Batch:
+    """The batch that every pipeline gives at this place, made on its own."""
+    first, size = index * batch_size, len(split)
+    rows = np.resize(order(seed, epoch, size).numpy(), first + batch_size)[first:]
+    return Batch(tf.constant(split.images[rows]), tf.constant(split.labels[rows]), _weights(first, batch_size, size))
+
+
+def make(name: str, split: Split, batch_size: int):
+    """A pipeline by name; "auto" is resident where the images fit comfortably, else prefetch."""
+    if name == "auto":
+        name = "resident" if split.images.nbytes < comfortable_bytes() else "prefetch"
+    if name == "resident":
+        return Resident(split, batch_size)
+    return Streamed(split, batch_size, to_device=name == "prefetch")
+
+
+def comfortable_bytes() -> int:
+    """How much image data "auto" keeps on the device."""
+    if tf.config.list_physical_devices("GPU"):
+        return GPU_BYTES
+    return int(SHARE_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _weights(first: tf.Tensor, batch_size: int, size: int) -> tf.Tensor:
+    return tf.cast(tf.cast(first, tf.int64) + tf.range(batch_size, dtype=tf.int64) < size, tf.float32)

@@ -1,0 +1,57 @@
+"""Class probabilities of new images, read from a folder of pictures or an .npz file."""
+
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from tfloop import models
+from tfloop.data import check_images, read_npz
+from tfloop.errors import UserError
+from tfloop.state import TrainState
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
+ARRAYS = ("images", "x", "x_test")
+BATCH = 256
+
+
+def read_images(path: str | Path, shape: tuple[int, int, int]) -> tuple[list[str], np.ndarray]:
+    """(names, images [N, *shape]) of the pictures in a folder, by name, or of the images in an .npz file.
+
+    Raises:
+      UserError: nothing to read, a damaged file, or an image of another shape than the model's.
+    """
+    path, expected = Path(path), "×".join(map(str, shape))
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        if not files:
+            raise UserError(f"{path}: holds no pictures ({', '.join(PICTURES)})")
+        return [file.name for file in files], np.stack([_read_picture(file, shape) for file in files])
+    if path.suffix != ".npz" or not path.is_file():
+        raise UserError(f"{path}: expected a folder of pictures or an .npz file")
+    arrays = read_npz(path)
+    name = next((name for name in ARRAYS if name in arrays), None)
+    if name is None:
+        raise UserError(f"{path}: expected an array named {' or '.join(ARRAYS)}; found {', '.join(arrays) or 'nothing'}")
+    images = check_images(arrays[name], f"{path}: {name}")
+    if images.shape[1:] != tuple(shape):
+        raise UserError(f"{path}: {name} holds images of {'×'.join(map(str, images.shape[1:]))}, the model takes {expected}")
+    return [str(row) for row in range(len(images))], images
+
+
+def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    channels = shape[-1] if shape[-1] in (1, 3, 4) else 0
+    try:
+        image = tf.io.decode_image(tf.io.read_file(str(file)), channels, expand_animations=False).numpy()
+    except tf.errors.OpError as error:
+        raise UserError(f"{file}: cannot be read as a picture: {error.message.split('[Op')[0].strip()}") from None
+    if image.shape != tuple(shape):
+        raise UserError(f"{file}: is {'×'.join(map(str, image.shape))}, the model takes {'×'.join(map(str, shape))}")
+    return image
+
+
+def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
+    """Probabilities [N, classes] of images [N, height, width, channels] as they lie in the data: not standardised."""
+    parts = [models.probabilities(state.model, models.logits(state.model, state.standardize(images[i:i + BATCH])))
+             for i in range(0, len(images), BATCH)]
+    return np.concatenate([part.numpy() for part in parts])

@@ -1,0 +1,154 @@
+"""The whole state of a training run in one object that can be reset, saved, compared and hashed.
+
+Everything that changes while training, and every number that a step reads, is a variable of `TrainState`. The
+compiled step closes over these variables, so resetting or changing one never makes TensorFlow trace again.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfloop import models
+from tfloop.data import Standardizer
+from tfloop.errors import UserError
+from tfloop.optimizers import KerasOptimizer, Optimizer
+from tfloop.schedules import Schedule
+
+
+class TrainState(tf.Module):
+    """Weights, slots, counters, hyperparameters, seed, position in the data and the epoch's metrics so far.
+
+    Three counters, each with one meaning:
+      global_step: steps ever made; never goes back; the axis of the summaries.
+      schedule_step: drives the learning-rate schedule; `reset(schedule=True)` sets it to 0.
+      optimizer.count: drives the optimizer's bias correction; reset with its slots.
+
+    Attributes:
+      model: the model; weights, moving: its trainable and its other variables by name, "conv1/kernel".
+      optimizer, schedule: their slots, count and numbers.
+      hyper: name → variable, every number a step reads: l1, l2, label_smoothing, the optimizer's and the schedule's.
+      seed, epoch, batch: the position in the data; with them the order of examples and all dropout is determined.
+      totals: float64 sums of the epoch's metrics so far.
+      diverged: true once a loss or gradient was not finite; from then on no step changes anything.
+    """
+
+    def __init__(self, model, optimizer="rmsprop", schedule: Schedule | float = 0.001, *, l1: float = 0.0,
+                 l2: float = 0.0, penalize: str | Sequence[tf.Variable] = "all",
+                 penalties: Sequence[Callable] = (), label_smoothing: float = 0.0, loss: Callable | None = None,
+                 standardizer: Standardizer | None = None, seed: int = 0,
+                 initial_weights: Callable[[int], dict[str, np.ndarray]] | None = None):
+        """Args:
+          model: a keras.Model, or a tf.Module that is callable and has trainable variables.
+          optimizer: an Optimizer, the name of one, or a keras.optimizers.Optimizer.
+          schedule: a Schedule, or a constant rate.
+          l1, l2: coefficients of Σ|w| and Σw² over the penalised kernels.
+          penalize: "dense", "conv", "all", "none", or the kernels themselves.
+          penalties: functions kernel → scalar, each added to the loss for every penalised kernel as it is.
+          label_smoothing: share of each label spread over all classes.
+          loss: function (labels [batch] int32, outputs) → [batch], in place of cross-entropy from logits.
+          standardizer: of the pixels; belongs to the trained model.
+          seed: of the data order and dropout, and of the weights where `initial_weights` is given.
+          initial_weights: seed → value of each of the model's variables by name. Without it, the initial values are
+            those found now, whatever the seed.
+
+        Raises:
+          UserError: a name that is unknown, or a model without trainable variables.
+        """
+        super().__init__(name="state")
+        self.model = model
+        self.weights, self.moving = models.named_variables(model)
+        if not self.weights:
+            raise UserError("the model has no trainable variables: build it (call it once) before it is trained")
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            optimizer = KerasOptimizer(optimizer, model.trainable_variables)
+        self.optimizer = Optimizer(optimizer) if isinstance(optimizer, str) else optimizer
+        self.optimizer.build(self.weights)
+        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule("constant", learning_rate=schedule)
+        self.kernels = models.kernels(model, penalize) if isinstance(penalize, str) else list(penalize)
+        self.penalties, self.loss = tuple(penalties), loss
+        number = lambda value, name: tf.Variable(value, dtype=tf.float32, trainable=False, name=name)
+        self._own_hyper = {"l1": number(l1, "l1"), "l2": number(l2, "l2"),
+                           "label_smoothing": number(label_smoothing, "label_smoothing")}
+        counter = lambda name: tf.Variable(0, dtype=tf.int64, trainable=False, name=name)
+        self.global_step, self.schedule_step = counter("global_step"), counter("schedule_step")
+        self.epoch, self.batch = counter("epoch"), counter("batch")
+        self.seed = tf.Variable(seed, dtype=tf.int64, trainable=False, name="seed")
+        self.totals = tf.Variable(tf.zeros([10], tf.float64), trainable=False, name="totals")
+        self.diverged = tf.Variable(False, trainable=False, name="diverged")
+        if standardizer is None:
+            standardizer = Standardizer(np.zeros([], np.float32), np.ones([], np.float32))
+        self.mean = tf.Variable(standardizer.mean, trainable=False, name="mean")
+        self.scale = tf.Variable(standardizer.scale, trainable=False, name="scale")
+        found = {name: variable.numpy() for name, variable in {**self.weights, **self.moving}.items()}
+        self._initial = initial_weights or (lambda seed: found)
+
+    @property
+    def hyper(self) -> dict[str, tf.Variable]:
+        return {**self.schedule.hyper, **self.optimizer.hyper, **self._own_hyper}
+
+    def standardize(self, images: tf.Tensor) -> tf.Tensor:
+        """(x - mean) / scale, float32."""
+        return (tf.cast(images, tf.float32) - self.mean) / self.scale
+
+    def key(self) -> tf.Tensor:
+        """The seed of this step's randomness, int32 [2]: a pure function of (seed, epoch, batch)."""
+        return models.fold_in(tf.stack([tf.cast(self.seed, tf.int32), 1]), self.epoch, self.batch)
+
+    def advance(self, valid: tf.Tensor) -> None:
+        """One step on, where the step was valid; else stay here, diverged."""
+        one = tf.cast(valid, tf.int64)
+        for counter in (self.global_step, self.schedule_step, self.batch):
+            counter.assign_add(one)
+        self.diverged.assign(tf.logical_not(valid))
+
+    def reset(self, weights: bool = True, slots: bool = True, schedule: bool = True, data: bool = True,
+              seed: int | None = None) -> None:
+        """Set any part back to its start, in place; nothing is traced again. global_step never goes back.
+
+        Args:
+          weights: initial weights and moving averages, those of `seed`.
+          slots: the optimizer's slots and count.
+          schedule: schedule_step; alone, this is a warm restart.
+          data: epoch, batch and the metrics so far.
+          seed: a new seed, from here on; None keeps the one there is.
+        """
+        if seed is not None:
+            self.seed.assign(seed)
+        if weights:
+            values = self._initial(int(self.seed))
+            for name, variable in {**self.weights, **self.moving}.items():
+                variable.assign(values[name])
+        if slots:
+            self.optimizer.reset()
+        if schedule:
+            self.schedule_step.assign(0)
+        if data:
+            self.epoch.assign(0)
+            self.batch.assign(0)
+            self.totals.assign(tf.zeros_like(self.totals))
+        self.diverged.assign(False)
+
+    def begin(self, seed: int) -> None:
+        """The state that a fresh process has with this seed: a full reset, and global_step 0, for a new run."""
+        self.reset(seed=seed)
+        self.global_step.assign(0)
+
+    def named(self) -> dict[str, tf.Variable]:
+        """Every variable of the state by name: "weights/conv1/kernel", "slots/momentum", "global_step" …"""
+        groups = {"weights": self.weights, "moving": self.moving, "slots": self.optimizer.slots, "hyper": self.hyper}
+        single = {"global_step": self.global_step, "schedule_step": self.schedule_step, "count": self.optimizer.count,
+                  "seed": self.seed, "epoch": self.epoch, "batch": self.batch, "totals": self.totals,
+                  "diverged": self.diverged, "mean": self.mean, "scale": self.scale}
+        return {f"{group}/{name}": v for group, named in groups.items() for name, v in named.items()} | single
+
+    def digest(self, *groups: str) -> str:
+        """SHA-256 over names, types, shapes and bytes of the variables, or of those in groups such as "weights"."""
+        sha = hashlib.sha256()
+        for name, variable in sorted(self.named().items()):
+            if not groups or name.split("/")[0] in groups:
+                value = np.asarray(variable)
+                sha.update(f"{name} {value.dtype} {value.shape}\n".encode() + value.tobytes())
+        return sha.hexdigest()
