@@ -143,12 +143,15 @@ def main(argv: list[str] | None = None) -> int:
     except DivergenceError as error:
         print(f"tfloop: {error}", file=sys.stderr)
         return DIVERGED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
+            sys.stderr.close()
+            return 0
+        print(f"tfloop: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("tfloop: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        sys.stderr.close()
-        return 0
 
 
 def _main(argv: list[str]) -> int:

@@ -96,7 +96,8 @@ def train(config: Config, device: str = "", started: float | None = None,
         display.say(f"{len(loop.data.train)} training and {len(loop.data.test)} test images of "
                     f"{'×'.join(map(str, loop.data.image_shape))}, {loop.data.classes} classes; "
                     f"{sum(w.shape.num_elements() for w in state.weights.values()):,} weights; "
-                    f"{device or 'default device'}, {loop.pipeline.name} pipeline")
+                    f"{device or 'default device'}, {loop.pipeline.name} pipeline"
+                    f"{' (auto)' * (config.pipeline == 'auto')}")
         results = []
         for seed in config.seeds or (config.seed,) * config.runs:
             own = config.replace(seed=seed, seeds=(), runs=1)
@@ -216,7 +217,7 @@ def open_run(folder: str | Path) -> tuple[Config, TrainState, dict]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Under a temporary name first, so that what bears the name is whole. NaN, which JSON lacks, becomes null."""
+    """Under a temporary name first, so that what bears the name is whole."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)

@@ -1,0 +1,238 @@
+"""The command line, in this process: what it prints, what it writes, its exit codes."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tfloop
+from tfloop.cli import COMMANDS, main
+from tfloop.config import FIELDS
+
+SMALL = ["--preset=digits", "--conv=4,6", "--dense=8", "--batch_size=100", "--epochs=2"]
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train("--flag", …): the exit code; runs go to tmp_path."""
+    return lambda *flags: main(["train", *SMALL, f"--logdir={tmp_path}", *flags])
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_train_writes_a_run_and_says_what_it_reached(train, tmp_path, capsys):
+    assert train() == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("1437 training and 360 test images of 8×8×1, 10 classes; 408 weights; CPU, resident")
+    assert out[1].startswith("epoch 1/2  loss ") and out[2].startswith("epoch 2/2  loss ")
+    assert out[3].endswith(str(tmp_path / "digits-001"))
+    found = result(tmp_path / "digits-001")
+    assert found["steps"] == 30 and found["traces"] == {"train": 1, "evaluate": 1} and not found["interrupted"]
+    assert set(found["seconds"]) == {"setup", "tracing", "training", "evaluation"}
+    assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2] and found["final"] == found["epochs"][1]
+    assert found["weights_sha256"] and found["peak_memory_mib"] > 100 and found["versions"]["tensorflow"]
+
+
+def test_event_files_hold_train_and_test_over_one_axis(train, tmp_path):
+    assert train("--steps_per_call=10", "--l2=0.001", "--schedule=inverse_time") == 0
+    curves = {}
+    for run in ("train", "test"):
+        events = EventAccumulator(str(tmp_path / "digits-001" / run)).Reload()
+        curves[run] = {tag: [e.step for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+        values = {tag: [float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)] for tag in curves[run]}
+        np.testing.assert_allclose(values["loss/total"], np.add(values["loss/data"], values["loss/l2"]), rtol=1e-6)
+        assert values["loss/total"][-1] == pytest.approx(
+            result(tmp_path / "digits-001")["final"][run]["total"], rel=0.2 if run == "train" else 1e-6)
+    assert {"loss/total", "loss/data", "loss/l1", "loss/l2", "accuracy", "learning_rate", "gradient_norm",
+            "speed/ms_per_step"} <= set(curves["train"])
+    assert curves["train"]["accuracy"] == [10, 15, 25, 30] and curves["test"]["accuracy"] == [15, 30]
+
+
+def test_the_config_of_a_run_repeats_it(train, tmp_path):
+    train("--l2=0.01", "--seed=3")
+    config = tmp_path / "digits-001" / "config.json"
+    assert main(["train", f"--config={config}", "--name=again", "--quiet"]) == 0
+    assert result(tmp_path / "again-001")["weights_sha256"] == result(tmp_path / "digits-001")["weights_sha256"]
+
+
+def test_flags_win_over_a_config_file_and_it_over_a_preset(train, tmp_path):
+    (tmp_path / "own.json").write_text('{"preset": "digits", "seed": 4, "l2": 0.5, "epochs": 1}')
+    assert main(["train", f"--config={tmp_path}/own.json", f"--logdir={tmp_path}", "--seed=5", "--dense=4", "--quiet"]) == 0
+    config = result(tmp_path / "digits-001")["config"]
+    assert (config["dataset"], config["l2"], config["seed"], config["dense"]) == ("digits", 0.5, 5, [4])
+
+
+def test_seeds_train_in_one_process_with_one_trace_as_fresh_processes_would(train, tmp_path, capsys):
+    assert train("--seeds=0,1,0", "--dropout=0.2") == 0
+    assert "3 runs: test accuracy" in capsys.readouterr().out.splitlines()[-1]
+    first, second, third = (result(tmp_path / f"digits-00{i}") for i in (1, 2, 3))
+    assert first["weights_sha256"] == third["weights_sha256"] != second["weights_sha256"]
+    assert third["traces"] == {"train": 1, "evaluate": 1} and third["steps"] == 30
+    assert train("--seed=1", "--dropout=0.2", "--name=fresh", "--quiet") == 0
+    assert result(tmp_path / "fresh-001")["weights_sha256"] == second["weights_sha256"]
+
+
+def test_runs_repeat_one_seed(train, tmp_path):
+    assert train("--runs=2", "--quiet") == 0
+    assert result(tmp_path / "digits-001")["weights_sha256"] == result(tmp_path / "digits-002")["weights_sha256"]
+
+
+def test_validation_chooses_the_best_epoch(train, tmp_path):
+    assert train("--validation_size=100", "--quiet") == 0
+    found = result(tmp_path / "digits-001")
+    accuracy = [epoch["validation"]["accuracy"] for epoch in found["epochs"]]
+    assert found["best_by_validation"] == 1 + int(np.argmax(accuracy))
+
+
+def test_evaluate_repeats_the_final_metrics(train, tmp_path, capsys):
+    train("--l2=0.01", "--batch_norm", "--quiet")
+    final = result(tmp_path / "digits-001")["final"]["test"]
+    assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
+    out = capsys.readouterr().out
+    assert f"loss {final['total']:.4f} (data {final['data']:.4f}" in out and f"accuracy {100 * final['accuracy']:.2f} %" in out
+
+
+def test_predict_writes_class_and_probabilities_of_arrays_and_pictures(train, tmp_path, capsys):
+    train("--quiet", "--epochs=10")
+    images = tfloop.load("digits").test.images[:5]
+    np.savez(tmp_path / "new.npz", images=images)
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(images):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(tf.io.encode_png(image).numpy())
+    run, rows = str(tmp_path / "digits-001"), {}
+    for source in ("new.npz", "pictures"):
+        assert main(["predict", run, str(tmp_path / source), f"--out={tmp_path}/{source}.csv"]) == 0
+        rows[source] = list(csv.DictReader((tmp_path / f"{source}.csv").open()))
+    assert [row["image"] for row in rows["pictures"]] == [f"{i}.png" for i in range(5)]
+    for array, picture in zip(rows["new.npz"], rows["pictures"]):
+        probabilities = [float(array[f"p{k}"]) for k in range(10)]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5) and int(array["class"]) == np.argmax(probabilities)
+        assert {**array, "image": ""} == {**picture, "image": ""}
+
+
+def test_model_prints_the_articles_table(capsys):
+    assert main(["model"]) == 0
+    out = capsys.readouterr().out
+    assert "kernel (576, 70), bias (70)" in out and "96,844" in out
+
+
+def test_schedule_prints_the_rate_and_plots_it(tmp_path, capsys):
+    flags = ["--preset=article3", "--epochs=15", "--print", f"--plot={tmp_path}/rate.png"]
+    assert main(["schedule", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["0.00", "0", "0.001"] and lines[21].split()[1] == "14069"
+    assert float(lines[21].split()[2]) == pytest.approx(0.001 / (1 + 0.001 * 14069), rel=1e-6)
+    assert (tmp_path / "rate.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
+    (["--epoch=1"], "Did you mean: epochs"),
+    (["extra"], "train takes flags only, found 'extra'"),
+    (["--flagfile=/nowhere"], "/nowhere"),
+    (["--config=/nowhere"], "--config=/nowhere: cannot be read"),
+    (["--epochs=many"], "--epochs: expected a whole number, found 'many'"),
+    (["--dataset=/nowhere"], "--dataset=/nowhere: not mnist, digits"),
+    (["--pool=2,9"], "--pool: pool2 is 9×9, larger than its 1×1 input"),
+    (["--optimizer=nadam", "--momentum=0.5"], "--momentum: optimizer 'nadam' has no momentum"),
+    (["--decay_rate=0.5"], "--decay_rate: schedule 'constant' has no decay_rate"),
+    (["--batch_size=2000"], "--batch_size=2000 is larger than the 1437 training images"),
+    (["--device=gpu:7"], "--device=gpu:7: TensorFlow"),
+    (["--device=tpu"], "--device=tpu is unknown"),
+    (["--logdir=/dev/null/x"], "--logdir=/dev/null/x: "),
+    (["--logdir=/proc/x"], "--logdir=/proc/x: cannot make /proc/x/digits-001"),
+    (["--name=a/b"], "--name=a/b: expected a plain name"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(train, tmp_path, capsys, flags, message):
+    assert train(*flags) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("tfloop: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["fly"], "'fly' is no command; choose from train"),
+    (["evaluate"], "expected RUN"),
+    (["evaluate", "/nowhere"], "/nowhere: not a run's folder"),
+    (["predict", "/nowhere"], "expected RUN and IMAGES"),
+    (["schedule"], "choose --print, or --plot=FILE.png"),
+    (["schedule", "--preset=digits", "--plot=/nowhere/x.png"], "--plot=/nowhere/x.png: cannot be written"),
+])
+def test_a_mistake_with_another_command_is_one_line_too(capsys, arguments, message):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_predict_names_pictures_that_do_not_fit(train, tmp_path, capsys):
+    train("--quiet")
+    (tmp_path / "p").mkdir()
+    predict = lambda: (main(["predict", str(tmp_path / "digits-001"), str(tmp_path / "p")]), capsys.readouterr().err)
+    assert predict() == (2, f"tfloop: {tmp_path}/p: holds no pictures (.png, .jpg, .jpeg, .bmp, .gif)\n")
+    (tmp_path / "p" / "a.png").write_bytes(b"\x89PNG broken")
+    code, err = predict()
+    assert code == 2 and "a.png: cannot be read as a picture" in err
+    (tmp_path / "p" / "a.png").write_bytes(tf.io.encode_png(np.zeros((9, 8, 1), np.uint8)).numpy())
+    assert predict() == (2, f"tfloop: {tmp_path}/p/a.png: is 9×8×1, the model takes 8×8×1\n")
+
+
+def test_divergence_is_exit_code_3_and_keeps_the_last_good_weights(train, tmp_path, capsys):
+    assert train("--optimizer=sgd", "--learning_rate=1e20") == 3
+    err = capsys.readouterr().err
+    assert err.startswith("tfloop: step ") and "became NaN or infinite" in err and err.count("\n") == 1
+    assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_flag(capsys, command):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    for name in COMMANDS[command].settings:
+        assert f"--{name}=" in out or f"--[no]{name}" in out
+    assert all(len(line) < 170 for line in out.splitlines())
+
+
+def test_help_and_version_do_not_import_tensorflow():
+    code = "import sys; from tfloop.cli import main; main([{!r}]); assert 'tensorflow' not in sys.modules, 'imported'"
+    for flag in ("--help", "--version"):
+        subprocess.run([sys.executable, "-c", code.format(flag)], check=True, capture_output=True)
+
+
+def test_every_setting_has_a_help_text():
+    assert all(field.metadata["help"] for field in FIELDS.values())
+
+
+def test_ctrl_c_ends_after_the_call_with_what_was_reached(tmp_path):
+    """In a process of its own, as a user would: exit code 130, a result that says so, weights that load."""
+    command = [sys.executable, "-m", "tfloop", "train", *SMALL, "--epochs=100000", f"--logdir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
+    found = result(tmp_path / "digits-001")
+    assert found["interrupted"] and 3 <= len(found["epochs"]) < 100000 and "test accuracy" in out.splitlines()[-1]
+    assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
+
+
+def test_a_real_start_shows_nothing_of_tensorflows_own_messages(tmp_path):
+    command = [sys.executable, "-m", "tfloop", "train", *SMALL, f"--logdir={tmp_path}"]
+    environment = {key: value for key, value in __import__("os").environ.items() if not key.startswith("TF_")}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert found.stderr == "" and len(found.stdout.splitlines()) == 4
+
+
+def test_one_epoch_of_real_mnist_reaches_97_5_percent(tmp_path):
+    assert main(["train", "--epochs=1", f"--logdir={tmp_path}", "--quiet"]) == 0
+    found = result(tmp_path / "article2-001")
+    assert found["steps"] == 938 and found["final"]["test"]["accuracy"] > 0.975
