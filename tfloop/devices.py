@@ -25,8 +25,16 @@ def start(config: Config) -> str:
 def _start(config: Config) -> str:
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(config.intra_op_threads)
-    tf.config.threading.set_inter_op_parallelism_threads(config.inter_op_threads)
+    threads = tf.config.threading
+    for name, found, set_to in (
+            ("intra_op_threads", threads.get_intra_op_parallelism_threads(), threads.set_intra_op_parallelism_threads),
+            ("inter_op_threads", threads.get_inter_op_parallelism_threads(), threads.set_inter_op_parallelism_threads)):
+        wanted = getattr(config, name)
+        if wanted != found:
+            try:
+                set_to(wanted)
+            except RuntimeError:
+                raise UserError(f"--{name}={wanted}: TensorFlow already runs with {found}; set it first") from None
     tf.debugging.set_log_device_placement(config.log_device_placement)
     gpus = tf.config.list_physical_devices("GPU")
     kind, _, number = config.device.partition(":")
