@@ -122,7 +122,7 @@ def train(config: Config, device: str = "", started: float | None = None,
             result = _result(own, loop, epochs, seconds, device, interrupted())
             write_json(folder / "result.json", result)
             results.append({**result, "folder": str(folder)})
-            display.say(_closing_line(result, folder))
+            display.say(f"{_closing_line(result)}\n{folder}")
             started = time.perf_counter()
             if interrupted():
                 break
@@ -160,12 +160,12 @@ def _epoch_json(epoch: Epoch) -> dict:
     return {"epoch": epoch.epoch, "step": epoch.step, "rate": epoch.rate, "seconds": epoch.seconds, **parts}
 
 
-def _closing_line(result: dict, folder: Path) -> str:
+def _closing_line(result: dict) -> str:
     seconds, final = result["seconds"], result["final"]
     reached = f"test accuracy {100 * final['test']['accuracy']:.2f} %" if final else "no epoch finished"
     return (f"{reached} after {result['steps']} steps: {seconds['training']:.1f} s of training "
             f"({result['ms_per_step']:.1f} ms/step), {seconds['setup']:.1f} s set-up, {seconds['tracing']:.1f} s tracing, "
-            f"{seconds['evaluation']:.1f} s evaluation; {folder}")
+            f"{seconds['evaluation']:.1f} s evaluation")
 
 
 # --- folders
