@@ -52,5 +52,5 @@ install_for() {  # install_for EXTRA: the package with its pinned dependencies, 
 
 case ${1:-} in
   test) install_for test; shift; cd -- "$here"; exec "$python" -m pytest "$@" ;;
-  *) install_for ""; exec "$python" -m tfloop "$@" ;;
+  *) install_for ""; exec "$venv/bin/tfloop" "$@" ;;  # not -m: the current folder stays out of sys.path
 esac

@@ -32,8 +32,10 @@ def test_train_writes_a_run_and_says_what_it_reached(train, tmp_path, capsys):
     assert train() == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("1437 training and 360 test images of 8×8×1, 10 classes; 408 weights; CPU, resident")
-    assert out[1].startswith("epoch 1/2  loss ") and out[2].startswith("epoch 2/2  loss ")
-    assert out[3].startswith("test accuracy ") and out[4] == str(tmp_path / "digits-001")
+    assert out[1] == ("rmsprop: rho 0.9, momentum 0, epsilon 1e-07; constant: learning_rate 0.001, warmup_steps 0, "
+                      "unit_steps 1; l1 0, l2 0 on dense kernels; batch 100, 2 epochs")
+    assert out[2].startswith("epoch 1/2  loss ") and out[3].startswith("epoch 2/2  loss ")
+    assert out[4].startswith("test accuracy ") and out[5] == str(tmp_path / "digits-001")
     found = result(tmp_path / "digits-001")
     assert found["steps"] == 30 and found["traces"] == {"train": 1, "evaluate": 1} and not found["interrupted"]
     assert set(found["seconds"]) == {"setup", "tracing", "training", "evaluation"}
@@ -182,12 +184,19 @@ def test_predict_names_pictures_that_do_not_fit(train, tmp_path, capsys):
     assert code == 2 and "a.png: cannot be read as a picture" in err
     (tmp_path / "p" / "a.png").write_bytes(tf.io.encode_png(np.zeros((9, 8, 1), np.uint8)).numpy())
     assert predict() == (2, f"tfloop: {tmp_path}/p/a.png: is 9×8×1, the model takes 8×8×1\n")
+    for images, message in ((np.zeros((0, 8, 8), np.uint8), "images holds no images"),
+                            (np.zeros((2, 8, 8)), "pixels are float32, the model was trained on uint8"),
+                            (np.zeros((2, 9, 8), np.uint8), "images are 9×8×1, the model takes 8×8×1")):
+        np.savez(tmp_path / "a.npz", images=images)
+        assert main(["predict", str(tmp_path / "digits-001"), str(tmp_path / "a.npz")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_divergence_is_exit_code_3_and_keeps_the_last_good_weights(train, tmp_path, capsys):
     assert train("--optimizer=sgd", "--learning_rate=1e20") == 3
     err = capsys.readouterr().err
     assert err.startswith("tfloop: step ") and "became NaN or infinite" in err and err.count("\n") == 1
+    assert result(tmp_path / "digits-001")["diverged"]["layer"] in err
     assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
 
 
@@ -229,7 +238,7 @@ def test_a_real_start_shows_nothing_of_tensorflows_own_messages(tmp_path):
     command = [sys.executable, "-m", "tfloop", "train", *SMALL, f"--logdir={tmp_path}"]
     environment = {key: value for key, value in __import__("os").environ.items() if not key.startswith("TF_")}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert found.stderr == "" and len(found.stdout.splitlines()) == 5
+    assert found.stderr == "" and len(found.stdout.splitlines()) == 6
 
 
 def test_one_epoch_of_real_mnist_reaches_97_5_percent(tmp_path):

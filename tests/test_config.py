@@ -34,7 +34,17 @@ def test_text_is_taken_as_flags_give_it():
     assert config.momentum is None and config.batch_norm is True
 
 
+def test_another_optimizer_or_schedule_drops_the_presets_numbers_of_the_old_one():
+    config = Config.make("article3", optimizer="adam", schedule="polynomial")
+    assert config.momentum is None and config.decay_steps is None and config.decay_rate is None
+    assert config.l2 == 0.0008 and Config.make("article3", optimizer="rmsprop").momentum == 0.8
+
+
 @pytest.mark.parametrize("values, message", [
+    (dict(preset=["x"]), r"--preset=\['x'\] is unknown"),
+    (dict(dropout=0.5, dense=()), "--dropout=0.5 follows hidden dense layers"),
+    (dict(schedule="cosine", t_mul=2), "--t_mul and --m_mul count with --restarts only"),
+    (dict(dense=10**12), "--dense=1000000000000 is out of range"),
     (dict(preset="article9"), "--preset=article9 is unknown; choose from article2"),
     (dict(nonsense=1), "there is no setting 'nonsense'"),
     (dict(epochs="five"), "--epochs: expected a whole number, found 'five'"),

@@ -114,6 +114,7 @@ def test_npz_as_keras_writes_it_with_colour_and_one_hot_labels(tmp_path):
     (dict(y_train=np.array([0, 1, 0, -1, 0, 1])), "training labels: label -1 in row 3 is not a class number"),
     (dict(y_train=np.array([0, 1, 0, 0.5, 0, 1])), "training labels: label 0.5 in row 3 is not a class number"),
     (dict(y_train=np.ones((6, 2))), "training labels: the rows of .* are not one-hot"),
+    (dict(y_train=np.eye(3)[[0, 1] * 3], y_test=np.eye(2)[[0, 1] * 2]), "3 columns for training and 2 for the test"),
     (dict(y_train=np.zeros(6, int)), "all training labels are 0"),
     (dict(x_train=np.full((6, 4, 4, 3), np.nan)), "training images: image 0 has a pixel that is NaN or infinite"),
     (dict(x_test=np.full((4, 4, 4, 3), 1e300)), "test images: image 0 has a pixel that is NaN or infinite"),
@@ -133,6 +134,11 @@ def test_a_file_that_is_no_npz_is_named(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(UserError, match="a.npz: damaged or not an .npz"):
         tfloop.load(str(tmp_path / "a.npz"))
+
+
+def test_one_hot_columns_count_as_classes_even_where_training_has_none(tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays(y_train=np.eye(5)[[0, 1] * 3], y_test=np.eye(5)[[0, 4] * 2]))
+    assert tfloop.load(str(tmp_path / "a.npz")).classes == 5
 
 
 def test_standardizer_is_scikit_learns_over_the_training_images_only(digits):

@@ -130,6 +130,14 @@ def test_code_between_records_may_change_a_number(loop):
     assert rates == pytest.approx([0.001, 0.5, 0.5, 0.5])
 
 
+def test_a_reset_between_records_starts_the_run_again(loop):
+    fresh, trained = (loop(pipeline=name, steps_per_call=5) for name in ("resident", "host"))
+    next(records := trained.run(1))
+    trained.state.reset()
+    *_, last = records
+    assert last.train == fresh.fit(1).train and trained.state.digest("weights") == fresh.state.digest("weights")
+
+
 def test_the_schedule_is_read_at_its_own_step(loop):
     trained = loop(schedule="inverse_time", learning_rate=0.1, decay_rate=1.0, steps_per_call=1)
     rates = [r.rate for r in trained.run(1) if isinstance(r, tfloop.Call)]
@@ -185,6 +193,15 @@ def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy(digits):
     assert tfloop.Loop(state, digits).fit(3).test.accuracy > 0.8
 
 
+@pytest.mark.parametrize("state, message", [
+    (dict(loss=lambda labels, outputs: tf.reduce_mean(outputs)), r"the loss function gives \(\), expected \(64,\)"),
+    (dict(model=keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(5)])),
+     r"the model gives outputs of shape \(5,\) for an image; the data have 10 classes")])
+def test_a_model_or_loss_of_another_shape_is_named(digits, state, message):
+    with pytest.raises(UserError, match=message):
+        tfloop.Loop(tfloop.TrainState(**{"model": Linear(), **state}), digits).fit(1)
+
+
 def test_a_batch_larger_than_the_data_is_named(loop):
     with pytest.raises(UserError, match="--batch_size=1438 is larger than the 1437 training images"):
         loop(batch_size=1438)
@@ -203,11 +220,35 @@ def test_divergence_stops_before_the_step_and_names_step_and_layer(loop, pipelin
     assert trained.state.digest("weights", "slots", "count", "batch", "schedule_step") == before
 
 
-def test_a_rate_that_is_far_too_high_is_caught_with_finite_weights(loop):
-    trained = loop(optimizer="sgd", learning_rate=1e20)
+@pytest.mark.parametrize("settings", [dict(), dict(batch_norm=True), dict(steps_per_call=1)], ids=str)
+def test_a_rate_that_is_far_too_high_is_caught_with_everything_finite(loop, settings):
+    trained = loop(optimizer="sgd", learning_rate=1e20, **settings)
     with pytest.raises(DivergenceError, match="became NaN or infinite, at rate 1e"):
         trained.fit(1)
+    assert all(np.isfinite(v).all() for name, v in trained.state.named().items() if name != "diverged")
+
+
+def test_an_update_that_is_not_finite_is_not_made(loop):
+    trained = loop(epsilon=0.0)
+    trained.state.weights["conv1/kernel"].assign(tf.zeros_like(trained.state.weights["conv1/kernel"]))
+    with pytest.raises(DivergenceError, match="step 0: the update became NaN"):
+        trained.fit(1)
     assert all(np.isfinite(weight).all() for weight in trained.state.weights.values())
+
+
+def test_a_test_loss_that_is_not_finite_is_divergence_too(loop):
+    trained = loop(optimizer="sgd", learning_rate=1e15, batch_size=1437)
+    with pytest.raises(DivergenceError, match="step 1: the loss on the images held out"):
+        trained.fit(1)
+
+
+def test_training_goes_on_after_divergence_with_a_lower_rate(loop):
+    trained = loop(optimizer="sgd", learning_rate=1e20)
+    with pytest.raises(DivergenceError):
+        trained.fit(1)
+    trained.state.reset()
+    trained.state.hyper["learning_rate"].assign(0.01)
+    assert trained.fit(1).step > 0 and trained.traces["train"] == 1
 
 
 # --- what must hold for the mathematics, whatever the numbers

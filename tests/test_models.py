@@ -99,6 +99,26 @@ def test_more_pools_than_the_image_allows_are_named():
         build(pool=(2, 2, 4))
 
 
+def test_a_stack_that_ends_in_a_softmax_layer_gives_logits(random):
+    dense = keras.layers.Dense(3)
+    model = keras.Sequential([keras.Input((4,)), dense, keras.layers.Softmax()])
+    x = random.normal(size=(2, 4)).astype(np.float32)
+    np.testing.assert_allclose(models.logits(model, x), dense(x))
+
+
+def test_dropout_of_another_kind_is_left_to_keras(random):
+    model = keras.Sequential([keras.Input((4, 4, 2)), keras.layers.SpatialDropout2D(0.5, seed=1), keras.layers.Flatten()])
+    found = models.logits(model, np.ones((8, 4, 4, 2), np.float32), None, True).numpy().reshape(8, 16, 2)
+    assert (found == found[:, :1]).all() and {0.0, 2.0} == set(found.ravel())
+    assert list(models.named_variables(model)[1]) == ["seed_generator"]
+
+
+def test_a_functional_model_that_ends_in_softmax_is_refused():
+    inputs = keras.Input((4,))
+    with pytest.raises(UserError, match="the model ends in softmax .* hand in one that returns logits"):
+        models.check_outputs(keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(inputs)))
+
+
 def test_any_keras_model_is_taken(random):
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dropout(0.5)(inputs)), name="mine")

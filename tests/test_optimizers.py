@@ -114,7 +114,11 @@ def test_the_loop_drives_a_keras_optimizers_rate(random):
     own = {"w": variables[0].value}
     optimizer.build(own)
     rate = Schedule("constant", learning_rate=0.1)(0)
-    update, _ = optimizer.updates(tf.ones([3]), own, rate)
-    np.testing.assert_allclose(update, -0.1, rtol=1e-6)
+    updates = optimizer.updates(tf.ones([3]), own, rate)
+    np.testing.assert_allclose(updates[0], -0.1, rtol=1e-6)
+    optimizer.apply(updates, own, tf.constant(False))
+    np.testing.assert_array_equal(own["w"], 1.0)
+    optimizer.apply(updates, own, tf.constant(True))
+    np.testing.assert_allclose(own["w"], 0.9, rtol=1e-6)
     optimizer.reset()
     assert int(optimizer.count) == 0 and float(optimizer.inner.learning_rate) == pytest.approx(0.7)

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from tfloop import pipelines
 from tfloop.data import Split
+from tfloop.errors import UserError
 
 NAMES = ("resident", "host", "prefetch")
 
@@ -48,6 +49,11 @@ def test_every_pipeline_gives_the_batches_of_the_plain_function(split, name, fir
     for index, batch in enumerate(epoch(pipelines.make(name, split, 5), 4, 7, first), start=first):
         for found, expected in zip(batch, pipelines.batch_at(split, 5, 4, 7, index)):
             np.testing.assert_array_equal(found, expected)
+
+
+def test_an_unknown_pipeline_is_named(split):
+    with pytest.raises(UserError, match="--pipeline=residant is unknown"):
+        pipelines.make("residant", split, 5)
 
 
 def test_auto_is_resident_where_the_images_fit(split, monkeypatch):

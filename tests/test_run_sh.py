@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = f"""#!/usr/bin/env bash
+if [[ $0 == */tfloop ]]; then printf '<%s>' "$@"; exit ${{CODE:-0}}; fi
 case "$1 $2" in
-  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >>"$LOG" ;;
+  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/tfloop" && echo venv >>"$LOG" ;;
   "-m pip") echo pip "${{@: -1}}" >>"$LOG"; [[ -z ${{KILL:-}} ]] || kill -9 $PPID; exit ${{PIP:-0}} ;;
-  "-m tfloop") shift 2; printf '<%s>' "$@"; exit ${{CODE:-0}} ;;
   "-m pytest") shift 2; printf 'pytest in %s:' "$PWD"; printf '<%s>' "$@" ;;
   *) exec {sys.executable} "$@" ;;
 esac

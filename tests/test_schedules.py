@@ -50,6 +50,11 @@ def test_warm_up_rises_linearly_and_shifts_the_schedule():
     np.testing.assert_allclose([warm(4 + s) for s in range(9)], [plain(s) for s in range(9)], rtol=1e-6)
 
 
+def test_warm_up_counted_in_epochs_rises_with_every_step():
+    warm = Schedule("constant", learning_rate=0.1, warmup_steps=0.5, unit_steps=10)
+    np.testing.assert_allclose([warm(s) for s in range(7)], [0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1], rtol=1e-6)
+
+
 def test_counted_in_epochs_a_schedule_is_stretched_by_the_steps_of_one():
     steps, epochs = (Schedule("inverse_time", learning_rate=0.1, decay_rate=0.5, unit_steps=u) for u in (1, 10))
     assert float(epochs(70)) == float(steps(7))

@@ -88,6 +88,17 @@ def test_any_part_is_reset_alone(loop, part, moved):
             assert not np.array_equal(before[name], start[name]), name
 
 
+def test_numbers_stay_unless_they_are_reset_too(loop):
+    state = loop(l2=0.5).state
+    state.hyper["l2"].assign(0.25)
+    state.reset()
+    assert float(state.hyper["l2"]) == 0.25
+    state.reset(hyper=True)
+    assert float(state.hyper["l2"]) == 0.5
+    with pytest.raises(TypeError):
+        state.hyper["l2"] = 1.0
+
+
 def test_a_warm_restart_keeps_the_weights_and_starts_the_rate_again(loop):
     trained = loop(schedule="inverse_time", decay_rate=0.1)
     late = trained.fit(3).rate

@@ -39,11 +39,11 @@ def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
     from tfloop import runs
     from tfloop.loop import Loop
 
-    trained, state, _ = runs.open_run(folder)
+    trained, state, manifest = runs.open_run(folder)
     if options["dataset"]:
         trained = trained.replace(dataset=options["dataset"])
     data = runs.load_data(trained)
-    _same_shape(data.image_shape, state, f"--dataset={trained.dataset}")
+    runs.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
     metrics = Loop(state, data, batch_size=min(trained.batch_size, len(data.train))).evaluate(data.test)
     print(f"{len(data.test)} test images of {trained.dataset}: loss {metrics.total:.4f} (data {metrics.data:.4f}, "
           f"l1 {metrics.l1:.4f}, l2 {metrics.l2:.4f})  accuracy {100 * metrics.accuracy:.2f} %")
@@ -56,8 +56,9 @@ def predict(config: Config, options: dict, arguments: list[str]) -> int:
     _start(config)
     from tfloop import predictions, runs
 
-    _, state, _ = runs.open_run(arguments[0])
+    _, state, manifest = runs.open_run(arguments[0])
     names, images = predictions.read_images(arguments[1], state.model.input_shape[1:])
+    runs.check_fit(images, state, manifest, arguments[1])
     probabilities = predictions.predict(state, images)
     with _output(options["out"]) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -149,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         print(f"tfloop: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         return BAD_INPUT
+    except MemoryError:
+        print("tfloop: out of memory; try a smaller model or --batch_size", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("tfloop: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -173,6 +177,8 @@ def _main(argv: list[str]) -> int:
         arguments = parsed([name, *rest])[1:]
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
+    except UnicodeDecodeError:
+        raise UserError("--flagfile: not a text file") from None
     if arguments and not command.arguments:
         raise UserError(f"{name} takes flags only, found '{arguments[0]}'; a flag begins with --")
     given = {field: parsed[field].value for field in command.settings if parsed[field].present}
@@ -229,7 +235,7 @@ def help_text(name: str) -> str:
 def flag(name: str, default) -> str:
     """`--name=default` as one would type it."""
     if isinstance(default, bool):
-        return f"--{'' if default else '[no]'}{name}" if not default else f"--[no]{name}"
+        return f"--[no]{name}"
     return f"--{name}={','.join(map(str, default)) if isinstance(default, tuple) else '' if default is None else default}"
 
 
@@ -248,13 +254,6 @@ def _one(arguments: list[str], name: str, what: str) -> str:
     if len(arguments) != 1:
         raise UserError(f"expected {name}, {what}; found {len(arguments)} arguments")
     return arguments[0]
-
-
-def _same_shape(found, state, where: str) -> None:
-    expected = tuple(state.model.input_shape[1:])
-    if tuple(found) != expected:
-        raise UserError(f"{where}: images are {'×'.join(map(str, found))}, the model takes "
-                        f"{'×'.join(map(str, expected))}")
 
 
 def _output(path: str):

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 from tfloop.errors import UserError
 
 UNIT = (0.0, 1.0)  # closed interval
+COUNT = (1, 2**31 - 1)
 POSITIVE = (1e-30, math.inf)
 NOT_NEGATIVE = (0.0, math.inf)
 
@@ -36,17 +37,17 @@ class Config:
     split: str = option("standard", "the set's own test images, or all images joined, shuffled and cut again",
                         choices=("standard", "shuffled"))
     validation_size: int = option(0, "training images held out, stratified by class, for choosing anything",
-                                  within=NOT_NEGATIVE)
+                                  within=(0, 2**31 - 1))
     split_seed: int = option(0, "of the shuffled split and of the choice of validation images", within=(0, 2**31 - 1))
     standardize: bool = option(True, "scale every pixel to mean 0 and variance 1 over the training images")
 
     # --- model
-    conv: tuple[int, ...] = option((32, 64, 64), "filters of each convolution", within=(1, math.inf))
-    kernel: tuple[int, ...] = option((3,), "kernel size of each convolution, or one size for all", within=(1, math.inf))
+    conv: tuple[int, ...] = option((32, 64, 64), "filters of each convolution", within=COUNT)
+    kernel: tuple[int, ...] = option((3,), "kernel size of each convolution, or one size for all", within=COUNT)
     pool: tuple[int, ...] = option((2, 2), "max-pool size after each convolution; 1, or none given, is no pooling",
-                                   within=(1, math.inf))
+                                   within=COUNT)
     padding: str = option("valid", "padding of the convolutions", choices=("valid", "same"))
-    dense: tuple[int, ...] = option((70,), "units of each hidden dense layer", within=(1, math.inf))
+    dense: tuple[int, ...] = option((70,), "units of each hidden dense layer", within=COUNT)
     conv_activation: str = option("relu", "after each convolution", choices=("relu", "sigmoid", "elu", "tanh"))
     dense_activation: str = option("relu", "after each hidden dense layer", choices=("relu", "sigmoid", "elu", "tanh"))
     output: str = option("softmax", "softmax with cross-entropy, or sigmoid with binary cross-entropy",
@@ -97,23 +98,23 @@ class Config:
     warmup_steps: float = option(0.0, "linear warm-up in front of any schedule", within=NOT_NEGATIVE)
 
     # --- run
-    epochs: int = option(5, "passes over the training images", within=(1, math.inf))
-    batch_size: int = option(64, "images per step", within=(1, math.inf))
+    epochs: int = option(5, "passes over the training images", within=COUNT)
+    batch_size: int = option(64, "images per step", within=COUNT)
     seed: int = option(0, "of weights, data order and dropout", within=(0, 2**31 - 1))
     seeds: tuple[int, ...] = option((), "train once for each of these, in one process", within=(0, 2**31 - 1))
-    runs: int = option(1, "train this often with the same seed, in one process", within=(1, math.inf))
+    runs: int = option(1, "train this often with the same seed, in one process", within=COUNT)
 
     # --- where and how it runs: the result does not depend on these, but for the order of float operations
     pipeline: str = option("auto", "host: tf.data; prefetch: tf.data, copied ahead to the device; resident: the "
                                    "images stay on the device", choices=("auto", "host", "prefetch", "resident"))
-    steps_per_call: int = option(0, "steps in one compiled call; 0 chooses", within=NOT_NEGATIVE)
+    steps_per_call: int = option(0, "steps in one compiled call; 0 chooses", within=(0, 2**31 - 1))
     jit_compile: bool = option(False, "compile the step with XLA")
     eager: bool = option(False, "run the step uncompiled, op by op")
     device: str = option("auto", "auto, cpu, gpu or gpu:1")
-    intra_op_threads: int = option(0, "threads inside one operation; 0: TensorFlow decides", within=NOT_NEGATIVE)
-    inter_op_threads: int = option(0, "operations side by side; 0: TensorFlow decides", within=NOT_NEGATIVE)
+    intra_op_threads: int = option(0, "threads inside one operation; 0: TensorFlow decides", within=(0, 4096))
+    inter_op_threads: int = option(0, "operations side by side; 0: TensorFlow decides", within=(0, 4096))
     memory_growth: bool = option(True, "GPU memory is taken as needed, not all at once")
-    memory_limit: int = option(0, "GPU memory at most, in MiB; 0: no limit", within=NOT_NEGATIVE)
+    memory_limit: int = option(0, "GPU memory at most, in MiB; 0: no limit", within=(0, 2**31 - 1))
     log_device_placement: bool = option(False, "print the device of every operation")
     tensorflow_log: bool = option(False, "show TensorFlow's own start-up messages")
 
@@ -131,12 +132,12 @@ class Config:
         Raises:
           UserError: an unknown name, a value of the wrong type or out of range, or an impossible combination.
         """
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise UserError(f"--preset={preset} is unknown; choose from {', '.join(PRESETS)}")
         for name in values:
             if name not in FIELDS:
                 raise UserError(f"there is no setting '{name}'")
-        merged = {"preset": preset, **PRESETS[preset], **values}
+        merged = {"preset": preset, **_without_replaced(PRESETS[preset], values), **values}
         config = cls(**{name: _coerce(name, value) for name, value in merged.items()})
         _check_combinations(config)
         return config
@@ -172,6 +173,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(dataset="digits", conv=(16, 32), pool=(2,), dense=(32,), batch_size=32, epochs=20),
 }
 
+HYPER = {  # the settings that belong to the optimizer and to the schedule that are chosen
+    "optimizer": ("momentum", "nesterov", "rho", "centered", "beta_1", "beta_2", "epsilon", "weight_decay"),
+    "schedule": ("decay_steps", "decay_rate", "staircase", "end_rate", "power", "restarts", "t_mul", "m_mul",
+                 "start_rate", "peak_at", "boundaries", "rates"),
+}
 _HINTS = get_type_hints(Config)
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Config)}
 _FIRST = {"preset": "start from", "dataset": "data", "conv": "model", "l1": "loss", "optimizer": "optimizer",
@@ -228,14 +234,25 @@ def _coerce_one(name: str, element: type, value: Any) -> Any:
         low, high = (f"{bound:g}" for bound in bounds)
         raise UserError(f"--{name}={value} is out of range: " + (
             "it must be positive" if bounds == POSITIVE else
-            f"it must be at least {low}" if high == "inf" else f"it must lie between {low} and {high}"))
+            f"it must be at least {low}" if bounds[1] >= 2**31 - 1 and value < bounds[0] else f"it must lie between {low} and {high}"))
     return value
+
+
+def _without_replaced(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The preset, less the numbers of an optimizer or schedule that `values` replace by another."""
+    current = {kind: preset.get(kind, getattr(Config, kind)) for kind in HYPER}
+    dropped = {name for kind, names in HYPER.items() if values.get(kind, current[kind]) != current[kind] for name in names}
+    return {name: value for name, value in preset.items() if name not in dropped}
 
 
 def _check_combinations(config: Config) -> None:
     """Combinations that can be judged without looking at the data."""
-    if not config.conv and (config.pool or config.batch_norm) and config.pool != Config.pool:
+    if not config.conv and config.pool not in ((), Config.pool, PRESETS[config.preset].get("pool")):
         raise UserError("--pool: there is no convolution to pool after; set --conv or --pool=")
+    if config.dropout and not config.dense:
+        raise UserError(f"--dropout={config.dropout} follows hidden dense layers, and there are none; set --dense")
+    if not config.restarts and (config.t_mul, config.m_mul) != (None, None):
+        raise UserError("--t_mul and --m_mul count with --restarts only")
     if not config.conv and config.batch_norm:
         raise UserError("--batch_norm: there is no convolution to normalise; set --conv")
     if config.conv and len(config.kernel) not in (1, len(config.conv)):

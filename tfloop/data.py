@@ -102,6 +102,8 @@ def from_arrays(x_train, y_train, x_test, y_test, name: str = "arrays", split: s
     """As `load`, from NumPy arrays: images [N, height, width] or [N, height, width, channels], labels as class
     numbers or one-hot rows. `name` is what error messages call them."""
     train, test, classes = _check(name, (x_train, y_train), (x_test, y_test))
+    if split not in ("standard", "shuffled"):
+        raise UserError(f"--split={split} is unknown; choose from standard, shuffled")
     if split == "shuffled":
         joined = Split(np.concatenate([train.images, test.images]), np.concatenate([train.labels, test.labels]))
         order = np.random.default_rng(seed).permutation(len(joined))
@@ -241,6 +243,7 @@ def _read_keras_npz(path: Path) -> tuple[tuple, tuple]:
 
 def _check(name: str, train: tuple, test: tuple) -> tuple[Split, Split, int]:
     """Both parts as Splits and the number of classes, or a UserError that says what does not fit."""
+    parts = (train, test)
     train, test = (Split(check_images(images, f"{name}: {part} images"),
                          _class_numbers(labels, f"{name}: {part} labels"))
                    for part, (images, labels) in (("training", train), ("test", test)))
@@ -252,7 +255,10 @@ def _check(name: str, train: tuple, test: tuple) -> tuple[Split, Split, int]:
     if train.images.shape[1:] != test.images.shape[1:] or train.images.dtype != test.images.dtype:
         raise UserError(f"{name}: training images are {_describe(train.images)}, "
                         f"test images {_describe(test.images)}")
-    classes = int(train.labels.max()) + 1
+    widths = [np.shape(labels)[1] for _, labels in parts if np.ndim(labels) == 2 and np.shape(labels)[1] > 1]
+    if len(set(widths)) > 1:
+        raise UserError(f"{name}: one-hot labels have {widths[0]} columns for training and {widths[1]} for the test")
+    classes = widths[0] if widths else int(train.labels.max()) + 1
     if classes < 2:
         raise UserError(f"{name}: all training labels are {classes - 1}: nothing to tell apart")
     if classes > len(train):

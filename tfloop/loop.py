@@ -82,12 +82,18 @@ def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> 
     one-hot, smoothed to (1 - s) · t + s / classes, or with sigmoid to (1 - s) · t + s / 2.
     """
     if state.loss is not None:
-        return state.loss(labels, outputs)
+        return _checked(state.loss(labels, outputs), labels.shape, "the loss function")
     classes, smoothing = outputs.shape[-1], tf.convert_to_tensor(state.hyper["label_smoothing"])
     targets = tf.one_hot(labels, classes) * (1.0 - smoothing)
     if models.output_activation(state.model) == "sigmoid":
         return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets + smoothing / 2.0, outputs), axis=-1)
     return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, outputs)
+
+
+def _checked(tensor: tf.Tensor, shape: tf.TensorShape, what: str) -> tf.Tensor:
+    if not tensor.shape.is_compatible_with(shape):
+        raise UserError(f"{what} gives {tensor.shape}, expected {shape}: a value for each example of the batch")
+    return tensor
 
 
 def model_losses(state: TrainState) -> tf.Tensor:
@@ -128,7 +134,7 @@ def forward_and_backward(state: TrainState, batch: Batch) -> Pass:
 def train_step(state: TrainState, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
     """One step: forward, loss, backward, update.
 
-    A step whose loss or gradient is not finite changes no weight, slot or counter, and neither does any step after
+    A step whose loss, gradient or update is not finite changes no weight, slot or counter, and neither does any step after
     it, so that the state is found as it was before: `state.diverged` tells.
 
     Returns:
@@ -136,14 +142,18 @@ def train_step(state: TrainState, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
       float32: the learning rate.
     """
     learning_rate = state.schedule(state.schedule_step)
+    averages = [tf.identity(variable) for variable in state.moving.values()]
     loss, logits, gradients = forward_and_backward(state, batch)
 
     gradient = flatten(gradients.values())
     gradient_norm = tf.norm(gradient)
-    valid = tf.math.is_finite(loss.total) & tf.math.is_finite(gradient_norm) & ~state.diverged
-
     updates = state.optimizer.updates(gradient, state.weights, learning_rate)
+    finite = [tf.math.is_finite(scalar) for scalar in (loss.total, gradient_norm, tf.norm(updates[0]))]
+    valid = tf.reduce_all(finite) & ~state.diverged
+
     state.optimizer.apply(updates, state.weights, valid)
+    for variable, before in zip(state.moving.values(), averages):
+        variable.assign(tf.where(valid, variable, before))
     state.advance(valid)
 
     examples = tf.reduce_sum(batch.weights)
@@ -183,11 +193,16 @@ class Loop:
           eager: run the step op by op.
 
         Raises:
-          UserError: a batch larger than the data.
+          UserError: a batch larger than the data, or a model whose outputs do not fit its classes.
         """
         if batch_size > len(data.train):
             raise UserError(f"--batch_size={batch_size} is larger than the {len(data.train)} training images")
+        outputs = models.logits(state.model, state.standardize(data.train.images[:1]))
+        if state.loss is None and (len(outputs.shape) != 2 or outputs.shape[1] < data.classes):
+            raise UserError(f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data have "
+                            f"{data.classes} classes")
         self.state, self.data = state, data
+        self._place, self._source = None, None
         self.pipeline = pipelines.make(pipeline, data.train, batch_size)
         self.steps = self.pipeline.steps
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
@@ -214,27 +229,54 @@ class Loop:
 
     def train_epoch(self) -> Iterator[Call]:
         """The rest of the epoch that the state is in, a record per compiled call."""
-        state, first = self.state, int(self.state.batch)
-        source = self.pipeline.begin(state.seed, state.epoch, first)
-        if not self._train.traces:  # by running no step: the next call then does nothing but steps
-            self._time("tracing", self._train, source, tf.constant(0))
-        while first < self.steps:
-            count = self.steps_per_call - first % self.steps_per_call  # calls end at fixed places, resumed or not
-            count = min(count, self.steps - first)
+        state = self.state
+        while (batch := int(state.batch)) < self.steps:
+            source = self._source_at(batch)
+            count = self.steps_per_call - batch % self.steps_per_call  # calls end at fixed places, resumed or not
+            count = min(count, self.steps - batch)
             (sums, rate), seconds = self._time("training", self._train, source, tf.constant(count))
             if state.diverged:
                 raise self._divergence()
             state.totals.assign_add(tf.cast(sums, tf.float64))
-            first += count
-            yield Call(int(state.epoch) + 1, int(state.global_step), first, count, _metrics(sums), float(rate), seconds)
+            self._place = self._position()
+            yield Call(int(state.epoch) + 1, int(state.global_step), batch + count, count, _metrics(sums), float(rate), seconds)
+
+    def _source_at(self, batch: int):
+        """What the pipeline takes batches from: the last one, unless the state was moved to another place."""
+        if self._place != self._position():
+            if not self._train.traces:
+                self._warm_up()
+            self._source, self._place = self.pipeline.begin(self.state.seed, self.state.epoch, batch), self._position()
+        return self._source
+
+    def _position(self) -> tuple[int, int, int]:
+        return int(self.state.seed), int(self.state.epoch), int(self.state.batch)
+
+    def _warm_up(self) -> None:
+        """Trace and compile, by one step that is then taken back, so that later calls do nothing but steps."""
+        variables = list(self.state.named().values())
+        before = [variable.numpy() for variable in variables]
+        source = self.pipeline.begin(self.state.seed, self.state.epoch, int(self.state.batch))
+        self._time("tracing", self._train, source, tf.constant(1))
+        for variable, value in zip(variables, before):
+            variable.assign(value)
 
     def evaluate(self, split: Split) -> Metrics:
-        """Means over all of `split`, with the weights as they are."""
+        """Means over all of `split`, with the weights as they are.
+
+        Raises:
+          DivergenceError: the loss is not finite.
+        """
         images, labels = (tf.convert_to_tensor(array) for array in (split.images, split.labels))
         if not self._evaluate.traces:
-            self._time("tracing", self._evaluate, images[:0], labels[:0])
+            self._time("tracing", self._evaluate, images[:1], labels[:1])
         sums, _ = self._time("evaluation", self._evaluate, images, labels)
-        return _metrics(sums)._replace(gradient_norm=None)
+        metrics = _metrics(sums)._replace(gradient_norm=None)
+        if not math.isfinite(metrics.total):
+            step = int(self.state.global_step)
+            raise DivergenceError(f"step {step}: the loss on the images held out is NaN or infinite; try a lower "
+                                  f"--learning_rate", step, "loss")
+        return metrics
 
     def _evaluate_all(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         """The sums of train_step over all images, in batches of static size."""
@@ -265,16 +307,19 @@ class Loop:
           DivergenceError: the loss or a gradient is NaN or infinite; the state is that before the step.
         """
         state = self.state
+        state.diverged.assign(False)
+        rate = float(state.schedule(tf.maximum(state.schedule_step - 1, 0)))
         while int(state.epoch) < epochs:
             before = self.seconds["training"]
-            yield from self.train_epoch()
+            for call in self.train_epoch():
+                rate = call.rate
+                yield call
             train = _metrics(state.totals)
             test = self.evaluate(self.data.test)
             validation = self.evaluate(self.data.validation) if len(self.data.validation) else None
             state.epoch.assign_add(1)
             state.batch.assign(0)
             state.totals.assign(tf.zeros_like(state.totals))
-            rate = float(state.schedule(state.schedule_step - 1))
             yield Epoch(int(state.epoch), int(state.global_step), train, test, validation, rate,
                         self.seconds["training"] - before)
 
@@ -297,15 +342,20 @@ class Loop:
     def _divergence(self) -> DivergenceError:
         """Do the step that failed once more, layer by layer, to name where the first value is not finite."""
         state, step = self.state, int(self.state.global_step)
+        averages = [variable.numpy() for variable in state.moving.values()]
         batch = pipelines.batch_at(self.data.train, self.pipeline.batch_size, state.seed, state.epoch, int(state.batch))
         activations = models.forward(state.model, state.standardize(batch.images), batch.weights, True, state.key())
+        result = forward_and_backward(state, batch)
         found = [("weights", name.split("/")[0], weight) for name, weight in state.weights.items()]
         found += [("activations", name, activation) for name, activation in activations]
+        found += [("loss", "loss", result.loss.total)]
         found += [("gradients", name.split("/")[0], gradient)
-                  for name, gradient in forward_and_backward(state, batch).gradients.items()]
+                  for name, gradient in result.gradients.items()]
         what, layer = next(((what, layer) for what, layer, values in found
-                            if not bool(tf.reduce_all(tf.math.is_finite(values)))), ("loss", "loss"))
-        where = "the loss" if layer == "loss" else f"the {what} of {layer}"
+                            if not bool(tf.reduce_all(tf.math.is_finite(values)))), ("update", "update"))
+        for variable, value in zip(state.moving.values(), averages):
+            variable.assign(value)
+        where = f"the {what}" if what == layer else f"the {what} of {layer}"
         return DivergenceError(f"step {step}: {where} became NaN or infinite, at rate "
                                f"{float(state.schedule(state.schedule_step)):.4g}; the weights are those before this "
                                f"step. Try a lower --learning_rate", step, layer)

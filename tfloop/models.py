@@ -89,17 +89,19 @@ def initial_weights(model: keras.Sequential, seed: int) -> dict[str, np.ndarray]
 def named_variables(model) -> tuple[dict[str, tf.Variable], dict[str, tf.Variable]]:
     """(trainable, other) variables of a model by name, "conv1/kernel", in the model's order.
 
-    A name that comes twice gets a number. Of a stack of layers the states of Keras's seed generators are left out:
-    `forward` makes its dropout from the position in the data instead.
+    A name that comes twice gets a number. What Keras keeps for dropout is left out where `forward` makes the dropout
+    itself, from the position in the data.
     """
     kept, taken = ({}, {}), set()
+    ours = filter(_is_plain_dropout, model.layers) if isinstance(model, keras.Sequential) else ()
+    unused = {id(variable) for layer in ours for variable in layer.variables}
     trainable = {id(variable) for variable in model.trainable_variables}
     for variable in model.variables:
+        if id(variable) in unused:
+            continue
         path = getattr(variable, "path", variable.name).split(":")[0].removeprefix(f"{model.name}/")
         if path.startswith("seed_generator"):  # numbered by process, so not a name to keep
             path = "seed_generator"
-            if isinstance(model, keras.Sequential):
-                continue
         name = next(n for k in range(len(taken) + 1) if (n := f"{path}_{k}" if k else path) not in taken)
         taken.add(name)
         kept[id(variable) not in trainable][name] = _variable(variable)
@@ -132,8 +134,27 @@ def output_activation(model) -> str:
     """"softmax" or "sigmoid" where a stack of layers ends in one; "" where the model returns logits."""
     if not isinstance(model, keras.Sequential):
         return ""
-    name = getattr(getattr(model.layers[-1], "activation", None), "__name__", "")
+    if isinstance(model.layers[-1], keras.layers.Softmax):
+        return "softmax"
+    return _activation_name(model.layers[-1])
+
+
+def check_outputs(model) -> None:
+    """Raises UserError for a model whose outputs would be taken for logits and are none."""
+    if isinstance(model, keras.Model) and not isinstance(model, keras.Sequential) and model.layers:
+        last = model.layers[-1]
+        if isinstance(last, keras.layers.Softmax) or _activation_name(last):
+            raise UserError(f"the model ends in {_activation_name(last) or 'softmax'} ({last.name}); hand in one that "
+                            f"returns logits, or a keras.Sequential, of which the last activation is left out")
+
+
+def _activation_name(layer) -> str:
+    name = getattr(getattr(layer, "activation", None), "__name__", "")
     return name if name in OUTPUTS else ""
+
+
+def _is_plain_dropout(layer) -> bool:
+    return type(layer) is keras.layers.Dropout and layer.noise_shape is None
 
 
 def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training: bool = False, key=None):
@@ -151,7 +172,7 @@ def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training
         return
     x = images
     for index, layer in enumerate(model.layers):
-        if isinstance(layer, keras.layers.Dropout):
+        if _is_plain_dropout(layer):
             if training:  # stateless in place of Keras's own generator: the mask depends on the position alone
                 x = tf.nn.experimental.stateless_dropout(x, layer.rate, fold_in(key, index))
         elif isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:

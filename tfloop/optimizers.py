@@ -149,8 +149,8 @@ class Optimizer(tf.Module):
 class KerasOptimizer(tf.Module):
     """Any keras.optimizers.Optimizer in Optimizer's place: the loop drives its rate and resets its variables.
 
-    Keras computes and applies in one go, so `updates` makes the update and reports it, and `apply` has nothing left
-    to do. A step that is not valid is therefore made all the same.
+    Keras computes and applies in one go. To see its update before it is made, `updates` lets Keras make it, notes
+    where that led, and takes it back.
     """
 
     def __init__(self, inner, variables):
@@ -168,16 +168,26 @@ class KerasOptimizer(tf.Module):
                       if variable.value is not self.count}
         self._initial = [(variable, variable.numpy()) for variable in self.inner.variables]
 
+    def _all(self, weights: dict[str, tf.Variable]) -> list[tf.Variable]:
+        return [*weights.values(), *self.slots.values(), self.count]
+
     def updates(self, gradient: tf.Tensor, weights: dict[str, tf.Variable], rate):
-        before = flatten(weights.values())
+        """(the update [n], every variable's value after it). Changes nothing."""
+        before = [tf.identity(variable) for variable in self._all(weights)]
         self.inner.learning_rate.assign(rate)
         self.inner.apply(list(unflatten(gradient, weights).values()), self._variables)
-        return flatten(weights.values()) - before, {}
+        after = [tf.identity(variable) for variable in self._all(weights)]
+        for variable, value in zip(self._all(weights), before):
+            variable.assign(value)
+        return flatten(after[:len(weights)]) - flatten(before[:len(weights)]), after
 
-    def apply(self, updates, weights, valid) -> None:
-        pass
+    def apply(self, updates, weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
+        """Go where `updates` led; nothing changes where `valid`, a boolean, is false."""
+        for variable, value in zip(self._all(weights), updates[1]):
+            variable.assign(tf.where(valid, value, variable))
 
     def reset(self) -> None:
+        """Slots, count and rate as they were when built."""
         for variable, value in self._initial:
             variable.assign(value)
 

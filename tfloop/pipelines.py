@@ -13,9 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.data import Split
+from tfloop.errors import UserError
 from tfloop.models import fold_in
 
-SHARE_OF_MEMORY = 0.25  # images that take less than this of the free memory are kept resident
+PIPELINES = ("host", "prefetch", "resident")
+SHARE_OF_MEMORY = 0.1  # images that take less than this of the memory are kept resident
 GPU_BYTES = 4 << 30  # and on a GPU, less than this
 
 
@@ -105,6 +107,8 @@ def make(name: str, split: Split, batch_size: int):
     """A pipeline by name; "auto" is resident where the images fit comfortably, else prefetch."""
     if name == "auto":
         name = "resident" if split.images.nbytes < comfortable_bytes() else "prefetch"
+    if name not in PIPELINES:
+        raise UserError(f"--pipeline={name} is unknown; choose from auto, {', '.join(PIPELINES)}")
     if name == "resident":
         return Resident(split, batch_size)
     return Streamed(split, batch_size, to_device=name == "prefetch")
@@ -114,7 +118,7 @@ def comfortable_bytes() -> int:
     """How much image data "auto" keeps on the device."""
     if tf.config.list_physical_devices("GPU"):
         return GPU_BYTES
-    return int(SHARE_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    return int(SHARE_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _weights(first: tf.Tensor, batch_size: int, size: int) -> tf.Tensor:

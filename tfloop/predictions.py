@@ -21,7 +21,7 @@ def read_images(path: str | Path, shape: tuple[int, int, int]) -> tuple[list[str
     Raises:
       UserError: nothing to read, a damaged file, or an image of another shape than the model's.
     """
-    path, expected = Path(path), "×".join(map(str, shape))
+    path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
         if not files:
@@ -34,8 +34,8 @@ def read_images(path: str | Path, shape: tuple[int, int, int]) -> tuple[list[str
     if name is None:
         raise UserError(f"{path}: expected an array named {' or '.join(ARRAYS)}; found {', '.join(arrays) or 'nothing'}")
     images = check_images(arrays[name], f"{path}: {name}")
-    if images.shape[1:] != tuple(shape):
-        raise UserError(f"{path}: {name} holds images of {'×'.join(map(str, images.shape[1:]))}, the model takes {expected}")
+    if not len(images):
+        raise UserError(f"{path}: {name} holds no images")
     return [str(row) for row in range(len(images))], images
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import __version__, checkpoints, data, models
-from tfloop.config import Config
-from tfloop.errors import UserError
+from tfloop.config import HYPER, Config
+from tfloop.errors import DivergenceError, UserError
 from tfloop.loop import Call, Epoch, Loop
 from tfloop.optimizers import Optimizer
 from tfloop.progress import Display
@@ -33,8 +33,7 @@ def load_data(config: Config) -> data.Dataset:
 def make_schedule(config: Config, steps: int) -> Schedule:
     """The schedule that `config` names, for epochs of `steps` steps."""
     unit = steps if config.schedule_unit == "epoch" else 1
-    chosen = _chosen(config, ("decay_steps", "decay_rate", "staircase", "end_rate", "power",
-                     "restarts", "t_mul", "m_mul", "start_rate", "peak_at", "boundaries", "rates"))
+    chosen = _chosen(config, HYPER["schedule"])
     accepted = parameters(SCHEDULES[config.schedule])
     if "decay_steps" in accepted and accepted["decay_steps"] is None and "decay_steps" not in chosen:
         chosen["decay_steps"] = max(config.epochs * steps / unit - config.warmup_steps, 1.0)
@@ -44,8 +43,7 @@ def make_schedule(config: Config, steps: int) -> Schedule:
 
 def make_optimizer(config: Config) -> Optimizer:
     """The optimizer that `config` names."""
-    return Optimizer(config.optimizer, **_chosen(config, (
-        "momentum", "nesterov", "rho", "centered", "beta_1", "beta_2", "epsilon", "weight_decay")))
+    return Optimizer(config.optimizer, **_chosen(config, HYPER["optimizer"]))
 
 
 def _chosen(config: Config, names: tuple[str, ...]) -> dict:
@@ -98,6 +96,7 @@ def train(config: Config, device: str = "", started: float | None = None,
                     f"{sum(w.shape.num_elements() for w in state.weights.values()):,} weights; "
                     f"{device or 'default device'}, {loop.pipeline.name} pipeline"
                     f"{' (auto)' * (config.pipeline == 'auto')}")
+        display.say(_settings_line(config, state))
         results = []
         for seed in config.seeds or (config.seed,) * config.runs:
             own = config.replace(seed=seed, seeds=(), runs=1)
@@ -105,6 +104,7 @@ def train(config: Config, device: str = "", started: float | None = None,
             state.begin(seed)
             setup, before = time.perf_counter() - started, dict(loop.seconds)
             epochs: list[Epoch] = []
+            diverged = None
             try:
                 with Summaries(folder) as summaries:
                     for record in loop.run(config.epochs):
@@ -114,13 +114,18 @@ def train(config: Config, device: str = "", started: float | None = None,
                             epochs.append(record)
                         if interrupted():
                             break
+            except DivergenceError as error:
+                diverged = error
             finally:
                 checkpoints.save(state, folder / "checkpoints", {
                     "tfloop": __version__, "config": dataclasses.asdict(own), "image_shape": loop.data.image_shape,
-                    "classes": loop.data.classes, "steps_per_epoch": loop.steps})
+                    "pixels": loop.data.train.images.dtype.name, "classes": loop.data.classes,
+                    "steps_per_epoch": loop.steps})
             seconds = {"setup": setup} | {key: loop.seconds[key] - before[key] for key in before}
-            result = _result(own, loop, epochs, seconds, device, interrupted())
+            result = _result(own, loop, epochs, seconds, device, interrupted(), diverged)
             write_json(folder / "result.json", result)
+            if diverged:
+                raise diverged
             results.append({**result, "folder": str(folder)})
             display.say(f"{_closing_line(result)}\n{folder}")
             started = time.perf_counter()
@@ -134,12 +139,14 @@ def train(config: Config, device: str = "", started: float | None = None,
     return results
 
 
-def _result(config: Config, loop: Loop, epochs: list[Epoch], seconds: dict, device: str, interrupted: bool) -> dict:
+def _result(config: Config, loop: Loop, epochs: list[Epoch], seconds: dict, device: str, interrupted: bool,
+            diverged: DivergenceError | None) -> dict:
     state = loop.state
     best = max(epochs, key=lambda e: e.validation.accuracy, default=None) if len(loop.data.validation) else None
     maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "config": dataclasses.asdict(config), "interrupted": interrupted,
+        "config": dataclasses.asdict(config), "hyper": _numbers(state), "interrupted": interrupted,
+        "diverged": {"step": diverged.step, "layer": diverged.layer} if diverged else None,
         "steps": int(state.global_step), "steps_per_epoch": loop.steps,
         "epochs": [_epoch_json(epoch) for epoch in epochs],
         "final": _epoch_json(epochs[-1]) if epochs else None,
@@ -153,6 +160,19 @@ def _result(config: Config, loop: Loop, epochs: list[Epoch], seconds: dict, devi
                      "keras": keras.__version__, "numpy": np.__version__},
         "weights_sha256": state.digest("weights", "moving"),
     }
+
+
+def _numbers(state: TrainState) -> dict:
+    """The numbers that the run really had, defaults included."""
+    return {name: variable.numpy().tolist() for name, variable in state.hyper.items()}
+
+
+def _settings_line(config: Config, state: TrainState) -> str:
+    show = lambda hyper: ", ".join(f"{name} {float(f'{value.numpy():.7g}'):g}" if value.shape.rank == 0 else
+                                   f"{name} {value.numpy()}" for name, value in hyper.items())
+    return (f"{config.optimizer}: {show(state.optimizer.hyper)}; {config.schedule}: {show(state.schedule.hyper)}; "
+            f"l1 {config.l1:g}, l2 {config.l2:g} on {config.penalize} kernels; batch {config.batch_size}, "
+            f"{config.epochs} epochs")
 
 
 def _epoch_json(epoch: Epoch) -> dict:
@@ -216,8 +236,18 @@ def open_run(folder: str | Path) -> tuple[Config, TrainState, dict]:
     return config, state, manifest
 
 
+def check_fit(images: np.ndarray, state: TrainState, manifest: dict, where: str) -> None:
+    """Raises UserError for images of another shape or pixel type than the model was trained on."""
+    shape, pixels = tuple(state.model.input_shape[1:]), manifest["pixels"]
+    if images.shape[1:] != shape:
+        raise UserError(f"{where}: images are {'×'.join(map(str, images.shape[1:]))}, the model takes "
+                        f"{'×'.join(map(str, shape))}")
+    if images.dtype.name != pixels:
+        raise UserError(f"{where}: pixels are {images.dtype.name}, the model was trained on {pixels}")
+
+
 def write_json(path: Path, content: dict) -> None:
     """Under a temporary name first, so that what bears the name is whole."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.rename(path)

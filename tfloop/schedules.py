@@ -74,7 +74,10 @@ def one_cycle(step, *, learning_rate, decay_steps, peak_at=0.25, start_rate=0.0,
 
 
 def warm_up(step, warmup_steps, schedule):
-    """`schedule`, reached linearly: schedule(0) · (step + 1) / warmup_steps before warmup_steps, then shifted by it."""
+    """`schedule`, reached linearly: schedule(0) · (step + 1) / warmup_steps before warmup_steps, then shifted by it.
+
+    `step` and `warmup_steps` count steps, whatever the schedule counts.
+    """
     late = schedule(tf.maximum(step - warmup_steps, 0.0))
     return late * tf.minimum((step + 1.0) / tf.maximum(warmup_steps, 1.0), 1.0)
 
@@ -104,7 +107,7 @@ class Schedule(tf.Module):
     def __init__(self, name: str = "constant", *, warmup_steps: float = 0.0, unit_steps: float = 1.0, **hyper):
         """Args:
           name: one of SCHEDULES.
-          warmup_steps: length of the linear warm-up in front; 0 is none.
+          warmup_steps: length of the linear warm-up in front, in units; 0 is none.
           unit_steps: steps in one unit of the schedule: 1, or the steps of an epoch to count in epochs.
           **hyper: the schedule's hyperparameters; those left out take its defaults.
 
@@ -121,9 +124,9 @@ class Schedule(tf.Module):
     def __call__(self, step) -> tf.Tensor:
         """The rate at `step` (counted from 0), a float32 scalar."""
         numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
-        step = tf.cast(step, tf.float32) / numbers.pop("unit_steps")
-        schedule = lambda step: self._function(step, **numbers, **self._switches)
-        return warm_up(step, numbers.pop("warmup_steps"), schedule)
+        unit, warmup = numbers.pop("unit_steps"), numbers.pop("warmup_steps")
+        schedule = lambda step: self._function(step / unit, **numbers, **self._switches)
+        return warm_up(tf.cast(step, tf.float32), warmup * unit, schedule)
 
 
 def bind(table: dict, kind: str, name: str, hyper: dict):

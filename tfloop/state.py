@@ -5,7 +5,8 @@ compiled step closes over these variables, so resetting or changing one never ma
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import keras
 import numpy as np
@@ -62,6 +63,8 @@ class TrainState(tf.Module):
         self.weights, self.moving = models.named_variables(model)
         if not self.weights:
             raise UserError("the model has no trainable variables: build it (call it once) before it is trained")
+        if loss is None:
+            models.check_outputs(model)
         if isinstance(optimizer, keras.optimizers.Optimizer):
             optimizer = KerasOptimizer(optimizer, model.trainable_variables)
         self.optimizer = Optimizer(optimizer) if isinstance(optimizer, str) else optimizer
@@ -84,10 +87,11 @@ class TrainState(tf.Module):
         self.scale = tf.Variable(standardizer.scale, trainable=False, name="scale")
         found = {name: variable.numpy() for name, variable in {**self.weights, **self.moving}.items()}
         self._initial = initial_weights or (lambda seed: found)
+        self._initial_hyper = {name: variable.numpy() for name, variable in self.hyper.items()}
 
     @property
-    def hyper(self) -> dict[str, tf.Variable]:
-        return {**self.schedule.hyper, **self.optimizer.hyper, **self._own_hyper}
+    def hyper(self) -> Mapping[str, tf.Variable]:
+        return MappingProxyType({**self.schedule.hyper, **self.optimizer.hyper, **self._own_hyper})
 
     def standardize(self, images: tf.Tensor) -> tf.Tensor:
         """(x - mean) / scale, float32."""
@@ -105,7 +109,7 @@ class TrainState(tf.Module):
         self.diverged.assign(tf.logical_not(valid))
 
     def reset(self, weights: bool = True, slots: bool = True, schedule: bool = True, data: bool = True,
-              seed: int | None = None) -> None:
+              hyper: bool = False, seed: int | None = None) -> None:
         """Set any part back to its start, in place; nothing is traced again. global_step never goes back.
 
         Args:
@@ -113,6 +117,7 @@ class TrainState(tf.Module):
           slots: the optimizer's slots and count.
           schedule: schedule_step; alone, this is a warm restart.
           data: epoch, batch and the metrics so far.
+          hyper: every hyperparameter, where it was changed since the state was made.
           seed: a new seed, from here on; None keeps the one there is.
         """
         if seed is not None:
@@ -125,6 +130,9 @@ class TrainState(tf.Module):
             self.optimizer.reset()
         if schedule:
             self.schedule_step.assign(0)
+        if hyper:
+            for name, value in self._initial_hyper.items():
+                self.hyper[name].assign(value)
         if data:
             self.epoch.assign(0)
             self.batch.assign(0)
@@ -132,8 +140,8 @@ class TrainState(tf.Module):
         self.diverged.assign(False)
 
     def begin(self, seed: int) -> None:
-        """The state that a fresh process has with this seed: a full reset, and global_step 0, for a new run."""
-        self.reset(seed=seed)
+        """The state that a fresh process has with this seed: everything reset, and global_step 0, for a new run."""
+        self.reset(hyper=True, seed=seed)
         self.global_step.assign(0)
 
     def named(self) -> dict[str, tf.Variable]:
