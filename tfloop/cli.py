@@ -25,7 +25,7 @@ BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 
 
 def train(config: Config, options: dict, arguments: list[str]) -> int:
-    device = _start(config)
+    config, device = _start(config)
     from tfloop import runs
 
     stop = _Interrupt()
@@ -35,7 +35,7 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
 
 def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
     folder = _one(arguments, "RUN", "the folder of a finished run")
-    _start(config)
+    config, _ = _start(config)
     from tfloop import runs
     from tfloop.loop import Loop
 
@@ -44,7 +44,8 @@ def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
         trained = trained.replace(dataset=options["dataset"])
     data = runs.load_data(trained)
     runs.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
-    metrics = Loop(state, data, batch_size=min(trained.batch_size, len(data.train))).evaluate(data.test)
+    metrics = Loop(state, data, batch_size=min(trained.batch_size, len(data.train)),
+                   shards=config.shards).evaluate(data.test)
     print(f"{len(data.test)} test images of {trained.dataset}: loss {metrics.total:.4f} (data {metrics.data:.4f}, "
           f"l1 {metrics.l1:.4f}, l2 {metrics.l2:.4f})  accuracy {100 * metrics.accuracy:.2f} %")
     return 0
@@ -244,7 +245,8 @@ def _flag_line(name: str, default, help: str) -> str:
     return f"  {flag(name, default):28} {help}{suffix}"
 
 
-def _start(config: Config) -> str:
+def _start(config: Config) -> tuple[Config, str]:
+    """(the settings with what they leave to the machine decided, the device's name), and TensorFlow set up for them."""
     from tfloop import devices
 
     return devices.start(config)

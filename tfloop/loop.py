@@ -5,15 +5,16 @@ touches nothing but the state; what is not the story (files, plots, checkpoints)
 """
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from tfloop import models
-from tfloop import penalties, pipelines
+from tfloop import ops, penalties, pipelines
 from tfloop.data import Dataset, Split
 from tfloop.errors import DivergenceError, UserError
 from tfloop.optimizers import flatten
@@ -119,11 +120,14 @@ class Pass(NamedTuple):
     gradients: dict[str, tf.Tensor]  # of loss.total, by weight: "conv1/kernel"
 
 
-def forward_and_backward(state: TrainState, batch: Batch) -> Pass:
-    """The loss of a batch, term by term, and its gradients. Changes nothing but moving averages."""
+def forward_and_backward(state: TrainState, batch: Batch, forward: Callable = models.logits) -> Pass:
+    """The loss of a batch, term by term, and its gradients. Changes nothing but moving averages.
+
+    `forward` is `models.logits`, layer by layer as Keras has it, or its fast twin `ops.logits`.
+    """
     images = state.standardize(batch.images)
     with tf.GradientTape() as tape:
-        logits = models.logits(state.model, images, batch.weights, training=True, key=state.key())
+        logits = forward(state.model, images, batch.weights, training=True, key=state.key())
         each = example_losses(state, batch.labels, logits)
         data_loss = tf.reduce_sum(batch.weights * each) / tf.reduce_sum(batch.weights)
         loss = losses(state, data_loss, model_losses(state))
@@ -131,7 +135,7 @@ def forward_and_backward(state: TrainState, batch: Batch) -> Pass:
     return Pass(loss, logits, gradients)
 
 
-def train_step(state: TrainState, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
+def train_step(state: TrainState, batch: Batch, forward: Callable = models.logits) -> tuple[tf.Tensor, tf.Tensor]:
     """One step: forward, loss, backward, update.
 
     A step whose loss, gradient or update is not finite changes no weight, slot or counter, and neither does any step after
@@ -143,7 +147,7 @@ def train_step(state: TrainState, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
     """
     learning_rate = state.schedule(state.schedule_step)
     averages = [tf.identity(variable) for variable in state.moving.values()]
-    loss, logits, gradients = forward_and_backward(state, batch)
+    loss, logits, gradients = forward_and_backward(state, batch, forward)
 
     gradient = flatten(gradients.values())
     gradient_norm = tf.norm(gradient)
@@ -182,7 +186,8 @@ class Loop:
     """
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
-                 steps_per_call: int = 0, jit_compile: bool = False, eager: bool = False):
+                 steps_per_call: int = 0, jit_compile: bool = False, eager: bool = False, fast: bool = True,
+                 shards: int = 1):
         """Args:
           state: what to train.
           data: images and labels.
@@ -191,6 +196,8 @@ class Loop:
           steps_per_call: steps in one compiled call; 0 chooses.
           jit_compile: compile the step with XLA.
           eager: run the step op by op.
+          fast: rearrange the forward pass (see `ops`).
+          shards: parts of a batch to compute side by side, with `fast`.
 
         Raises:
           UserError: a batch larger than the data, or a model whose outputs do not fit its classes.
@@ -208,7 +215,8 @@ class Loop:
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         self.steps_per_call = min(steps_per_call or STEPS_PER_CALL[kind], self.steps)
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
-        step = lambda batch: train_step(state, batch)
+        self.forward = functools.partial(ops.logits, shards=shards) if fast else models.logits
+        step = lambda batch: train_step(state, batch, self.forward)
         self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile else step
         self._train = Traced(self._train_steps, "the training step", eager)
         self._evaluate = Traced(self._evaluate_all, "the evaluation", eager, input_signature=[
@@ -285,7 +293,7 @@ class Loop:
         def body(first, sums):
             rows = first + tf.range(EVALUATION_BATCH)
             weights, rows = tf.cast(rows < size, tf.float32), tf.minimum(rows, size - 1)
-            logits = models.logits(state.model, state.standardize(tf.gather(images, rows)))
+            logits = self.forward(state.model, state.standardize(tf.gather(images, rows)))
             truth = tf.gather(labels, rows)
             means = tf.stack([example_losses(state, truth, logits), _hits(logits, truth),
                               tf.fill([EVALUATION_BATCH], model_losses(state))])

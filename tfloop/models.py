@@ -172,18 +172,22 @@ def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training
         return
     x = images
     for index, layer in enumerate(model.layers):
-        if _is_plain_dropout(layer):
-            if training:  # stateless in place of Keras's own generator: the mask depends on the position alone
-                x = tf.nn.experimental.stateless_dropout(x, layer.rate, fold_in(key, index))
-        elif isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
-            mask = tf.reshape(weights > 0, [-1] + [1] * (len(x.shape) - 2))
-            x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
-            x = tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
-        elif index == len(model.layers) - 1 and output_activation(model):
-            x = _without_activation(layer, x)
-        else:
-            x = _call(layer, x, training)
+        x = apply_layer(model, index, x, weights, training, key)
         yield layer.name, x
+
+
+def apply_layer(model: keras.Sequential, index: int, x: tf.Tensor, weights, training: bool, key) -> tf.Tensor:
+    """The activation of the layer with this index, from the one before; arguments as in `forward`."""
+    layer = model.layers[index]
+    if _is_plain_dropout(layer):  # stateless in place of Keras's own generator: the mask depends on the position alone
+        return tf.nn.experimental.stateless_dropout(x, layer.rate, fold_in(key, index)) if training else x
+    if isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
+        mask = tf.reshape(weights > 0, [-1] + [1] * (len(x.shape) - 2))
+        x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
+        return tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
+    if index == len(model.layers) - 1 and output_activation(model):
+        return _without_activation(layer, x)
+    return _call(layer, x, training)
 
 
 def logits(model, images, weights=None, training=False, key=None) -> tf.Tensor:

@@ -69,7 +69,8 @@ def make_loop(config: Config) -> Loop:
     steps = -(-len(dataset.train) // config.batch_size)
     state = make_state(config, dataset.image_shape, dataset.classes, steps, dataset.standardizer)
     return Loop(state, dataset, batch_size=config.batch_size, pipeline=config.pipeline,
-                steps_per_call=config.steps_per_call, jit_compile=config.jit_compile, eager=config.eager)
+                steps_per_call=config.steps_per_call, jit_compile=config.jit_compile, eager=config.eager,
+                fast=config.fast, shards=max(config.shards, 1))
 
 
 def train(config: Config, device: str = "", started: float | None = None,

@@ -1,0 +1,104 @@
+"""The fast forward pass against its plain twin: values and gradients, for every kind of layer stack."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfloop import models, ops
+from tfloop.config import Config
+from tfloop.devices import choose
+
+CASES = {
+    "article2": (dict(), (28, 28, 1)), "article3": (dict(conv=(64, 64, 128), dense=(120,)), (28, 28, 1)),
+    "batch norm": (dict(batch_norm=True), (28, 28, 1)), "odd colour": (dict(conv=(4, 5), pool=(3, 2)), (23, 26, 3)),
+    "5×5": (dict(kernel=(5, 3, 3)), (32, 32, 3)), "same": (dict(padding="same", pool=(2, 2, 2)), (28, 28, 1)),
+    "sigmoid": (dict(conv_activation="sigmoid", output="sigmoid"), (28, 28, 1)),
+    "elu, tanh, dropout": (dict(conv_activation="elu", dense_activation="tanh", dropout=0.5), (28, 28, 1)),
+    "no pool": (dict(conv=(3, 4), pool=()), (9, 10, 1)), "dense": (dict(conv=(), pool=()), (6, 5, 1)),
+}
+
+
+def outputs_and_gradients(forward, model, images):
+    """Logits, moving averages after it, and the gradient of Σ logits² / 2, by name."""
+    trainable, moving = models.named_variables(model)
+    with tf.GradientTape() as tape:
+        found = forward(model, images, tf.ones(len(images)), True, tf.constant([0, 1]))
+        loss = tf.nn.l2_loss(found)
+    gradients = tape.gradient(loss, trainable)
+    return {"logits": found, **gradients, **{name: v.numpy() for name, v in moving.items()}}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_twin(random, case, shards):
+    settings, shape = CASES[case]
+    images = tf.constant(random.normal(size=(8, *shape)).astype(np.float32))
+    plain, fast = (outputs_and_gradients(forward, models.build(Config.make(**settings), shape, 10), images)
+                   for forward in (models.logits, lambda *a: ops.logits(*a, shards=shards)))
+    largest = max(np.abs(value).max() for value in plain.values())
+    for name, expected in plain.items():
+        scale = max(np.abs(expected).max(), 0.1 * largest)  # a bias before batch normalisation has gradient 0, rounded
+        np.testing.assert_allclose(fast[name] / scale, expected / scale, atol=2e-5, err_msg=name)
+
+
+def test_ties_go_where_the_twin_sends_them(random):
+    """Integers and constant patches: whole windows of equal convolution outputs, and of outputs that ReLU cuts to 0."""
+    images = np.repeat(np.repeat(random.integers(0, 2, (8, 7, 7, 1)), 4, axis=1), 4, axis=2).astype(np.float32)
+    results = []
+    for forward in (models.logits, ops.logits):
+        model = models.build(Config.make(), (28, 28, 1), 10)
+        for variable in models.named_variables(model)[0].values():
+            variable.assign(tf.round(8 * variable) / 8)
+        results.append(outputs_and_gradients(forward, model, images))
+    for name, expected in results[0].items():
+        np.testing.assert_allclose(results[1][name], expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("settings, shape, used", [
+    (dict(), (28, 28, 1), (26, 26)), (dict(pool=(2, 2, 2)), (28, 28, 1), (22, 22)), (dict(padding="same"), (28, 28, 1), (28, 28)),
+    (dict(padding="same"), (30, 28, 1), (30, 28)), (dict(batch_norm=True), (28, 28, 1), (28, 28)),
+    (dict(conv=(4,), pool=(3,)), (12, 10, 1), (11, 8)), (dict(conv=(), pool=()), (6, 5, 1), (6, 5))])
+def test_used_pixels(settings, shape, used):
+    assert ops.used_pixels(models.build(Config.make(**settings), shape, 10)) == used
+
+
+def test_pixels_beyond_the_used_ones_change_nothing_and_those_within_do(random):
+    model = models.build(Config.make(), (28, 28, 1), 10)
+    images = random.normal(size=(2, 28, 28, 1)).astype(np.float32)
+    changed = images.copy()
+    changed[:, 26:], changed[:, :, 26:] = 9, 9
+    np.testing.assert_array_equal(models.logits(model, changed), models.logits(model, images))
+    changed[:, 25, 25] = 9
+    assert not np.array_equal(models.logits(model, changed), models.logits(model, images))
+
+
+def test_layers_that_it_does_not_know_see_the_whole_batch(random):
+    class Centre(keras.layers.Layer):
+        def call(self, x):
+            return x - tf.reduce_mean(x, axis=0)
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), Centre(), keras.layers.Dense(2)])
+    x = random.normal(size=(6, 4)).astype(np.float32)
+    np.testing.assert_allclose(ops.logits(model, x, shards=3), model(x), atol=1e-6)
+
+
+def test_strides_dilation_and_functional_models_are_left_to_keras(random):
+    layers = keras.layers
+    images = random.normal(size=(4, 12, 12, 1)).astype(np.float32)
+    stack = keras.Sequential([keras.Input((12, 12, 1)), layers.Conv2D(3, 3, strides=2, activation="relu"), layers.MaxPooling2D(2),
+                              layers.Conv2D(2, 2, dilation_rate=1), layers.Flatten(), layers.Dense(3)])
+    functional = keras.Model(stack.inputs, stack.outputs)
+    for model in (stack, functional):
+        np.testing.assert_allclose(ops.logits(model, images, shards=2), model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("settings, cores, shards, threads", [
+    (dict(), 2, 2, (1, 2)), (dict(), 1, 1, (0, 0)), (dict(), 16, 4, (4, 4)), (dict(batch_size=1024), 16, 16, (1, 16)),
+    (dict(batch_size=16), 2, 1, (0, 0)), (dict(batch_norm=True), 2, 1, (0, 0)), (dict(fast=False), 2, 1, (0, 0)),
+    (dict(eager=True), 2, 1, (0, 0)), (dict(device="gpu"), 2, 1, (0, 0)), (dict(shards=1), 2, 1, (0, 0)),
+    (dict(shards=2, intra_op_threads=2), 2, 2, (2, 2))], ids=str)
+def test_shards_and_threads_are_chosen_once_and_can_be_set(settings, cores, shards, threads):
+    chosen = choose(Config.make(**settings), cores)
+    assert (chosen.shards, (chosen.intra_op_threads, chosen.inter_op_threads), chosen.onednn) == (shards, threads, "on")
+    assert choose(chosen, 64) == chosen
