@@ -3,6 +3,7 @@
 #
 #   ./run.sh train [flags]     train the article's CNN on MNIST
 #   ./run.sh test [arguments]  run the tests with pytest
+#   ./run.sh bench NAME [...]  run a benchmark; peers also installs PyTorch and JAX
 #   ./run.sh --help            list the other commands
 #
 # Needs bash and a Python from 3.10 to 3.13; PYTHON=/path/to/python chooses one. Everything is installed into .venv.
@@ -52,5 +53,10 @@ install_for() {  # install_for EXTRA: the package with its pinned dependencies, 
 
 case ${1:-} in
   test) install_for test; shift; cd -- "$here"; exec "$python" -m pytest "$@" ;;
+  bench)
+    [[ -f $here/benchmarks/${2:-}.py && ${2:-} =~ ^(accuracy|devices|ops|overhead|peers|regress|scaling)$ ]] ||
+      fail 2 "'${2:-}' is no benchmark; choose from accuracy, devices, ops, overhead, peers, regress, scaling"
+    [[ $2 == peers ]] && install_for bench || install_for ""
+    exec "$python" "$here/benchmarks/$2.py" "${@:3}" ;;
   *) install_for ""; exec "$venv/bin/tfloop" "$@" ;;  # not -m: the current folder stays out of sys.path
 esac

@@ -56,6 +56,14 @@ def test_the_tests_need_more_and_bring_what_train_needs(run):
     assert run.log() == ["venv", f"pip {run.folder}[test]"]
 
 
+def test_bench_runs_a_benchmark_by_name_and_names_what_is_none(run):
+    (run.folder / "benchmarks").mkdir()
+    (run.folder / "benchmarks" / "ops.py").write_text("import sys; print(sys.argv[1:])")
+    assert run("bench", "ops", "--rounds=1").stdout == "['--rounds=1']\n"
+    wrong = run("bench", "../x")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("run.sh: '../x' is no benchmark; choose from accuracy")
+
+
 def test_an_interrupted_installation_is_begun_again(run):
     assert run("train", KILL="1").returncode == -9
     assert run("train").stdout == "<train>"

@@ -370,5 +370,5 @@ class Loop:
 
 
 def _metrics(sums: tf.Tensor) -> Metrics:
-    steps, examples, *rest = (float(value) for value in sums)
+    steps, examples, *rest = sums.numpy().tolist()
     return Metrics(*(value / examples if examples else math.nan for value in rest))

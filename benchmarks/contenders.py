@@ -1,0 +1,326 @@
+"""Who is measured: tfloop and its rivals on one job, each a process of its own that runs when it is told to.
+
+    python benchmarks/contenders.py NAME '{"batch_size": 64, …}'
+
+The job: the network, weights, order of images, RMSprop and L2 penalty that the settings describe, in float32. A
+contender prints one JSON line when it is ready: its loss on the first batch with the initial weights, and its peak
+memory so far. Then, for each line "N" on its standard input, it trains N steps, waits for the device, and prints the
+seconds they took.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+RATE, RHO, EPSILON = 0.001, 0.9, 1e-7
+
+
+class Job:
+    """The data, weights and settings that all contenders share."""
+
+    def __init__(self, settings: dict):
+        from tfloop.config import Config
+        from tfloop.devices import choose, cores
+
+        self.settings = dict(settings)
+        self.config = choose(Config.make(**{"l2": 0.001, **settings}), cores())
+
+    def arrays(self):
+        """(standardised images float32 in the order of the first epoch, labels, initial weights by name)."""
+        import numpy as np
+
+        from tfloop import models, pipelines, runs
+
+        data = runs.load_data(self.config)
+        self.data = data
+        order = pipelines.order(self.config.seed, 0, len(data.train)).numpy()
+        images = (data.train.images[order].astype(np.float32) - data.standardizer.mean) / data.standardizer.scale
+        model = models.build(self.config, data.image_shape, data.classes)
+        weights = {name: v.numpy() for name, v in models.named_variables(model)[0].items()}
+        return images, data.train.labels[order].astype("int64"), weights
+
+
+def set_threads(config, intra, inter):
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(config.intra_op_threads if intra is None else intra)
+    tf.config.threading.set_inter_op_parallelism_threads(config.inter_op_threads if inter is None else inter)
+
+
+def tfloop(job: Job):
+    """tfloop as `train` runs it. The settings choose the rest: fast, shards, threads, eager, jit_compile, pipeline."""
+    import tensorflow as tf
+
+    set_threads(job.config, None, None)
+    import tfloop
+    from tfloop.loop import forward_and_backward
+    from tfloop.pipelines import batch_at
+
+    loop = tfloop.make_loop(job.config)
+    first = batch_at(loop.data.train, job.config.batch_size, job.config.seed, 0, 0)
+    loss = float(forward_and_backward(loop.state, first, loop.forward).loss.total)
+    calls = iter(())
+
+    def run(steps):
+        nonlocal calls
+        while steps > 0:
+            call = next(calls, None)
+            if call is None:
+                loop.state.epoch.assign_add(1)
+                loop.state.batch.assign(0)
+                calls = loop.train_epoch()
+                continue
+            steps -= call.steps
+
+    return loss, run, min(loop.steps_per_call, loop.steps)
+
+
+def keras_fit(job: Job, onednn=None, intra=0, inter=0, **compile_options):
+    """model.fit on arrays in memory."""
+    if onednn is not None:
+        os.environ["TF_ENABLE_ONEDNN_OPTS"] = onednn
+    import tensorflow as tf
+
+    set_threads(job.config, intra, inter)
+    import keras
+    import numpy as np
+
+    from tfloop import models
+
+    images, labels, _ = job.arrays()
+    model = models.build(job.config, job.data.image_shape, job.data.classes)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dense):
+            layer.kernel.regularizer = keras.regularizers.L2(job.config.l2)
+    model.compile(keras.optimizers.RMSprop(RATE, RHO, epsilon=EPSILON), "sparse_categorical_crossentropy",
+                  metrics=["accuracy"], **compile_options)
+    n = job.config.batch_size
+    loss = float(model.evaluate(images[:n], labels[:n], batch_size=n, verbose=0)[0])
+
+    def run(steps):
+        rows = min(steps * n, len(images))
+        model.fit(images[:rows], labels[:rows], batch_size=n, shuffle=False, verbose=0)
+
+    return loss, run, 1
+
+
+def tf_guide(job: Job):
+    """The loop of TensorFlow's guide: tf.data, a tf.function step, a Keras optimizer and metric."""
+    import tensorflow as tf
+
+    set_threads(job.config, 0, 0)
+    import keras
+
+    from tfloop import models
+
+    images, labels, _ = job.arrays()
+    model = models.build(job.config, job.data.image_shape, job.data.classes)
+    optimizer = keras.optimizers.RMSprop(RATE, RHO, epsilon=EPSILON)
+    loss_function, metric = keras.losses.SparseCategoricalCrossentropy(), keras.metrics.SparseCategoricalAccuracy()
+    kernels = [layer.kernel for layer in model.layers if isinstance(layer, keras.layers.Dense)]
+    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(job.config.batch_size).prefetch(tf.data.AUTOTUNE)
+
+    def loss_of(x, y):
+        predictions = model(x, training=True)
+        return loss_function(y, predictions) + job.config.l2 * tf.add_n([tf.reduce_sum(tf.square(k)) for k in kernels]), predictions
+
+    @tf.function
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            loss, predictions = loss_of(x, y)
+        optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_weights), model.trainable_weights))
+        metric.update_state(y, predictions)
+        return loss
+
+    def run(steps):
+        for x, y in dataset.take(steps):
+            loss = train_step(x, y)
+        loss.numpy()
+
+    n = job.config.batch_size
+    return float(loss_of(images[:n], labels[:n])[0]), run, 1
+
+
+def torch_eager(job: Job, channels_last=False, compiled=False):
+    """The usual PyTorch loop on tensors in memory."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    images, labels, weights = job.arrays()
+    config, shape = job.config, job.data.image_shape
+    if config.batch_norm or config.padding == "same" or len(set(config.kernel)) > 1:
+        raise SystemExit("this contender knows the default network only")
+    layers, channels, size = [], shape[2], shape[0]
+    for i, filters in enumerate(config.conv):
+        layers += [nn.Conv2d(channels, filters, config.kernel[0]), nn.ReLU()]
+        channels, size = filters, size - config.kernel[0] + 1
+        if i < len(config.pool) and config.pool[i] > 1:
+            layers.append(nn.MaxPool2d(config.pool[i]))
+            size //= config.pool[i]
+    layers.append(nn.Flatten())
+    inputs, spatial = channels * size * size, (size, size, channels)
+    for units in config.dense:
+        layers += [nn.Linear(inputs, units), nn.ReLU()]
+        inputs = units
+    model = nn.Sequential(*layers, nn.Linear(inputs, job.data.classes))
+    convolutions = iter([m for m in model if isinstance(m, nn.Conv2d)])
+    linears = [m for m in model if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        dense = iter(linears)
+        for name, value in weights.items():
+            if not name.endswith("kernel"):
+                continue
+            if value.ndim == 4:
+                module, value = next(convolutions), value.transpose(3, 2, 0, 1)
+            else:
+                module = next(dense)
+                if module is linears[0]:  # rows in the order of PyTorch's flatten
+                    value = value.reshape(*spatial, -1).transpose(2, 0, 1, 3).reshape(-1, value.shape[1])
+                value = value.T
+            module.weight.copy_(torch.from_numpy(value.copy()))
+            module.bias.zero_()
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    y = torch.from_numpy(labels)
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=RATE, alpha=RHO, eps=EPSILON)
+    criterion = nn.CrossEntropyLoss()
+
+    def loss_of(x, y):
+        return criterion(model(x), y) + config.l2 * sum(m.weight.square().sum() for m in linears)
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+    n = config.batch_size
+
+    def run(steps):
+        for i in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = forward(x[i * n:(i + 1) * n], y[i * n:(i + 1) * n])
+            loss.backward()
+            optimizer.step()
+        loss.item()
+
+    with torch.no_grad():
+        loss = loss_of(x[:n], y[:n]).item()
+    return loss, run, 1
+
+
+def jax_jit(job: Job):
+    """A jitted JAX step, with convolutions in NHWC and RMSprop written out."""
+    import jax
+    import jax.numpy as jnp
+
+    images, labels, weights = job.arrays()
+    config, n = job.config, job.config.batch_size
+    if config.batch_norm or config.padding == "same":
+        raise SystemExit("this contender knows the default network only")
+    x, y = jnp.asarray(images), jnp.asarray(labels)
+
+    def forward(w, x):
+        for i in range(1, len(config.conv) + 1):
+            x = jax.lax.conv_general_dilated(x, w[f"conv{i}/kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = jax.nn.relu(x + w[f"conv{i}/bias"])
+            if i <= len(config.pool) and (p := config.pool[i - 1]) > 1:
+                x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, p, p, 1), (1, p, p, 1), "VALID")
+        x = x.reshape(x.shape[0], -1)
+        for i in range(1, len(config.dense) + 1):
+            x = jax.nn.relu(x @ w[f"dense{i}/kernel"] + w[f"dense{i}/bias"])
+        return x @ w["output/kernel"] + w["output/bias"]
+
+    def loss_of(w, x, y):
+        log_p = jax.nn.log_softmax(forward(w, x))
+        penalty = sum(jnp.sum(jnp.square(v)) for k, v in w.items() if k.endswith("kernel") and v.ndim == 2)
+        return -jnp.mean(jnp.take_along_axis(log_p, y[:, None], axis=1)) + config.l2 * penalty
+
+    @jax.jit
+    def step(w, s, i):
+        xb, yb = (jax.lax.dynamic_slice_in_dim(a, i * n, n) for a in (x, y))
+        loss, g = jax.value_and_grad(loss_of)(w, xb, yb)
+        s = {k: RHO * s[k] + (1 - RHO) * g[k] ** 2 for k in w}
+        return {k: w[k] - RATE * g[k] * jax.lax.rsqrt(s[k] + EPSILON) for k in w}, s, loss
+
+    state = [{k: jnp.asarray(v) for k, v in weights.items()}, {k: jnp.zeros_like(v) for k, v in weights.items()}]
+
+    def run(steps):
+        for i in range(steps):
+            *state[:], loss = step(*state, i)
+        loss.block_until_ready()
+
+    return float(loss_of(state[0], x[:n], y[:n])), run, 1
+
+
+def floor(job: Job):
+    """What the processors could do: the job's multiplications at the rate of a 1024² matmul on each core at once."""
+    import tensorflow as tf
+
+    from tfloop import models, runs
+    from tfloop.devices import cores
+
+    set_threads(job.config, 1, cores())
+    data = runs.load_data(job.config.replace(standardize=False))
+    model = models.build(job.config, data.image_shape, data.classes)
+    flop = flop_per_image(model) * job.config.batch_size
+    start = [tf.random.stateless_normal([1024, 1024], [0, k]) / 32 for k in range(cores())]
+
+    @tf.function
+    def multiply(times):
+        body = lambda i, *products: (i + 1, *(tf.matmul(a, p) for a, p in zip(start, products)))
+        return tf.while_loop(lambda i, *_: i < times, body, (tf.constant(0), *start))[1]
+
+    def run(steps):
+        times = max(1, round(steps * flop / (2 * 1024**3 * len(start))))
+        multiply(tf.constant(times)).numpy()
+        run.scale = steps * flop / (times * 2 * 1024**3 * len(start))
+
+    run.scale = 1.0
+    return None, run, 100
+
+
+def flop_per_image(model) -> float:
+    """Multiplications and additions of one image's forward and backward pass, for convolutions and dense layers.
+
+    Backward costs as much again for the kernel, and as much for the input, but for the first layer's.
+    """
+    total = 0
+    for index, layer in enumerate(layer for layer in model.layers if getattr(layer, "kernel", None) is not None):
+        places = layer.output.shape[1] * layer.output.shape[2] if len(layer.output.shape) == 4 else 1
+        total += 2 * places * layer.kernel.shape.num_elements() * (2 if index == 0 else 3)
+    return total
+
+
+CONTENDERS = {
+    "tfloop": tfloop, "floor": floor, "keras fit": keras_fit,
+    "keras fit, 50 steps": lambda job: keras_fit(job, steps_per_execution=50),
+    "keras fit, 50 steps, one thread an op": lambda job: keras_fit(job, intra=1, inter=2, steps_per_execution=50),
+    "keras fit, 50 steps, oneDNN off": lambda job: keras_fit(job, onednn="0", steps_per_execution=50),
+    "keras fit, XLA": lambda job: keras_fit(job, jit_compile=True),
+    "TensorFlow guide": tf_guide, "PyTorch": torch_eager,
+    "PyTorch, channels last": lambda job: torch_eager(job, channels_last=True),
+    "PyTorch, compiled": lambda job: torch_eager(job, compiled=True),
+    "JAX": jax_jit,
+}
+
+
+def main() -> None:
+    name, settings = sys.argv[1], json.loads(sys.argv[2])
+    onednn = "0" if settings.get("onednn") == "off" else "1"
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", onednn)
+    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        loss, run, least = CONTENDERS[name](Job(settings))
+    except ModuleNotFoundError as error:
+        print(json.dumps({"missing": error.name}), flush=True)
+        return
+    print(json.dumps({"loss": loss, "least": least}), flush=True)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        run(int(line))
+        seconds = (time.perf_counter() - started) * getattr(run, "scale", 1.0)
+        print(json.dumps({"seconds": seconds, "memory_mib": memory()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

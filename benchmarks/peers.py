@@ -1,0 +1,57 @@
+"""tfloop against its rivals: one network, one order of images, one optimizer and penalty, one batch size, float32.
+
+All must first compute the same loss on the same weights and batch, to 1e-4. Every contender has a process of its own,
+they take turns, and ratios are formed round by round.
+"""
+
+from pathlib import Path
+
+from race import Contender, arguments, bars, describe, environment, race, ratios, save, table, with_interval
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--only", default="", help="contenders to run, by a part of their names, comma-separated")
+    options = parser.parse_args()
+    from contenders import CONTENDERS
+
+    parts = [part.strip() for part in options.only.split(",") if part.strip()]
+    names = [name for name in CONTENDERS if name in ("tfloop", "floor") or not parts or any(p in name for p in parts)]
+    contenders, skipped = [], []
+    for name in names:
+        contender = Contender(name, {"batch_size": options.batch_size})
+        if contender.missing:
+            print(f"skipped: {name} ({contender.missing} is not installed)")
+            skipped.append(name)
+        else:
+            contenders.append(contender)
+    first = contenders[0]
+    wrong = [c.label for c in contenders if c.loss is not None and abs(c.loss - first.loss) > 1e-4 * abs(first.loss)]
+    if wrong:
+        raise SystemExit(f"no report: {', '.join(wrong)} compute another loss than tfloop's {first.loss:.6f} on the same "
+                         f"weights and batch")
+    race(contenders, options.seconds, options.rounds)
+    found, rows, results = environment(), [], {}
+    for c in contenders:
+        c.close()
+        ms, low, high = with_interval(c.turns)
+        ratio = ratios(c, first)
+        rows.append([c.label, f"{ms:.2f} ({low:.2f}–{high:.2f})", f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})",
+                     f"{c.memory:.0f}" if c.name != "floor" else ""])
+        results[c.label] = {"ms_per_step": c.turns, "ratio": ratio, "memory_mib": c.memory, "loss": c.loss}
+    print(f"{describe(found)}; batch {options.batch_size}; {options.rounds} rounds; the first batch's loss is "
+          f"{first.loss:.6f} for all\n")
+    print(table(["", "ms per step, median (95 %)", "÷ tfloop, median of pairs (95 %)", "peak memory, MiB"], rows))
+    save("peers", options.out, {"environment": found, "batch_size": options.batch_size, "skipped": skipped, "results": results})
+    if options.plot:
+        shown = [c for c in contenders if c.name != "floor"]
+        shown = [shown[0], *sorted(shown[1:], key=lambda c: with_interval(c.turns)[0])]
+        floor = next(c for c in contenders if c.name == "floor")
+        bars(Path(options.out) / "peers.png", f"One training step, batch {options.batch_size}, {found['cores']} CPU cores",
+             [c.label for c in shown], [with_interval(c.turns)[0] for c in shown], "ms per step, less is better",
+             {"floor": with_interval(floor.turns)[0]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Contenders take turns: A B C, A B C, …, so that a machine whose speed drifts does so for all of them."""
+
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that each benchmark also runs as a plain script
+
+
+class Contender:
+    """A process that trains when told to. `name` is one of contenders.CONTENDERS; `label` is what tables call it."""
+
+    def __init__(self, name: str, settings: dict, label: str = ""):
+        self.name, self.label, self.settings, self.turns, self.memory = name, label or name, settings, [], 0.0
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": f"{HERE.parent}"}
+        environment.pop("TF_ENABLE_ONEDNN_OPTS", None)
+        self._process = subprocess.Popen([sys.executable, str(HERE / "contenders.py"), name, json.dumps(settings)],
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                         env=environment)
+        ready = self._answer()
+        self.missing, self.loss, self.least = ready.get("missing"), ready.get("loss"), ready.get("least", 1)
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            error = self._process.stderr.read().strip().splitlines()
+            raise SystemExit(f"{self.label}: failed: {error[-1] if error else 'no message'}")
+        return json.loads(line)
+
+    def run(self, steps: int) -> float:
+        """Seconds that `steps` steps take."""
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self.memory = answer["memory_mib"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def race(contenders: list[Contender], seconds: float, rounds: int, most: int = 900) -> None:
+    """Warm every contender up, choose its steps for a turn of about `seconds`, and let them take turns.
+
+    After it, `turns` of each contender holds its milliseconds per step, round by round.
+    """
+    steps = {}
+    for contender in contenders:
+        contender.run(contender.least)
+        guess = contender.run(2 * contender.least) / (2 * contender.least)
+        count = min(most, max(1, round(seconds / guess / contender.least)) * contender.least)
+        steps[contender] = max(count, contender.least)
+        contender.run(steps[contender])
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.turns.append(1000 * contender.run(steps[contender]) / steps[contender])
+
+
+def ratios(slower: Contender, faster: Contender) -> tuple[float, float, float]:
+    """(median, low, high) of slower / faster, pair by pair; low and high bound a 95 % bootstrap interval of the median."""
+    return with_interval([a / b for a, b in zip(slower.turns, faster.turns)])
+
+
+def with_interval(values: list[float], samples: int = 2000) -> tuple[float, float, float]:
+    """(median, low, high): the 95 % percentile interval of the median over bootstrap samples."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(samples))
+    return statistics.median(values), medians[int(0.025 * samples)], medians[int(0.975 * samples) - 1]
+
+
+def exponent(sizes: list[float], costs: list[float]) -> float:
+    """The b of cost = a · size^b, by least squares on the logarithms."""
+    x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
+    mx, my = statistics.fmean(x), statistics.fmean(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
+
+
+def environment() -> dict:
+    """What the figures depend on. No host name and no path."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from tfloop.devices import cores
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        info = {key.strip(): value.strip() for key, value in info.items()}
+        model = f"{info.get('model name', model)}{', AVX-512' if 'avx512f' in info.get('flags', '') else ''}"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    gpus = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True,
+                          text=True).stdout.splitlines() if _has("nvidia-smi") else []
+    import datetime
+
+    return {"date": datetime.date.today().isoformat(), "cpu": model, "cores": cores(), "gpus": gpus,
+            "python": platform.python_version(), "commit": commit,
+            "packages": {name: found for name in ("tensorflow", "keras", "numpy", "torch", "jax") if (found := installed(name))}}
+
+
+def start_quietly() -> None:
+    """Import TensorFlow with its own threads and without its start-up messages."""
+    from tfloop.config import Config
+    from tfloop.devices import start
+
+    start(Config.make(shards=1))
+
+
+def _has(program: str) -> bool:
+    import shutil
+
+    return shutil.which(program) is not None
+
+
+def describe(found: dict) -> str:
+    """The environment in one line."""
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    return f"{found['date']}, {found['cores']} cores of {found['cpu']}, {', '.join(found['gpus']) or 'no GPU'}; {packages}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def save(name: str, out: str, content: dict) -> None:
+    """Write `out`/name.json and say where."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten: {os.path.relpath(folder / f'{name}.json')}")
+
+
+def arguments(description: str, rounds: int = 7, seconds: float = 1.5):
+    """The flags that every benchmark has."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
+    parser.add_argument("--seconds", type=float, default=seconds, help="length of a turn, about")
+    parser.add_argument("--out", default=str(HERE / "results"), help="folder for the JSON and the plot")
+    parser.add_argument("--plot", action="store_true", help="also write a PNG")
+    return parser
+
+
+def bars(path: Path, title: str, labels: list[str], values: list[float], unit: str, lines: dict[str, float] = {}) -> None:
+    """A bar for each label, longest last, the first one in colour, with `lines` across."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 0.42 * len(labels) + 1.3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(labels)), values, color=["#1f5fa8"] + ["#b9c4d0"] * (len(labels) - 1))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    for i, value in enumerate(values):
+        axes.text(value, i, f" {value:.2f}", va="center")
+    for label, value in lines.items():
+        axes.axvline(value, color="#c05020", linestyle="--", linewidth=1)
+        axes.text(value, len(labels) - 0.45, f" {label} {value:.2f}", color="#c05020", va="top")
+    axes.set(title=title, xlabel=unit, xlim=(0, 1.12 * max(values)))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    print(f"written: {os.path.relpath(path)}")
