@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tfloop
+from tfloop import models
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -16,7 +17,7 @@ import race  # noqa: E402
 
 
 def test_the_articles_first_network_costs_16_4_million_operations_an_image():
-    model = tfloop.models.build(tfloop.Config.make(), (28, 28, 1), 10)
+    model = models.build(tfloop.Config.make(), (28, 28, 1), 10)
     conv1, conv2, conv3, dense = 26 * 26 * 9 * 32, 11 * 11 * 9 * 32 * 64, 3 * 3 * 9 * 64 * 64, 576 * 70 + 70 * 10
     assert contenders.flop_per_image(model) == 2 * (2 * conv1 + 3 * (conv2 + conv3 + dense))
     assert contenders.flop_per_image(model) == pytest.approx(16.4e6, rel=0.01)

@@ -17,7 +17,7 @@ from tfloop import models
 from tfloop import ops, penalties, pipelines
 from tfloop.data import Dataset, Split
 from tfloop.errors import DivergenceError, UserError
-from tfloop.optimizers import flatten
+from tfloop.optimizers import flatten, select
 from tfloop.pipelines import Batch
 from tfloop.state import TrainState
 from tfloop.tracing import Traced
@@ -150,20 +150,21 @@ def train_step(state: TrainState, batch: Batch, forward: Callable = models.logit
     loss, logits, gradients = forward_and_backward(state, batch, forward)
 
     gradient = flatten(gradients.values())
-    gradient_norm = tf.norm(gradient)
+    half_square = tf.nn.l2_loss(gradient)
+    gradient_norm = tf.sqrt(2.0 * half_square)
     updates = state.optimizer.updates(gradient, state.weights, learning_rate)
-    finite = [tf.math.is_finite(scalar) for scalar in (loss.total, gradient_norm, tf.norm(updates[0]))]
-    valid = tf.reduce_all(finite) & ~state.diverged
+    finite = tf.math.is_finite(loss.total + half_square + tf.nn.l2_loss(updates[0]))  # one test for all that they hold
+    valid = finite & ~state.diverged
 
     state.optimizer.apply(updates, state.weights, valid)
     for variable, before in zip(state.moving.values(), averages):
-        variable.assign(tf.where(valid, variable, before))
+        variable.assign(select(valid, variable, before))
     state.advance(valid)
 
     examples = tf.reduce_sum(batch.weights)
     accuracy = tf.reduce_sum(batch.weights * _hits(logits, batch.labels)) / examples
     sums = tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, gradient_norm])], axis=0)
-    return tf.where(valid, sums, tf.zeros_like(sums)), learning_rate
+    return select(valid, sums, tf.zeros_like(sums)), learning_rate
 
 
 def _hits(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -209,7 +210,7 @@ class Loop:
             raise UserError(f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data have "
                             f"{data.classes} classes")
         self.state, self.data = state, data
-        self._place, self._source = None, None
+        self._place, self._source, self._warm = None, None, set()
         self.pipeline = pipelines.make(pipeline, data.train, batch_size)
         self.steps = self.pipeline.steps
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
@@ -252,7 +253,7 @@ class Loop:
     def _source_at(self, batch: int):
         """What the pipeline takes batches from: the last one, unless the state was moved to another place."""
         if self._place != self._position():
-            if not self._train.traces:
+            if "train" not in self._warm:
                 self._warm_up()
             self._source, self._place = self.pipeline.begin(self.state.seed, self.state.epoch, batch), self._position()
         return self._source
@@ -268,6 +269,7 @@ class Loop:
         self._time("tracing", self._train, source, tf.constant(1))
         for variable, value in zip(variables, before):
             variable.assign(value)
+        self._warm.add("train")
 
     def evaluate(self, split: Split) -> Metrics:
         """Means over all of `split`, with the weights as they are.
@@ -276,8 +278,9 @@ class Loop:
           DivergenceError: the loss is not finite.
         """
         images, labels = (tf.convert_to_tensor(array) for array in (split.images, split.labels))
-        if not self._evaluate.traces:
+        if "evaluate" not in self._warm:
             self._time("tracing", self._evaluate, images[:1], labels[:1])
+            self._warm.add("evaluate")
         sums, _ = self._time("evaluation", self._evaluate, images, labels)
         metrics = _metrics(sums)._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):

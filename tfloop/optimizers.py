@@ -132,11 +132,11 @@ class Optimizer(tf.Module):
     def apply(self, updates, weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
         """Add an update to the weights and keep its slots; nothing changes where `valid`, a boolean, is false."""
         update, slots = updates
-        update = tf.where(valid, update, tf.zeros_like(update))
+        update = select(valid, update, tf.zeros_like(update))
         for name, part in unflatten(update, weights).items():
             weights[name].assign_add(part)
         for name, slot in slots.items():
-            self.slots[name].assign(tf.where(valid, slot, self.slots[name]))
+            self.slots[name].assign(select(valid, slot, self.slots[name]))
         self.count.assign_add(tf.cast(valid, tf.int64))
 
     def reset(self) -> None:
@@ -184,12 +184,17 @@ class KerasOptimizer(tf.Module):
     def apply(self, updates, weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
         """Go where `updates` led; nothing changes where `valid`, a boolean, is false."""
         for variable, value in zip(self._all(weights), updates[1]):
-            variable.assign(tf.where(valid, value, variable))
+            variable.assign(select(valid, value, variable))
 
     def reset(self) -> None:
         """Slots, count and rate as they were when built."""
         for variable, value in self._initial:
             variable.assign(value)
+
+
+def select(condition: tf.Tensor, yes, no) -> tf.Tensor:
+    """`yes` or `no`, whole, by one boolean: a copy, where tf.where would broadcast the condition (5 times slower)."""
+    return tf.raw_ops.Select(condition=condition, x=tf.convert_to_tensor(yes), y=tf.convert_to_tensor(no))
 
 
 def flatten(tensors) -> tf.Tensor:
