@@ -8,8 +8,10 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+PAUSE = 0.3  # seconds; OpenMP's threads wait busily for 0.2 s
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that each benchmark also runs as a plain script
 
@@ -50,6 +52,7 @@ class Contender:
 def race(contenders: list[Contender], seconds: float, rounds: int, most: int = 900) -> None:
     """Warm every contender up, choose its steps for a turn of about `seconds`, and let them take turns.
 
+    Every turn begins with a pause, in which the threads of the one before come to rest, and a few steps that do not count.
     After it, `turns` of each contender holds its milliseconds per step, round by round.
     """
     steps = {}
@@ -61,6 +64,8 @@ def race(contenders: list[Contender], seconds: float, rounds: int, most: int = 9
         contender.run(steps[contender])
     for _ in range(rounds):
         for contender in contenders:
+            time.sleep(PAUSE)
+            contender.run(contender.least)
             contender.turns.append(1000 * contender.run(steps[contender]) / steps[contender])
 
 

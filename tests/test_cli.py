@@ -32,8 +32,8 @@ def test_train_writes_a_run_and_says_what_it_reached(train, tmp_path, capsys):
     assert train() == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("1437 training and 360 test images of 8×8×1, 10 classes; 408 weights; CPU, resident")
-    assert out[1] == ("rmsprop: rho 0.9, momentum 0, epsilon 1e-07; constant: learning_rate 0.001, warmup_steps 0, "
-                      "unit_steps 1; l1 0, l2 0 on dense kernels; batch 100, 2 epochs")
+    assert out[1] == ("rmsprop: rho 0.9, momentum 0, epsilon 1e-07; constant: learning_rate 0.001; "
+                      "l1 0, l2 0 on dense kernels; batch 100, 2 epochs")
     assert out[2].startswith("epoch 1/2  loss ") and out[3].startswith("epoch 2/2  loss ")
     assert out[4].startswith("test accuracy ") and out[5] == str(tmp_path / "digits-001")
     found = result(tmp_path / "digits-001")

@@ -169,8 +169,9 @@ def _numbers(state: TrainState) -> dict:
 
 
 def _settings_line(config: Config, state: TrainState) -> str:
-    show = lambda hyper: ", ".join(f"{name} {float(f'{value.numpy():.7g}'):g}" if value.shape.rank == 0 else
-                                   f"{name} {value.numpy()}" for name, value in hyper.items())
+    usual = {"warmup_steps": 0.0, "unit_steps": 1.0}  # not worth a word
+    show = lambda hyper: ", ".join(f"{name} {','.join(f'{number:.7g}' for number in np.atleast_1d(variable.numpy()))}"
+                                   for name, variable in hyper.items() if usual.get(name) != variable.numpy().tolist())
     return (f"{config.optimizer}: {show(state.optimizer.hyper)}; {config.schedule}: {show(state.schedule.hyper)}; "
             f"l1 {config.l1:g}, l2 {config.l2:g} on {config.penalize} kernels; batch {config.batch_size}, "
             f"{config.epochs} epochs")
