@@ -71,6 +71,25 @@ def test_rows_of_weight_0_do_not_count_in_batch_normalisation(random):
         np.testing.assert_allclose(models.named_variables(padded)[1][name], variable, rtol=1e-5, atol=1e-6)
 
 
+def test_batch_normalisation_is_keras_own(random):
+    """Values, gradients and moving averages, of a full batch and of one whose last rows only fill it up."""
+    for rows in (6, 4):
+        results = []
+        for ours in (True, False):
+            layer = keras.layers.BatchNormalization()
+            model = keras.Sequential([keras.Input((5, 3, 2)), layer])
+            layer.gamma.assign([1.5, 0.5]), layer.beta.assign([0.1, -0.2])
+            x = tf.constant(np.random.default_rng(1).normal(2, 3, (6, 5, 3, 2)).astype(np.float32))
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = models.logits(model, x, tf.cast(tf.range(6) < rows, tf.float32), True) if ours else layer(x[:rows], training=True)
+                loss = tf.reduce_sum(tf.sin(y[:rows]))
+            gradients = tape.gradient(loss, [x, layer.gamma.value, layer.beta.value])
+            results.append([y[:rows], gradients[0][:rows], *gradients[1:], layer.moving_mean.value, layer.moving_variance.value])
+        for found, expected in zip(*results):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_dropout_is_a_function_of_the_key(random):
     model = build(dropout=0.5)
     images = random.normal(size=(3, *SHAPE)).astype(np.float32)

@@ -182,12 +182,41 @@ def apply_layer(model: keras.Sequential, index: int, x: tf.Tensor, weights, trai
     if _is_plain_dropout(layer):  # stateless in place of Keras's own generator: the mask depends on the position alone
         return tf.nn.experimental.stateless_dropout(x, layer.rate, fold_in(key, index)) if training else x
     if isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
-        mask = tf.reshape(weights > 0, [-1] + [1] * (len(x.shape) - 2))
-        x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
-        return tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
+        return _batch_norm(layer, x, weights)
     if index == len(model.layers) - 1 and output_activation(model):
         return _without_activation(layer, x)
     return _call(layer, x, training)
+
+
+def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """The layer in training, over the rows of x [batch, height, width, channels] with weight 1; moves its averages.
+
+    A full batch goes through TensorFlow's fused operation; one that is filled up, the last of an epoch, through
+    weighted moments.
+    """
+    if len(x.shape) != 4 or layer.axis not in (-1, 3) or not (layer.scale and layer.center):
+        mask = tf.reshape(weights > 0, [-1] + [1] * (len(x.shape) - 2))
+        x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
+        return tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
+    gamma, beta = tf.convert_to_tensor(layer.gamma), tf.convert_to_tensor(layer.beta)
+    places = x.shape[1] * x.shape[2]
+
+    def full():
+        y, mean, variance = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, epsilon=layer.epsilon, is_training=True)
+        n = places * tf.cast(tf.shape(x)[0], tf.float32)
+        return y, mean, variance * (n - 1.0) / n  # it returns the unbiased one; Keras keeps the biased one
+
+    def filled_up():
+        w = tf.reshape(weights, [-1, 1, 1, 1])
+        n = places * tf.reduce_sum(weights)
+        mean = tf.reduce_sum(w * x, axis=[0, 1, 2]) / n
+        variance = tf.reduce_sum(w * tf.square(x - mean), axis=[0, 1, 2]) / n
+        return tf.nn.batch_normalization(x, mean, variance, beta, gamma, layer.epsilon), mean, variance
+
+    y, mean, variance = tf.cond(tf.reduce_all(weights > 0), full, filled_up)
+    for average, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+        average.assign(average * layer.momentum + value * (1.0 - layer.momentum))
+    return y
 
 
 def logits(model, images, weights=None, training=False, key=None) -> tf.Tensor:
