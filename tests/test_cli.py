@@ -215,6 +215,16 @@ def test_help_and_version_do_not_import_tensorflow():
         subprocess.run([sys.executable, "-c", code.format(flag)], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")])
+def test_out_of_memory_is_one_line_and_exit_code_2(train, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("tfloop.runs.make_loop", fail)
+    assert train() == 2
+    assert capsys.readouterr().err == "tfloop: out of memory; try a smaller model or --batch_size\n"
+
+
 def test_every_setting_has_a_help_text():
     assert all(field.metadata["help"] for field in FIELDS.values())
 

@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         print(f"tfloop: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         return BAD_INPUT
-    except MemoryError:
+    except Exception as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "ResourceExhaustedError":  # TensorFlow's
+            raise
         print("tfloop: out of memory; try a smaller model or --batch_size", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
