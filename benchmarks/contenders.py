@@ -51,8 +51,6 @@ def set_threads(config, intra, inter):
 
 def tfloop(job: Job):
     """tfloop as `train` runs it. The settings choose the rest: fast, shards, threads, eager, jit_compile, pipeline."""
-    import tensorflow as tf
-
     set_threads(job.config, None, None)
     import tfloop
     from tfloop.loop import forward_and_backward
@@ -81,11 +79,8 @@ def keras_fit(job: Job, onednn=None, intra=0, inter=0, **compile_options):
     """model.fit on arrays in memory."""
     if onednn is not None:
         os.environ["TF_ENABLE_ONEDNN_OPTS"] = onednn
-    import tensorflow as tf
-
     set_threads(job.config, intra, inter)
     import keras
-    import numpy as np
 
     from tfloop import models
 

@@ -1,6 +1,5 @@
 """run.sh, with a stand-in for Python that makes environments at once and notes what pip is asked for."""
 
-import os
 import shutil
 import subprocess
 import sys

@@ -12,7 +12,6 @@ import csv  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 
 from absl import flags  # noqa: E402

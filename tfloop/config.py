@@ -187,8 +187,9 @@ _FIRST = {"preset": "start from", "dataset": "data", "conv": "model", "l1": "los
           "schedule": "schedule", "epochs": "run", "pipeline": "where and how it runs", "logdir": "what is written"}
 GROUPS: dict[str, list[str]] = {}  # heading → fields, for help texts
 for _name in FIELDS:
-    _heading = _FIRST.get(_name) or _heading
-    GROUPS.setdefault(_heading, []).append(_name)
+    if _name in _FIRST:
+        _names = GROUPS[_FIRST[_name]] = []
+    _names.append(_name)
 
 
 def kind(name: str) -> tuple[type, bool, bool]:

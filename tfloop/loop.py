@@ -228,7 +228,7 @@ class Loop:
         return {"train": self._train.traces, "evaluate": self._evaluate.traces}
 
     def _train_steps(self, source, steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """`steps` steps in one call. A count that is a tensor keeps one trace for all counts, 0 included."""
+        """`steps` steps in one call. A count that is a tensor keeps one trace for all counts."""
         def body(i, sums, _):
             new, learning_rate = self._step(self.pipeline.take(source, self.state.batch))
             return i + 1, sums + new, learning_rate

@@ -17,7 +17,7 @@ import tensorflow as tf
 from tfloop import __version__, checkpoints, data, models
 from tfloop.config import HYPER, Config
 from tfloop.errors import DivergenceError, UserError
-from tfloop.loop import Call, Epoch, Loop
+from tfloop.loop import Epoch, Loop
 from tfloop.optimizers import Optimizer
 from tfloop.progress import Display
 from tfloop.schedules import SCHEDULES, Schedule, parameters
