@@ -2,7 +2,7 @@
 
     python benchmarks/contenders.py NAME '{"batch_size": 64, …}'
 
-The job: the network, weights, order of images, RMSprop and L2 penalty that the settings describe, in float32. A
+The job: the network, weights, order of images, RMSprop and L2 penalty that the settings describe. A
 contender prints one JSON line when it is ready: its loss on the first batch with the initial weights, and its peak
 memory so far. Then, for each line "N" on its standard input, it trains N steps, waits for the device, and prints the
 seconds they took.
@@ -42,16 +42,17 @@ class Job:
         return images, data.train.labels[order].astype("int64"), weights
 
 
-def set_threads(config, intra, inter):
+def set_up(config, intra, inter):
     import tensorflow as tf
 
+    tf.config.experimental.enable_tensor_float_32_execution(config.precision == "tf32")
     tf.config.threading.set_intra_op_parallelism_threads(config.intra_op_threads if intra is None else intra)
     tf.config.threading.set_inter_op_parallelism_threads(config.inter_op_threads if inter is None else inter)
 
 
 def tfloop(job: Job):
     """tfloop as `train` runs it. The settings choose the rest: fast, shards, threads, eager, jit_compile, pipeline."""
-    set_threads(job.config, None, None)
+    set_up(job.config, None, None)
     import tfloop
     from tfloop.loop import forward_and_backward
     from tfloop.pipelines import batch_at
@@ -79,7 +80,7 @@ def keras_fit(job: Job, onednn=None, intra=0, inter=0, **compile_options):
     """model.fit on arrays in memory."""
     if onednn is not None:
         os.environ["TF_ENABLE_ONEDNN_OPTS"] = onednn
-    set_threads(job.config, intra, inter)
+    set_up(job.config, intra, inter)
     import keras
 
     from tfloop import models
@@ -105,7 +106,7 @@ def tf_guide(job: Job):
     """The loop of TensorFlow's guide: tf.data, a tf.function step, a Keras optimizer and metric."""
     import tensorflow as tf
 
-    set_threads(job.config, 0, 0)
+    set_up(job.config, 0, 0)
     import keras
 
     from tfloop import models
@@ -143,9 +144,10 @@ def torch_eager(job: Job, channels_last=False, compiled=False):
     import torch
     from torch import nn
 
-    torch.manual_seed(0)
     images, labels, weights = job.arrays()
     config, shape = job.config, job.data.image_shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     if config.batch_norm or config.padding == "same" or len(set(config.kernel)) > 1:
         raise SystemExit("this contender knows the default network only")
     layers, channels, size = [], shape[2], shape[0]
@@ -177,8 +179,8 @@ def torch_eager(job: Job, channels_last=False, compiled=False):
                 value = value.T
             module.weight.copy_(torch.from_numpy(value.copy()))
             module.bias.zero_()
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    y = torch.from_numpy(labels)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
+    y, model = torch.from_numpy(labels).to(device), model.to(device)
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=RATE, alpha=RHO, eps=EPSILON)
@@ -210,6 +212,7 @@ def jax_jit(job: Job):
 
     images, labels, weights = job.arrays()
     config, n = job.config, job.config.batch_size
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if config.precision == "tf32" else "float32")
     if config.batch_norm or config.padding == "same":
         raise SystemExit("this contender knows the default network only")
     x, y = jnp.asarray(images), jnp.asarray(labels)
@@ -254,7 +257,7 @@ def floor(job: Job):
     from tfloop import models, runs
     from tfloop.devices import cores
 
-    set_threads(job.config, 1, cores())
+    set_up(job.config, 1, cores())
     data = runs.load_data(job.config.replace(standardize=False))
     model = models.build(job.config, data.image_shape, data.classes)
     flop = flop_per_image(model) * job.config.batch_size

@@ -20,6 +20,9 @@ from race import HERE, arguments, bars, describe, environment, save, start_quiet
 def settings(gpus: int, cores: int) -> dict[str, list[str]]:
     """label → flags of train."""
     chosen = {f"GPU {i}": [f"--device=gpu:{i}"] for i in range(gpus)}
+    chosen |= {f"GPU {i}, TF32": [f"--device=gpu:{i}", "--precision=tf32"] for i in range(gpus)}
+    chosen |= {f"GPU {i}, XLA": [f"--device=gpu:{i}", "--jit_compile"] for i in range(gpus)}
+    chosen |= {f"GPU {i}, plain forward pass": [f"--device=gpu:{i}", "--nofast"] for i in range(gpus)}
     chosen |= {f"GPU {i}, host pipeline": [f"--device=gpu:{i}", "--pipeline=host"] for i in range(gpus)}
     return chosen | {
         f"CPU, {cores} cores": ["--device=cpu"],

@@ -35,10 +35,11 @@ part gpu-tests 120 "$python" -m pytest "$here/../tests" -q -m gpu -p no:cachepro
 part devices 150 "$python" "$here/devices.py" --repeats=3 --epochs=2 --only=GPU --out="$out" --plot
 part devices-cpu 60 "$python" "$here/devices.py" --repeats=1 --epochs=1 --only=cores --out="$out/cpu"
 part peers 200 "$python" "$here/peers.py" --rounds=5 --seconds=0.5 --out="$out" --plot --only="fit,guide,PyTorch,JAX"
+part peers-tf32 100 "$python" "$here/peers.py" --rounds=3 --seconds=0.5 --out="$out/tf32" --precision=tf32 --only="fit,PyTorch,JAX"
 part ops 60 "$python" "$here/ops.py" --rounds=3 --seconds=0.3 --out="$out" --only=article2
 echo
 echo "== summary"
-for name in gpu-tests devices devices-cpu peers ops; do
+for name in gpu-tests devices devices-cpu peers peers-tf32 ops; do
   case " ${failed[*]-} " in *" $name "*) echo "$name: failed or ran out of time" ;; *) echo "$name: done" ;; esac
 done
 [[ ${#failed[@]} -eq 0 ]]

@@ -1,4 +1,4 @@
-"""tfloop against its rivals: one network, one order of images, one optimizer and penalty, one batch size, float32.
+"""tfloop against its rivals: one network, one order of images, one optimizer and penalty, one batch size and precision.
 
 All must first compute the same loss on the same weights and batch, to 1e-4. Every contender has a process of its own,
 they take turns, and ratios are formed round by round.
@@ -12,6 +12,7 @@ from race import Contender, arguments, bars, describe, environment, race, ratios
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--precision", default="float32", choices=("float32", "tf32"), help="of every contender")
     parser.add_argument("--only", default="", help="contenders to run, by a part of their names, comma-separated")
     options = parser.parse_args()
     from contenders import CONTENDERS
@@ -20,7 +21,7 @@ def main() -> None:
     names = [name for name in CONTENDERS if name in ("tfloop", "floor") or not parts or any(p in name for p in parts)]
     contenders, skipped = [], []
     for name in names:
-        contender = Contender(name, {"batch_size": options.batch_size})
+        contender = Contender(name, {"batch_size": options.batch_size, "precision": options.precision})
         if contender.missing:
             print(f"skipped: {name} ({contender.missing} is not installed)")
             skipped.append(name)
@@ -40,10 +41,10 @@ def main() -> None:
         rows.append([c.label, f"{ms:.2f} ({low:.2f}–{high:.2f})", f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})",
                      f"{c.memory:.0f}" if c.name != "floor" else ""])
         results[c.label] = {"ms_per_step": c.turns, "ratio": ratio, "memory_mib": c.memory, "loss": c.loss}
-    print(f"{describe(found)}; batch {options.batch_size}; {options.rounds} rounds; the first batch's loss is "
+    print(f"{describe(found)}; batch {options.batch_size}; {options.precision}; {options.rounds} rounds; the first batch's loss is "
           f"{first.loss:.6f} for all\n")
     print(table(["", "ms per step, median (95 %)", "÷ tfloop, median of pairs (95 %)", "peak memory, MiB"], rows))
-    save("peers", options.out, {"environment": found, "batch_size": options.batch_size, "skipped": skipped, "results": results})
+    save("peers", options.out, {"environment": found, "batch_size": options.batch_size, "precision": options.precision, "skipped": skipped, "results": results})
     if options.plot:
         shown = [c for c in contenders if c.name != "floor"]
         shown = [shown[0], *sorted(shown[1:], key=lambda c: with_interval(c.turns)[0])]

@@ -114,6 +114,8 @@ class Config:
     onednn: str = option("auto", "oneDNN's operations on the CPU; auto is on", choices=("auto", "on", "off"))
     eager: bool = option(False, "run the step uncompiled, op by op")
     device: str = option("auto", "auto, cpu, gpu or gpu:1")
+    precision: str = option("float32", "of multiplications; tf32 rounds their factors to 10 bits, on GPUs that can",
+                            choices=("float32", "tf32"))
     intra_op_threads: int = option(0, "threads inside one operation; 0: TensorFlow decides", within=(0, 4096))
     inter_op_threads: int = option(0, "operations side by side; 0: TensorFlow decides", within=(0, 4096))
     memory_growth: bool = option(True, "GPU memory is taken as needed, not all at once")

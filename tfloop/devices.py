@@ -52,6 +52,7 @@ def _start(config: Config) -> tuple[Config, str]:
     import tensorflow as tf
 
     tf.debugging.set_log_device_placement(config.log_device_placement)
+    tf.config.experimental.enable_tensor_float_32_execution(config.precision == "tf32")
     gpus = tf.config.list_physical_devices("GPU")
     kind, _, number = config.device.partition(":")
     if kind not in ("auto", "cpu", "gpu") or (number and not (kind == "gpu" and number.isdigit())):
