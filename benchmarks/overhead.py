@@ -1,8 +1,12 @@
-"""The loop's own cost per step: a model with one weight on images of one pixel, where nothing is left but the loop.
+"""The loop's own cost per step, and what its summaries cost.
 
-Against a bare tf.function that does the same update, called once a step, and against Keras's fit.
+First a model with one weight on images of one pixel, where nothing is left but the loop, against a bare tf.function
+that does the same update, called once a step, and against Keras's fit. Then epochs of the default job, as `train` runs
+them, with each level of --summaries.
 """
 
+import statistics
+import tempfile
 import time
 
 from race import arguments, describe, environment, save, start_quietly, table, with_interval
@@ -64,9 +68,37 @@ def contestants() -> dict:
             "bare tf.function": bare, "keras fit": fit(), "keras fit, 50 steps": fit(steps_per_execution=50)}
 
 
+LEVELS = ("none", "scalars", "default", "full")
+
+
+def summaries(rounds: int, config) -> dict[str, list[tuple[float, float, float]]]:
+    """level → (seconds of an epoch with its summaries, of these in summaries, seconds at the end of the run), by round."""
+    import tfloop
+    from tfloop.summaries import Summaries
+
+    loop = tfloop.make_loop(config)
+    found = {level: [] for level in LEVELS}
+    for turn in range(rounds + 1):
+        for level in LEVELS:
+            loop.state.begin(0)
+            with tempfile.TemporaryDirectory() as folder, Summaries(folder, loop, config.replace(summaries=level)) as written:
+                started, inside = time.perf_counter(), 0.0
+                for record in loop.run(1):
+                    before = time.perf_counter()
+                    written.write(record)
+                    inside += time.perf_counter() - before
+                epoch = time.perf_counter() - started
+                before = time.perf_counter()
+                written.finish()
+                if turn:
+                    found[level].append((epoch, inside, time.perf_counter() - before))
+    return found
+
+
 def main() -> None:
     options = arguments(__doc__.splitlines()[0], rounds=7).parse_args()
-    start_quietly()
+    config = start_quietly()
+    costs = summaries(options.rounds, config)
     runs = contestants()
     turns = {name: [] for name in runs}
     for turn in range(options.rounds + 1):
@@ -79,7 +111,15 @@ def main() -> None:
     print(describe(found) + "\n")
     print(table(["one weight, one pixel", "µs per step, median (95 %)"],
                 [[name, "{:.0f} ({:.0f}–{:.0f})".format(*with_interval(values))] for name, values in turns.items()]))
-    save("overhead", options.out, {"environment": found, "us_per_step": turns})
+    rows = []
+    for level, times in costs.items():
+        ratio = with_interval([epoch / none for (epoch, _, _), (none, _, _) in zip(times, costs["none"])])
+        median = lambda column: statistics.median(time[column] for time in times)
+        rows.append([level, f"{median(0):.2f}", "{:.3f} ({:.3f}–{:.3f})".format(*ratio), f"{100 * median(1) / (median(0) - median(1)):.1f} %",
+                     f"{median(2):.2f}"])
+    print("\n" + table(["--summaries", "s an epoch", "÷ none, median of pairs (95 %)", "time in summaries ÷ the rest", "s at the end of a run"], rows))
+    save("overhead", options.out, {"environment": found, "us_per_step": turns, "summaries": {
+        level: [dict(zip(("epoch_s", "in_summaries_s", "at_end_s"), time)) for time in times] for level, times in costs.items()}})
 
 
 if __name__ == "__main__":

@@ -115,12 +115,12 @@ def environment() -> dict:
             "packages": {name: found for name in ("tensorflow", "keras", "numpy", "torch", "jax") if (found := installed(name))}}
 
 
-def start_quietly() -> None:
-    """Import TensorFlow with its own threads and without its start-up messages."""
+def start_quietly(**settings):
+    """Import TensorFlow without its start-up messages; the settings that tfloop chose for this machine."""
     from tfloop.config import Config
     from tfloop.devices import start
 
-    start(Config.make(shards=1))
+    return start(Config.make(**settings))[0]
 
 
 def _has(program: str) -> bool:

@@ -1,19 +1,22 @@
 """The command line, in this process: what it prints, what it writes, its exit codes."""
 
 import csv
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tfloop
 from tfloop.cli import COMMANDS, main
 from tfloop.config import FIELDS
+from tfloop.events import read_scalars
 
 SMALL = ["--preset=digits", "--conv=4,6", "--dense=8", "--batch_size=100", "--epochs=2"]
 
@@ -38,22 +41,22 @@ def test_train_writes_a_run_and_says_what_it_reached(train, tmp_path, capsys):
     assert out[4].startswith("test accuracy ") and out[5] == str(tmp_path / "digits-001")
     found = result(tmp_path / "digits-001")
     assert found["steps"] == 30 and found["traces"] == {"train": 1, "evaluate": 1} and not found["interrupted"]
-    assert set(found["seconds"]) == {"setup", "tracing", "training", "evaluation"}
+    assert set(found["seconds"]) == {"setup", "tracing", "training", "evaluation", "summaries", "pictures"}
     assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2] and found["final"] == found["epochs"][1]
     assert found["weights_sha256"] and found["peak_memory_mib"] > 100 and found["versions"]["tensorflow"]
 
 
 def test_event_files_hold_train_and_test_over_one_axis(train, tmp_path):
     assert train("--steps_per_call=10", "--l2=0.001", "--schedule=inverse_time") == 0
-    curves = {}
+    curves, scalars = {}, read_scalars(tmp_path / "digits-001")
     for run in ("train", "test"):
-        events = EventAccumulator(str(tmp_path / "digits-001" / run)).Reload()
-        curves[run] = {tag: [e.step for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
-        values = {tag: [float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)] for tag in curves[run]}
+        tags = dict.fromkeys(scalar.tag for scalar in scalars if scalar.run == run)
+        curves[run] = {tag: [s.step for s in scalars if (s.run, s.tag) == (run, tag)] for tag in tags}
+        values = {tag: [s.value for s in scalars if (s.run, s.tag) == (run, tag)] for tag in tags}
         np.testing.assert_allclose(values["loss/total"], np.add(values["loss/data"], values["loss/l2"]), rtol=1e-6)
         assert values["loss/total"][-1] == pytest.approx(
             result(tmp_path / "digits-001")["final"][run]["total"], rel=0.2 if run == "train" else 1e-6)
-    assert {"loss/total", "loss/data", "loss/l1", "loss/l2", "accuracy", "learning_rate", "gradient_norm",
+    assert {"loss/total", "loss/data", "loss/l1", "loss/l2", "accuracy", "learning_rate", "gradient_norm/all",
             "speed/ms_per_step"} <= set(curves["train"])
     assert curves["train"]["accuracy"] == [10, 15, 25, 30] and curves["test"]["accuracy"] == [15, 30]
 
@@ -166,12 +169,109 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(train, tmp_pat
     (["evaluate", "/nowhere"], "/nowhere: not a run's folder"),
     (["predict", "/nowhere"], "expected RUN and IMAGES"),
     (["schedule"], "choose --print, or --plot=FILE.png"),
-    (["schedule", "--preset=digits", "--plot=/nowhere/x.png"], "--plot=/nowhere/x.png: cannot be written"),
+    (["schedule", "--preset=digits", "--plot=/nowhere/x.png"], "/nowhere/x.png: cannot be written"),
+    (["scalars"], "expected RUN, one or several folders with event files"),
+    (["scalars", "/nowhere"], "/nowhere: does not exist"),
+    (["scalars", "/tmp", "--format=xml"], "--format=xml is unknown; choose from csv, json"),
+    (["plot", "/nowhere"], "/nowhere: does not exist"),
+    (["plot", "/tmp", "--reference=99"], "--reference=99: expected an accuracy between 0 and 1"),
+    (["tensorboard", "/nowhere"], "/nowhere: no such folder"),
+    (["tensorboard", "/tmp", "--port=abc"], "--port=abc: expected a number from 0 to 65535"),
+    (["debug", "--break_if=gradients.norm >"], "--break_if=gradients.norm >: is no Python expression"),
+    (["debug", "--break_at=soon"], "--break_at=soon: expected the number of a step"),
+    (["parity", "--steps=0"], "--steps=0: expected a number of steps, 1 or more"),
+    (["overfit", "--steps=x"], "--steps=x: expected a number of steps, 1 or more"),
+    (["train", "--profile=9:3"], "--profile=9:3: expected FIRST:LAST"),
+    (["train", "--summaries=some"], "--summaries=some is unknown; choose from none, scalars, default, full"),
 ])
 def test_a_mistake_with_another_command_is_one_line_too(capsys, arguments, message):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_scalars_prints_what_the_event_files_hold(train, tmp_path, capsys):
+    train("--quiet", "--steps_per_call=10")
+    run = str(tmp_path / "digits-001")
+    assert main(["scalars", run, "--tags=accuracy,learning_rate"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["run"], int(row["step"])) for row in rows if row["tag"] == "accuracy"] == [
+        *((f"{run}/test", step) for step in (15, 30)), *((f"{run}/train", step) for step in (10, 15, 25, 30))]
+    assert main(["scalars", run, "--format=json", f"--out={tmp_path}/all.json"]) == 0
+    found = json.loads((tmp_path / "all.json").read_text())
+    final = result(tmp_path / "digits-001")["final"]["test"]["accuracy"]
+    assert [e["value"] for e in found if e["run"].endswith("test") and e["tag"] == "accuracy"][-1] == pytest.approx(final)
+
+
+def test_plot_overlays_runs_of_tfloop_and_of_keras(train, tmp_path, capsys):
+    import keras
+
+    train("--quiet")
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    x, y = np.ones((8, 4), np.float32), np.zeros(8)
+    model.fit(x, y, epochs=3, verbose=0, validation_data=(x, y), callbacks=[keras.callbacks.TensorBoard(tmp_path / "keras", write_graph=False)])
+    picture = tmp_path / "both.png"
+    assert main(["plot", str(tmp_path / "digits-001"), str(tmp_path / "keras"), f"--out={picture}", "--reference=0.99"]) == 0
+    assert tf.io.decode_png(picture.read_bytes()).shape == (504, 1320, 4)
+    capsys.readouterr()
+    assert main(["plot", str(tmp_path / "digits-001" / "checkpoints")]) == 2
+    assert "holds no event files" in capsys.readouterr().err
+
+
+def test_a_dry_run_does_a_step_of_everything_and_leaves_nothing(train, tmp_path, capsys):
+    assert train("--dry_run", "--summaries=full", "--live_plot") == 0
+    assert "dry run: one step of 100 images, evaluation, summaries and checkpoint work" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["overfit", "--preset=digits", "--learning_rate=0.01"], 0, "32 images memorised after "),
+    (["overfit", "--preset=digits", "--learning_rate=0", "--steps=3"], 1, "32 images NOT memorised after 3 steps"),
+    (["parity", "--preset=digits", "--steps=2"], 0, "host pipeline            the same, bit for bit"),
+    (["check_gradients", "--preset=digits", "--conv=2", "--dense=3"], 0, " gradients, 0 wrong; the worst error is "),
+])
+def test_checks_print_what_they_found(capsys, arguments, code, message):
+    assert main(arguments) == code
+    assert message in capsys.readouterr().out
+
+
+def command(*arguments):
+    """Exit code, standard output and standard error of a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "tfloop", *arguments], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_check_numerics_names_the_operation_and_the_layer(tmp_path):
+    code, _, err = command("train", "--preset=digits", "--learning_rate=1e20", "--check_numerics", f"--logdir={tmp_path}")
+    assert code == 3 and err.count("\n") == 1
+    assert re.match(r"tfloop: step \d+: the \w+( of \w+)? became NaN or infinite, first in the operation \w+, at rate 1e\+20", err), err
+
+
+def test_the_debugger_dump_is_what_debugger_v2_reads(tmp_path):
+    code, _, err = command("train", "--preset=digits", "--conv=2", "--epochs=1", "--batch_size=400", "--summaries=none",
+                           f"--debugger_dump={tmp_path}/dump", f"--logdir={tmp_path}/runs")
+    assert code == 0, err
+    from tensorboard.plugins.debugger_v2.debug_data_provider import LocalDebuggerV2DataProvider  # noqa: F401
+    from tensorflow.python.debug.lib.debug_events_reader import DebugDataReader
+
+    with DebugDataReader(str(tmp_path / "dump")) as reader:
+        reader.update()
+        assert reader.num_executions() > 0 and reader.outermost_graphs()
+
+
+def test_tensorboard_opens_on_a_folder_and_names_a_taken_port(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "tfloop", "tensorboard", str(tmp_path), "--port=0"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        url = re.search(r"http://127.0.0.1:(\d+)/", process.stdout.readline())
+        assert urllib.request.urlopen(url.group() + "data/runs").read() == b"[]"
+        code, _, err = command("tensorboard", str(tmp_path), f"--port={url.group(1)}")
+        assert code == 2 and err.strip().endswith("it was already in use") and "Traceback" not in err
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
 
 
 def test_predict_names_pictures_that_do_not_fit(train, tmp_path, capsys):

@@ -294,7 +294,8 @@ def test_one_step_of_sgd_is_minus_rate_times_gradient(loop, batch):
     state = loop(optimizer="sgd", learning_rate=0.1).state
     before = {name: weight.numpy() for name, weight in state.weights.items()}
     gradients = forward_and_backward(state, batch).gradients
-    sums, rate = train_step(state, batch)
+    step = train_step(state, batch)
     for name, weight in state.weights.items():
         np.testing.assert_allclose(weight, before[name] - 0.1 * gradients[name].numpy(), rtol=1e-5, atol=1e-7)
-    assert sums[0] == 1 and sums[1] == 50 and float(rate) == pytest.approx(0.1)
+    assert step.sums[0] == 1 and step.sums[1] == 50 and float(step.learning_rate) == pytest.approx(0.1)
+    np.testing.assert_allclose(step.update, -0.1 * step.gradient, rtol=1e-6)

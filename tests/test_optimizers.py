@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from tfloop.errors import UserError
-from tfloop.optimizers import OPTIMIZERS, KerasOptimizer, Optimizer, flatten, rmsprop, unflatten
+from tfloop.optimizers import OPTIMIZERS, KerasOptimizer, Optimizer, Vector, flatten, rmsprop
 from tfloop.schedules import Schedule
 
 KO = keras.optimizers
@@ -30,7 +30,7 @@ def test_200_steps_follow_keras_to_float32_rounding(random, name, hyper, referen
     optimizer.build(ours)
     for _ in range(200):
         gradients = {key: tf.constant(random.normal(size=w.shape).astype(np.float32)) for key, w in ours.items()}
-        optimizer.apply(optimizer.updates(flatten(gradients.values()), ours, 0.01), ours, tf.constant(True))
+        optimizer.apply(*optimizer.updates(Vector.of(gradients), ours, 0.01), ours, tf.constant(True))
         keras_optimizer.apply(list(gradients.values()), theirs)
     for mine, other in zip(ours.values(), theirs):
         np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=2e-5, atol=2e-6)
@@ -59,7 +59,7 @@ def test_reset_makes_the_next_run_the_same_bit_for_bit(random, name):
     def run():
         own = {key: tf.Variable(weight) for key, weight in start.items()}
         for gradient in gradients:
-            optimizer.apply(optimizer.updates(tf.constant(gradient), own, 0.1), own, tf.constant(True))
+            optimizer.apply(*optimizer.updates(Vector(tf.constant(gradient), own), own, 0.1), own, tf.constant(True))
         return flatten(own.values()).numpy()
 
     first = run()
@@ -72,7 +72,7 @@ def test_an_invalid_step_changes_nothing(random, name):
     own, optimizer = weights(random), Optimizer(name)
     optimizer.build(own)
     before = [v.numpy() for v in (*own.values(), *optimizer.slots.values(), optimizer.count)]
-    optimizer.apply(optimizer.updates(tf.fill([15], np.nan), own, 0.1), own, tf.constant(False))
+    optimizer.apply(*optimizer.updates(Vector(tf.fill([15], np.nan), own), own, 0.1), own, tf.constant(False))
     for old, variable in zip(before, (*own.values(), *optimizer.slots.values(), optimizer.count)):
         np.testing.assert_array_equal(variable.numpy(), old)
 
@@ -82,13 +82,18 @@ def test_numbers_are_variables_that_the_next_update_reads(random):
     optimizer.build(own)
     optimizer.slots["momentum"].assign(tf.ones([15]))
     optimizer.hyper["momentum"].assign(0.5)
-    np.testing.assert_allclose(optimizer.updates(tf.zeros([15]), own, 0.1)[0], 0.5)
+    np.testing.assert_allclose(optimizer.updates(Vector(tf.zeros([15]), own), own, 0.1)[0].flat, 0.5)
 
 
-def test_flatten_and_unflatten_are_inverse(random):
+def test_a_vector_reads_by_name_and_has_a_norm(random):
     own = weights(random)
-    for name, part in unflatten(flatten(own.values()), own).items():
+    vector = Vector.of(own)
+    assert list(vector) == ["a", "b"] and len(vector) == 2
+    for name, part in vector.items():
         np.testing.assert_array_equal(part, own[name])
+    assert float(vector.norm) == pytest.approx(np.sqrt(sum((w.numpy() ** 2).sum() for w in own.values())), rel=1e-6)
+    with pytest.raises(KeyError, match="there are a, b"):
+        vector["c"]
 
 
 @pytest.mark.parametrize("name, hyper, message", [
@@ -114,11 +119,11 @@ def test_the_loop_drives_a_keras_optimizers_rate(random):
     own = {"w": variables[0].value}
     optimizer.build(own)
     rate = Schedule("constant", learning_rate=0.1)(0)
-    updates = optimizer.updates(tf.ones([3]), own, rate)
-    np.testing.assert_allclose(updates[0], -0.1, rtol=1e-6)
-    optimizer.apply(updates, own, tf.constant(False))
+    updates, after = optimizer.updates(Vector.of({"w": tf.ones([3])}), own, rate)
+    np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
+    optimizer.apply(updates, after, own, tf.constant(False))
     np.testing.assert_array_equal(own["w"], 1.0)
-    optimizer.apply(updates, own, tf.constant(True))
+    optimizer.apply(updates, after, own, tf.constant(True))
     np.testing.assert_allclose(own["w"], 0.9, rtol=1e-6)
     optimizer.reset()
     assert int(optimizer.count) == 0 and float(optimizer.inner.learning_rate) == pytest.approx(0.7)

@@ -1,6 +1,6 @@
 """The command line: flags make a Config, a command runs with it, and every mistake is one line and an exit code.
 
-Exit codes: 0 done, 2 bad input, 3 diverged, 130 interrupted. Only this module knows absl; TensorFlow is imported when
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 130 interrupted. Only this module knows absl; TensorFlow is imported when
 a command needs it.
 """
 
@@ -9,9 +9,13 @@ import time
 STARTED = time.perf_counter()
 
 import csv  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 
 from absl import flags  # noqa: E402
@@ -20,13 +24,16 @@ from tfloop import __version__  # noqa: E402
 from tfloop.config import FIELDS, GROUPS, PRESETS, Config, kind  # noqa: E402
 from tfloop.errors import DivergenceError, UserError  # noqa: E402
 
-BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 
 
 def train(config: Config, options: dict, arguments: list[str]) -> int:
     config, device = _start(config)
     from tfloop import runs
 
+    if options["dry_run"]:
+        runs.dry_run(config, device)
+        return 0
     stop = _Interrupt()
     runs.train(config, device, STARTED, stop.asked)
     return INTERRUPTED if stop.asked() else 0
@@ -111,6 +118,141 @@ def schedule(config: Config, options: dict, arguments: list[str]) -> int:
     return 0
 
 
+def tensorboard(config: Config, options: dict, arguments: list[str]) -> int:
+    import threading
+
+    folder = arguments[0] if arguments else "runs"
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; train first, or name the folder with the runs")
+    port = options["port"]
+    if port and not (port.isdecimal() and int(port) < 65536):
+        raise UserError(f"--port={port}: expected a number from 0 to 65535; 0 takes any that is free")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from tensorboard import default, program
+    from tensorboard.program import TensorBoardServerException
+
+    board = program.TensorBoard(default.get_plugins())
+    board.configure(logdir=folder, host=options["host"], load_fast="false", **({"port": int(port)} if port else {}))
+    try:
+        url = board.launch()
+    except TensorBoardServerException as error:
+        raise UserError(f"tensorboard: {str(error).splitlines()[0].removeprefix('TensorBoard ')}") from None
+    print(f"TensorBoard shows {folder} at {url} (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def scalars(config: Config, options: dict, arguments: list[str]) -> int:
+    folders = _some(arguments)
+    if options["format"] not in ("csv", "json"):
+        raise UserError(f"--format={options['format']} is unknown; choose from csv, json")
+    _start(config)
+    from tfloop import events
+
+    wanted = [tag for tag in options["tags"].split(",") if tag]
+    rows = [(str(Path(folder, scalar.run)), *scalar[1:]) for folder in folders for scalar in events.read_scalars(folder)
+            if not wanted or scalar.tag in wanted]
+    names = ("run", *events.Scalar._fields[1:])
+    with _output(options["out"]) as file:
+        if options["format"] == "csv":
+            csv.writer(file, lineterminator="\n").writerows([names, *rows])
+        else:
+            found = [dict(zip(names, (*row[:-1], events.finite(row[-1])))) for row in rows]
+            file.write("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
+    return 0
+
+
+def plot(config: Config, options: dict, arguments: list[str]) -> int:
+    folders = _some(arguments)
+    reference = options["reference"]
+    try:
+        reference = float(reference) if reference else None
+    except ValueError:
+        reference = math.nan
+    if reference is not None and not 0 < reference <= 1:
+        raise UserError(f"--reference={options['reference']}: expected an accuracy between 0 and 1")
+    _start(config)
+    from tfloop import events, plots
+
+    found = {}
+    for folder in folders:
+        found[os.path.basename(os.path.normpath(folder))] = plots.by_epoch(events.read_scalars(folder), folder)
+    plots.save(plots.curves(found, reference), options["out"])
+    print(options["out"])
+    return 0
+
+
+def debug(config: Config, options: dict, arguments: list[str]) -> int:
+    at = options["break_at"]
+    if at and not at.isdecimal():
+        raise UserError(f"--break_at={at}: expected the number of a step, 0 or more")
+    try:
+        compile(options["break_if"] or "0", "--break_if", "eval")
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"--break_if={options['break_if']}: is no Python expression: {error}") from None
+    config, _ = _start(config.replace(eager=True, fast=False, shards=1, steps_per_call=1, jit_compile=False))
+    from tfloop import debug, runs
+
+    if debug.under_another_debugger():
+        runs.make_loop(config, differentiate=debug.stop_once(debug.forward_and_backward)).fit(config.epochs)
+        return 0
+    loop = runs.make_loop(config, differentiate=debug.forward_and_backward)
+    finished = debug.run(loop, config.epochs, int(at) if at else None, options["break_if"], options["break_on_nan"])
+    print(f"{'done' if finished else 'quit'} after {int(loop.state.global_step)} steps; nothing was written")
+    return 0
+
+
+def check_gradients(config: Config, options: dict, arguments: list[str]) -> int:
+    _start(config)
+    from tfloop import checks, runs
+
+    data = runs.load_data(config.replace(standardize=False))
+    found = []
+    print(f"{'':28} {'weight':22} {'worst entry':>16} {'GradientTape':>15} {'difference':>15}  error")
+    for check in checks.check_gradients(config, data.image_shape, data.classes, config.seed):
+        found.append(check)
+        print(f"{check.what:28} {check.weight:22} {str(list(check.entry)):>16} {check.tape:15.8g} {check.difference:15.8g}  "
+              f"{check.error:.1e}{'' if check.passed else '  WRONG'}", flush=True)
+    worst, wrong = max(found, key=lambda check: check.error), sum(not check.passed for check in found)
+    print(f"{len(found)} gradients, {wrong} wrong; the worst error is {worst.error:.1e} "
+          f"({worst.what}, {worst.weight} {list(worst.entry)}; allowed: {checks.TOLERANCE:g})")
+    return FAILED if wrong else 0
+
+
+def parity(config: Config, options: dict, arguments: list[str]) -> int:
+    steps = options["steps"]
+    if not (steps.isdecimal() and int(steps)):
+        raise UserError(f"--steps={steps}: expected a number of steps, 1 or more")
+    _start(config)
+    from tfloop import checks
+
+    print(f"weights after each of {steps} steps, compared with: compiled, plain forward pass, resident pipeline, CPU")
+    for found in checks.parity(config, int(steps)):
+        print(f"  {found.mode:24} " + ("the same, bit for bit" if found.step is None else
+              f"differs after step {found.step}, first in {found.layer}, by {found.ulps} units in the last place; after "
+              f"the last step by at most {found.largest:.1e} of a weight's largest entry"), flush=True)
+    return 0
+
+
+def overfit(config: Config, options: dict, arguments: list[str]) -> int:
+    most = options["steps"]
+    if not (most.isdecimal() and int(most)):
+        raise UserError(f"--steps={most}: expected a number of steps, 1 or more")
+    config, _ = _start(config)
+    from tfloop import checks
+
+    for record in checks.overfit(config, int(most)):
+        if record.step & (record.step - 1) == 0:
+            print(f"step {record.step:5}  loss {record.test.data:.4f}  accuracy {100 * record.test.accuracy:6.2f} %", flush=True)
+    learnt = checks.memorised(record)
+    print(f"{config.batch_size} images {'memorised' if learnt else 'NOT memorised'} after {record.step} steps: loss "
+          f"{record.test.data:.4f}, accuracy {100 * record.test.accuracy:.2f} %")
+    return 0 if learnt else FAILED
+
+
 class Command(NamedTuple):
     function: Callable[[Config, dict, list[str]], int]
     help: str
@@ -122,12 +264,29 @@ class Command(NamedTuple):
 WHERE = ("device", "intra_op_threads", "inter_op_threads", "memory_growth", "memory_limit", "log_device_placement",
          "tensorflow_log")
 COMMANDS = {
-    "train": Command(train, "train a model; the default is the article's CNN on MNIST"),
+    "train": Command(train, "train a model; the default is the article's CNN on MNIST", options={
+        "dry_run": (False, "do one step of everything, keep nothing, and stop")}),
     "evaluate": Command(evaluate, "loss and accuracy of a finished run on its test images", "RUN", WHERE, {
         "dataset": ("", "other data than the run's own: its test images")}),
     "predict": Command(predict, "class and probabilities of each image, as CSV", "RUN IMAGES", WHERE, {
         "out": ("", "the CSV file; unset: standard output")}),
     "model": Command(model, "the model's layers, shapes and parameters"),
+    "tensorboard": Command(tensorboard, "open TensorBoard on the runs", "[LOGDIR]", (), {
+        "port": ("", "its port; unset: 6006 or the next free one"), "host": ("127.0.0.1", "the address to listen on")}),
+    "scalars": Command(scalars, "print what event files hold, of any writer", "RUN…", (), {
+        "format": ("csv", "csv or json"), "tags": ("", "these tags only, comma-separated"),
+        "out": ("", "the file; unset: standard output")}),
+    "plot": Command(plot, "accuracy and loss over epochs, several runs overlaid, as PNG", "RUN…", (), {
+        "out": ("curves.png", "the PNG file"), "reference": ("", "an accuracy to draw a line at, 0.99 say")}),
+    "debug": Command(debug, "train eagerly and stop in pdb at the step", options={
+        "break_at": ("", "stop at this step only"),
+        "break_if": ("", "stop before the update where this holds: 'gradients.norm > 10'"),
+        "break_on_nan": (False, "stop before the update where a value is not finite")}),
+    "check_gradients": Command(check_gradients, "GradientTape against central differences in float64"),
+    "parity": Command(parity, "the first steps in every mode: where do they differ first, and by how much?", options={
+        "steps": ("5", "how many steps")}),
+    "overfit": Command(overfit, "train on one batch until it is memorised", options={
+        "steps": ("1000", "give up after so many")}),
     "schedule": Command(schedule, "the learning rate over a run", options={
         "print": (False, "print a table"), "plot": ("", "write a plot to this PNG file")}),
 }
@@ -257,6 +416,12 @@ def _one(arguments: list[str], name: str, what: str) -> str:
     if len(arguments) != 1:
         raise UserError(f"expected {name}, {what}; found {len(arguments)} arguments")
     return arguments[0]
+
+
+def _some(arguments: list[str]) -> list[str]:
+    if not arguments:
+        raise UserError("expected RUN, one or several folders with event files; found none")
+    return arguments
 
 
 def _output(path: str):

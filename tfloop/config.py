@@ -123,6 +123,14 @@ class Config:
     log_device_placement: bool = option(False, "print the device of every operation")
     tensorflow_log: bool = option(False, "show TensorFlow's own start-up messages")
 
+    # --- looking inside
+    summaries: str = option("default", "what TensorBoard gets: curves; histograms and pictures; these after every epoch",
+                            choices=("none", "scalars", "default", "full"))
+    live_plot: bool = option(False, "keep curves.png in the run's folder up to date, epoch by epoch")
+    profile: str = option("", "record a profile of these steps, 100:120 say, one step to a call")
+    check_numerics: bool = option(False, "name the operation that gives the first NaN or infinity; costs time")
+    debugger_dump: str = option("", "a folder for what TensorBoard's Debugger V2 reads; costs much time")
+
     # --- what is written
     logdir: str = option("runs", "the folder that each run gets a folder of its own in")
     name: str = option("", "first part of the run folder's name; unset: the preset")
@@ -155,6 +163,12 @@ class Config:
         """As written to `config.json`, which `--config` reads back."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
+    @property
+    def profile_steps(self) -> range:
+        """The steps to profile, by global_step before each; empty where none are."""
+        first, _, last = self.profile.partition(":")
+        return range(int(first), int(last)) if self.profile else range(0)
+
     @staticmethod
     def read(path: str | Path) -> dict[str, Any]:
         """The settings in a JSON file, unchecked: a `config.json`, or any part of one."""
@@ -186,7 +200,8 @@ HYPER = {  # the settings that belong to the optimizer and to the schedule that 
 _HINTS = get_type_hints(Config)
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Config)}
 _FIRST = {"preset": "start from", "dataset": "data", "conv": "model", "l1": "loss", "optimizer": "optimizer",
-          "schedule": "schedule", "epochs": "run", "pipeline": "where and how it runs", "logdir": "what is written"}
+          "schedule": "schedule", "epochs": "run", "pipeline": "where and how it runs", "summaries": "looking inside",
+          "logdir": "what is written"}
 GROUPS: dict[str, list[str]] = {}  # heading → fields, for help texts
 for _name in FIELDS:
     if _name in _FIRST:
@@ -279,6 +294,11 @@ def _check_combinations(config: Config) -> None:
                         f"{len(config.boundaries)} and {len(config.rates)}")
     if list(config.boundaries) != sorted(set(config.boundaries)):
         raise UserError(f"--boundaries={','.join(f'{b:g}' for b in config.boundaries)} must rise from each to the next")
+    first, _, last = config.profile.partition(":")
+    if config.profile and not (first.isdecimal() and last.isdecimal() and int(first) < int(last) < 2**31):
+        raise UserError(f"--profile={config.profile}: expected FIRST:LAST, two step numbers that rise, such as 100:120")
+    if config.debugger_dump and config.jit_compile:
+        raise UserError("--debugger_dump and --jit_compile exclude each other: XLA leaves nothing to look into")
     if config.eager and config.jit_compile:
         raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
     if config.seeds and config.runs > 1:

@@ -33,7 +33,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: np.ndarray) -> "Split":
+    def take(self, rows: np.ndarray | slice) -> "Split":
         return Split(self.images[rows], self.labels[rows])
 
 
@@ -74,6 +74,12 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.train.images.shape[1:]
+
+    def head(self, size: int) -> "Dataset":
+        """The first `size` images of each part."""
+        rows = slice(size)
+        return dataclasses.replace(self, train=self.train.take(rows), validation=self.validation.take(rows),
+                                   test=self.test.take(rows))
 
 
 def load(dataset: str = "mnist", split: str = "standard", validation_size: int = 0, standardize: bool = True,

@@ -53,6 +53,10 @@ def _start(config: Config) -> tuple[Config, str]:
 
     tf.debugging.set_log_device_placement(config.log_device_placement)
     tf.config.experimental.enable_tensor_float_32_execution(config.precision == "tf32")
+    if config.check_numerics:
+        tf.debugging.enable_check_numerics()
+    if config.debugger_dump:
+        tf.debugging.experimental.enable_dump_debug_info(config.debugger_dump, "FULL_HEALTH", circular_buffer_size=-1)
     gpus = tf.config.list_physical_devices("GPU")
     kind, _, number = config.device.partition(":")
     if kind not in ("auto", "cpu", "gpu") or (number and not (kind == "gpu" and number.isdigit())):

@@ -7,17 +7,19 @@ touches nothing but the state; what is not the story (files, plots, checkpoints)
 import dataclasses
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfloop import models
 from tfloop import ops, penalties, pipelines
 from tfloop.data import Dataset, Split
 from tfloop.errors import DivergenceError, UserError
-from tfloop.optimizers import flatten, select
+from tfloop.optimizers import Vector, select
 from tfloop.pipelines import Batch
 from tfloop.state import TrainState
 from tfloop.tracing import Traced
@@ -61,6 +63,9 @@ class Call:
     train: Metrics
     rate: float  # of its last step
     seconds: float
+    input_seconds: float  # of these, spent waiting for batches
+    gradients: Vector = dataclasses.field(compare=False, repr=False)  # of its last step
+    updates: Vector = dataclasses.field(compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +79,28 @@ class Epoch:
     validation: Metrics | None
     rate: float
     seconds: float  # of training alone
+    outputs: np.ndarray = dataclasses.field(compare=False, repr=False)  # [test images, classes], the logits
 
 
 def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """[batch] float32: the loss of each example, from logits [batch, classes].
+    """[batch] float32: the loss of each example, from the model's outputs."""
+    if state.loss is not None:
+        return _checked(state.loss(labels, outputs), labels.shape, "the loss function")
+    sigmoid = models.output_activation(state.model) == "sigmoid"
+    return cross_entropy(labels, outputs, tf.convert_to_tensor(state.hyper["label_smoothing"]), sigmoid)
+
+
+def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing, sigmoid: bool = False) -> tf.Tensor:
+    """[batch]: the cross-entropy of each example, from labels [batch] int32 and logits [batch, classes].
 
     Softmax: -Σ_k t_k · log p_k. Sigmoid: the mean over k of the binary cross-entropy, as Keras has it. The target t is
     one-hot, smoothed to (1 - s) · t + s / classes, or with sigmoid to (1 - s) · t + s / 2.
     """
-    if state.loss is not None:
-        return _checked(state.loss(labels, outputs), labels.shape, "the loss function")
-    classes, smoothing = outputs.shape[-1], tf.convert_to_tensor(state.hyper["label_smoothing"])
-    targets = tf.one_hot(labels, classes) * (1.0 - smoothing)
-    if models.output_activation(state.model) == "sigmoid":
-        return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets + smoothing / 2.0, outputs), axis=-1)
-    return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, outputs)
+    classes = logits.shape[-1]
+    targets = tf.one_hot(labels, classes, dtype=logits.dtype) * (1.0 - smoothing)
+    if sigmoid:
+        return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets + smoothing / 2.0, logits), axis=-1)
+    return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, logits)
 
 
 def _checked(tensor: tf.Tensor, shape: tf.TensorShape, what: str) -> tf.Tensor:
@@ -135,36 +147,41 @@ def forward_and_backward(state: TrainState, batch: Batch, forward: Callable = mo
     return Pass(loss, logits, gradients)
 
 
-def train_step(state: TrainState, batch: Batch, forward: Callable = models.logits) -> tuple[tf.Tensor, tf.Tensor]:
+class Step(NamedTuple):
+    """What one step tells; all tensors."""
+
+    sums: tf.Tensor  # float32 [10]: steps, examples, and the sums over the examples of what Metrics names
+    learning_rate: tf.Tensor
+    gradient: tf.Tensor  # float32 [n], over all weights
+    update: tf.Tensor  # float32 [n], what was added to the weights
+
+
+def train_step(state: TrainState, batch: Batch, differentiate: Callable = forward_and_backward) -> Step:
     """One step: forward, loss, backward, update.
 
     A step whose loss, gradient or update is not finite changes no weight, slot or counter, and neither does any step after
     it, so that the state is found as it was before: `state.diverged` tells.
 
-    Returns:
-      float32 [10]: steps, examples, and the sums over the examples of what Metrics names.
-      float32: the learning rate.
+    `differentiate` is `forward_and_backward`, or its twin `debug.forward_and_backward`, which goes layer by layer.
     """
+    images, labels, weights = batch
     learning_rate = state.schedule(state.schedule_step)
     averages = [tf.identity(variable) for variable in state.moving.values()]
-    loss, logits, gradients = forward_and_backward(state, batch, forward)
+    loss, logits, gradients = differentiate(state, batch)
+    gradients = Vector.of(gradients)
+    updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
 
-    gradient = flatten(gradients.values())
-    half_square = tf.nn.l2_loss(gradient)
-    gradient_norm = tf.sqrt(2.0 * half_square)
-    updates = state.optimizer.updates(gradient, state.weights, learning_rate)
-    finite = tf.math.is_finite(loss.total + half_square + tf.nn.l2_loss(updates[0]))  # one test for all that they hold
+    finite = tf.math.is_finite(loss.total + gradients.norm + updates.norm)  # one test for all that they hold
     valid = finite & ~state.diverged
-
-    state.optimizer.apply(updates, state.weights, valid)
+    state.optimizer.apply(updates, slots, state.weights, valid)
     for variable, before in zip(state.moving.values(), averages):
         variable.assign(select(valid, variable, before))
     state.advance(valid)
 
-    examples = tf.reduce_sum(batch.weights)
-    accuracy = tf.reduce_sum(batch.weights * _hits(logits, batch.labels)) / examples
-    sums = tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, gradient_norm])], axis=0)
-    return select(valid, sums, tf.zeros_like(sums)), learning_rate
+    examples = tf.reduce_sum(weights)
+    accuracy = tf.reduce_sum(weights * _hits(logits, labels)) / examples
+    sums = tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, gradients.norm])], axis=0)
+    return Step(select(valid, sums, tf.zeros_like(sums)), learning_rate, gradients.flat, updates.flat)
 
 
 def _hits(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -184,11 +201,13 @@ class Loop:
       seconds: {"tracing", "training", "evaluation"} so far.
       traces: {"train", "evaluate"}: how often each was traced; 1 each, in a whole process.
       steps: steps in an epoch.
+      graph: that of the compiled step, for TensorBoard; None where nothing is compiled yet, or ever.
+      single: steps, by the global_step before each, that get a compiled call of their own.
     """
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
                  steps_per_call: int = 0, jit_compile: bool = False, eager: bool = False, fast: bool = True,
-                 shards: int = 1):
+                 shards: int = 1, differentiate: Callable | None = None):
         """Args:
           state: what to train.
           data: images and labels.
@@ -199,6 +218,7 @@ class Loop:
           eager: run the step op by op.
           fast: rearrange the forward pass (see `ops`).
           shards: parts of a batch to compute side by side, with `fast`.
+          differentiate: computes loss and gradients in place of `forward_and_backward`.
 
         Raises:
           UserError: a batch larger than the data, or a model whose outputs do not fit its classes.
@@ -209,15 +229,18 @@ class Loop:
         if state.loss is None and (len(outputs.shape) != 2 or outputs.shape[1] < data.classes):
             raise UserError(f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data have "
                             f"{data.classes} classes")
-        self.state, self.data = state, data
-        self._place, self._source, self._warm = None, None, set()
+        self.state, self.data, self._output_shape = state, data, outputs.shape[1:]
+        self.graph, self.single = None, range(0)
+        self._place, self._source = None, None
+        self._warm = {"train", "evaluate"} if eager else set()  # nothing to trace
         self.pipeline = pipelines.make(pipeline, data.train, batch_size)
         self.steps = self.pipeline.steps
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         self.steps_per_call = min(steps_per_call or STEPS_PER_CALL[kind], self.steps)
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
         self.forward = functools.partial(ops.logits, shards=shards) if fast else models.logits
-        step = lambda batch: train_step(state, batch, self.forward)
+        differentiate = differentiate or functools.partial(forward_and_backward, forward=self.forward)
+        step = lambda batch: train_step(state, batch, differentiate)
         self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile else step
         self._train = Traced(self._train_steps, "the training step", eager)
         self._evaluate = Traced(self._evaluate_all, "the evaluation", eager, input_signature=[
@@ -227,28 +250,55 @@ class Loop:
     def traces(self) -> dict[str, int]:
         return {"train": self._train.traces, "evaluate": self._evaluate.traces}
 
-    def _train_steps(self, source, steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """`steps` steps in one call. A count that is a tensor keeps one trace for all counts."""
-        def body(i, sums, _):
-            new, learning_rate = self._step(self.pipeline.take(source, self.state.batch))
-            return i + 1, sums + new, learning_rate
+    def _train_steps(self, source, steps: tf.Tensor) -> tuple[Step, tf.Tensor]:
+        """`steps` steps in one call, and the seconds spent waiting for batches: the last step, with the sums of all.
 
-        start = (tf.constant(0), tf.zeros([len(Metrics._fields) + 2]), tf.constant(0.0))
+        A count that is a tensor keeps one trace for all counts.
+        """
+        def body(i, total, waited):
+            if not tf.executing_eagerly():
+                self.graph = tf.compat.v1.get_default_graph()
+            started = tf.timestamp()
+            with tf.control_dependencies([started]):
+                batch = self.pipeline.take(source, self.state.batch)
+            with tf.control_dependencies(batch):
+                waited += tf.timestamp() - started
+            with tf.compat.v1.name_scope(None):  # TensorBoard's graph then has the layers on top, not inside the loop
+                step = self._step(batch)
+            return i + 1, step._replace(sums=total.sums + step.sums), waited
+
+        size = sum(weight.shape.num_elements() for weight in self.state.weights.values())
+        nothing = Step(tf.zeros([len(Metrics._fields) + 2]), tf.constant(0.0), tf.zeros([size]), tf.zeros([size]))
+        start = (tf.constant(0), nothing, tf.constant(0.0, tf.float64))
         return tf.while_loop(lambda i, *_: i < steps, body, start, parallel_iterations=1)[1:]
+
+    def batch(self, index: int) -> Batch:
+        """The batch with this index in the epoch that the state is in, made on its own."""
+        return pipelines.batch_at(self.data.train, self.pipeline.batch_size, self.state.seed, self.state.epoch, index)
 
     def train_epoch(self) -> Iterator[Call]:
         """The rest of the epoch that the state is in, a record per compiled call."""
         state = self.state
         while (batch := int(state.batch)) < self.steps:
             source = self._source_at(batch)
-            count = self.steps_per_call - batch % self.steps_per_call  # calls end at fixed places, resumed or not
-            count = min(count, self.steps - batch)
-            (sums, rate), seconds = self._time("training", self._train, source, tf.constant(count))
+            count = self._call_length(batch)
+            with tf.profiler.experimental.Trace("train", step_num=int(state.global_step), _r=1):  # marks it in a profile
+                (last, waited), seconds = self._time("training", self._train, source, tf.constant(count))
             if state.diverged:
                 raise self._divergence()
-            state.totals.assign_add(tf.cast(sums, tf.float64))
+            state.totals.assign_add(tf.cast(last.sums, tf.float64))
             self._place = self._position()
-            yield Call(int(state.epoch) + 1, int(state.global_step), batch + count, count, _metrics(sums), float(rate), seconds)
+            yield Call(int(state.epoch) + 1, int(state.global_step), batch + count, count, _metrics(last.sums),
+                       float(last.learning_rate), seconds, float(waited), Vector(last.gradient, state.weights),
+                       Vector(last.update, state.weights))
+
+    def _call_length(self, batch: int) -> int:
+        """Steps in the call that begins at this batch. Calls end at fixed places, resumed or not."""
+        count = min(self.steps_per_call - batch % self.steps_per_call, self.steps - batch)
+        step = int(self.state.global_step)
+        if step in self.single:
+            return 1
+        return min(count, self.single.start - step) if step < self.single.start else count
 
     def _source_at(self, batch: int):
         """What the pipeline takes batches from: the last one, unless the state was moved to another place."""
@@ -277,36 +327,47 @@ class Loop:
         Raises:
           DivergenceError: the loss is not finite.
         """
+        return self.evaluate_with_outputs(split)[0]
+
+    def evaluate_with_outputs(self, split: Split) -> tuple[Metrics, np.ndarray]:
+        """As `evaluate`, and the logits [examples, classes].
+
+        Raises:
+          DivergenceError: the loss is not finite.
+        """
         images, labels = (tf.convert_to_tensor(array) for array in (split.images, split.labels))
         if "evaluate" not in self._warm:
             self._time("tracing", self._evaluate, images[:1], labels[:1])
             self._warm.add("evaluate")
-        sums, _ = self._time("evaluation", self._evaluate, images, labels)
+        (sums, outputs), _ = self._time("evaluation", self._evaluate, images, labels)
         metrics = _metrics(sums)._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
-            step = int(self.state.global_step)
-            raise DivergenceError(f"step {step}: the loss on the images held out is NaN or infinite; try a lower "
-                                  f"--learning_rate", step, "loss")
-        return metrics
+            raise self._held_out_divergence()
+        return metrics, outputs.numpy()
 
-    def _evaluate_all(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        """The sums of train_step over all images, in batches of static size."""
+    def _evaluate_all(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sums of train_step over all images, in batches of static size, and the outputs."""
         state, size = self.state, tf.shape(labels)[0]
+        batches = (size + EVALUATION_BATCH - 1) // EVALUATION_BATCH
 
-        def body(first, sums):
+        def body(i, sums, outputs):
+            first = i * EVALUATION_BATCH
             rows = first + tf.range(EVALUATION_BATCH)
             weights, rows = tf.cast(rows < size, tf.float32), tf.minimum(rows, size - 1)
             logits = self.forward(state.model, state.standardize(tf.gather(images, rows)))
             truth = tf.gather(labels, rows)
             means = tf.stack([example_losses(state, truth, logits), _hits(logits, truth),
                               tf.fill([EVALUATION_BATCH], model_losses(state))])
-            return first + EVALUATION_BATCH, sums + tf.linalg.matvec(means, weights)
+            return i + 1, sums + tf.linalg.matvec(means, weights), outputs.write(i, logits)
 
-        _, sums = tf.while_loop(lambda first, _: first < size, body, (tf.constant(0), tf.zeros([3])), parallel_iterations=1)
+        outputs = tf.TensorArray(tf.float32, batches, element_shape=[EVALUATION_BATCH, *self._output_shape])
+        _, sums, outputs = tf.while_loop(lambda i, *_: i < batches, body, (tf.constant(0), tf.zeros([3]), outputs),
+                                         parallel_iterations=1)
         examples = tf.cast(size, tf.float32)
         data, accuracy, model = tf.unstack(sums / examples)
         loss = losses(state, data, model)
-        return tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, 0.0])], axis=0)
+        sums = tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, 0.0])], axis=0)
+        return sums, outputs.concat()[:size]
 
     def run(self, epochs: int) -> Iterator[Call | Epoch]:
         """Train until `epochs` epochs are done: a Call after each compiled call, an Epoch after each epoch.
@@ -326,13 +387,13 @@ class Loop:
                 rate = call.rate
                 yield call
             train = _metrics(state.totals)
-            test = self.evaluate(self.data.test)
+            test, outputs = self.evaluate_with_outputs(self.data.test)
             validation = self.evaluate(self.data.validation) if len(self.data.validation) else None
             state.epoch.assign_add(1)
             state.batch.assign(0)
             state.totals.assign(tf.zeros_like(state.totals))
             yield Epoch(int(state.epoch), int(state.global_step), train, test, validation, rate,
-                        self.seconds["training"] - before)
+                        self.seconds["training"] - before, outputs)
 
     def fit(self, epochs: int) -> Epoch | None:
         """`run` to its end; the last epoch's record."""
@@ -344,17 +405,30 @@ class Loop:
     def _time(self, what: str, function, *arguments):
         """(result, seconds): the call, and the wait for the device to finish it."""
         started = time.perf_counter()
-        result = function(*arguments)
-        tf.nest.map_structure(lambda tensor: tensor.numpy(), result)  # sync
+        try:
+            result = function(*arguments)
+            tf.nest.flatten(result)[0].numpy()  # waits for the device: what a call returns, it returns at once
+        except tf.errors.InvalidArgumentError as error:
+            operation = re.search(r'Infinity or NaN in output \d+ of .*op "(\w+)"', error.message)  # --check_numerics
+            if not operation:
+                raise
+            tf.debugging.disable_check_numerics()  # it has found what it was to find
+            where = f", first in the operation {operation.group(1)}"
+            raise (self._divergence(where) if what != "evaluation" else self._held_out_divergence(where)) from None
         seconds = time.perf_counter() - started
         self.seconds[what] += seconds
         return (result, seconds) if what != "tracing" else None
 
-    def _divergence(self) -> DivergenceError:
+    def _held_out_divergence(self, operation: str = "") -> DivergenceError:
+        step = int(self.state.global_step)
+        return DivergenceError(f"step {step}: the loss on the images held out is NaN or infinite{operation}; try a lower "
+                               f"--learning_rate", step, "loss")
+
+    def _divergence(self, operation: str = "") -> DivergenceError:
         """Do the step that failed once more, layer by layer, to name where the first value is not finite."""
         state, step = self.state, int(self.state.global_step)
         averages = [variable.numpy() for variable in state.moving.values()]
-        batch = pipelines.batch_at(self.data.train, self.pipeline.batch_size, state.seed, state.epoch, int(state.batch))
+        batch = self.batch(int(state.batch))
         activations = models.forward(state.model, state.standardize(batch.images), batch.weights, True, state.key())
         result = forward_and_backward(state, batch)
         found = [("weights", name.split("/")[0], weight) for name, weight in state.weights.items()]
@@ -367,7 +441,7 @@ class Loop:
         for variable, value in zip(state.moving.values(), averages):
             variable.assign(value)
         where = f"the {what}" if what == layer else f"the {what} of {layer}"
-        return DivergenceError(f"step {step}: {where} became NaN or infinite, at rate "
+        return DivergenceError(f"step {step}: {where} became NaN or infinite{operation}, at rate "
                                f"{float(state.schedule(state.schedule_step)):.4g}; the weights are those before this "
                                f"step. Try a lower --learning_rate", step, layer)
 

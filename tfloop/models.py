@@ -172,7 +172,8 @@ def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training
         return
     x = images
     for index, layer in enumerate(model.layers):
-        x = apply_layer(model, index, x, weights, training, key)
+        with tf.name_scope(layer.name):
+            x = apply_layer(model, index, x, weights, training, key)
         yield layer.name, x
 
 
@@ -213,7 +214,8 @@ def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: t
         variance = tf.reduce_sum(w * tf.square(x - mean), axis=[0, 1, 2]) / n
         return tf.nn.batch_normalization(x, mean, variance, beta, gamma, layer.epsilon), mean, variance
 
-    y, mean, variance = tf.cond(tf.reduce_all(weights > 0), full, filled_up)
+    fused = x.dtype != tf.float64  # which the fused operation does not know
+    y, mean, variance = tf.cond(tf.reduce_all(weights > 0), full, filled_up) if fused else filled_up()
     for average, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
         average.assign(average * layer.momentum + value * (1.0 - layer.momentum))
     return y

@@ -34,14 +34,15 @@ def logits(model, images: tf.Tensor, weights=None, training: bool = False, key=N
     join = lambda parts: tf.concat(parts, axis=0) if shards > 1 else parts[0]
     parts, pooled = split(images), False
     for index, layer in enumerate(model.layers):
-        if pooled:
-            pooled = False
-        elif index + 1 < len(model.layers) and _may_pool_first(layer, model.layers[index + 1]):
-            parts, pooled = [_pool_first(layer, model.layers[index + 1], x) for x in parts], True
-        elif _is_by_example(layer):
-            parts = [models.apply_layer(model, index, x, weights, training, key) for x in parts]
-        else:
-            parts = split(models.apply_layer(model, index, join(parts), weights, training, key))
+        with tf.name_scope(layer.name):
+            if pooled:
+                pooled = False
+            elif index + 1 < len(model.layers) and _may_pool_first(layer, model.layers[index + 1]):
+                parts, pooled = [_pool_first(layer, model.layers[index + 1], x) for x in parts], True
+            elif _is_by_example(layer):
+                parts = [models.apply_layer(model, index, x, weights, training, key) for x in parts]
+            else:
+                parts = split(models.apply_layer(model, index, join(parts), weights, training, key))
     return join(parts)
 
 

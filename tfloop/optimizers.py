@@ -7,7 +7,11 @@ place of a tensor per weight makes every rule a handful of operations, however m
 The rules and their defaults are those of keras.optimizers (3.15), which they follow to float32 rounding.
 """
 
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfloop.errors import UserError
@@ -92,6 +96,49 @@ SLOTS = {"sgd": ("momentum",), "rmsprop": ("mean_square", "momentum"), "adam": (
          "adamax": ("momentum", "infinity_norm")}
 
 
+class Vector(Mapping):
+    """A vector [n] over all trainable weights, which also reads by name: gradients["conv1/kernel"], gradients.norm."""
+
+    def __init__(self, flat: tf.Tensor, like: dict[str, tf.Variable]):
+        """Args: the vector, and the weights whose names and shapes its parts have, in order."""
+        self.flat, self._like = flat, like
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, tf.Tensor]) -> "Vector":
+        """All tensors' elements, in order."""
+        return cls(flatten(tensors.values()), tensors)
+
+    @functools.cached_property
+    def norm(self) -> tf.Tensor:
+        """√Σx²"""
+        return tf.sqrt(2.0 * tf.nn.l2_loss(self.flat))
+
+    def parts(self) -> dict[str, tf.Tensor]:
+        """The parts by name, each with its shape."""
+        parts = tf.split(self.flat, [like.shape.num_elements() for like in self._like.values()])
+        return {name: tf.reshape(part, like.shape) for part, (name, like) in zip(parts, self._like.items())}
+
+    def norms(self) -> dict[str, float]:
+        """The norm of each part, in NumPy."""
+        sizes = [like.shape.num_elements() for like in self._like.values()]
+        squares = np.add.reduceat(np.square(self.flat.numpy()), np.cumsum([0, *sizes[:-1]]))
+        return dict(zip(self._like, np.sqrt(squares).tolist()))
+
+    def __getitem__(self, name: str) -> tf.Tensor:
+        if name not in self._like:
+            raise KeyError(f"{name}; there are {', '.join(self._like)}")
+        return self.parts()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+    def __repr__(self) -> str:
+        return f"Vector of {len(self)} weights, norm {float(self.norm):.6g}: {', '.join(self)}"
+
+
 class Optimizer(tf.Module):
     """An update rule with its slots, its count and its numbers as variables.
 
@@ -122,18 +169,20 @@ class Optimizer(tf.Module):
         names = SLOTS[self.name] + (("mean_gradient",) if self._switches.get("centered") else ())
         self.slots = {name: tf.Variable(_initial(name, size), trainable=False, name=name) for name in names}
 
-    def updates(self, gradient: tf.Tensor, weights: dict[str, tf.Variable], rate):
-        """(the update to add to the weights [n], the new slots), from the gradient [n]. Changes nothing."""
+    @tf.Module.with_name_scope
+    def updates(self, gradients: Vector, weights: dict[str, tf.Variable], rate) -> tuple[Vector, dict[str, tf.Tensor]]:
+        """(the updates to add to the weights, the new slots). Changes nothing."""
         numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
         slots = {name: tf.convert_to_tensor(slot) for name, slot in self.slots.items()}
         vector = flatten(weights.values()) if self.name == "adamw" else None  # no other rule looks at them
-        return self._rule(gradient, vector, slots, self.count, rate, **numbers, **self._switches)
+        update, slots = self._rule(gradients.flat, vector, slots, self.count, rate, **numbers, **self._switches)
+        return Vector(update, weights), slots
 
-    def apply(self, updates, weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
-        """Add an update to the weights and keep its slots; nothing changes where `valid`, a boolean, is false."""
-        update, slots = updates
-        update = select(valid, update, tf.zeros_like(update))
-        for name, part in unflatten(update, weights).items():
+    @tf.Module.with_name_scope
+    def apply(self, updates: Vector, slots: dict[str, tf.Tensor], weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
+        """Add the updates to the weights and keep the slots; nothing changes where `valid`, a boolean, is false."""
+        update = select(valid, updates.flat, tf.zeros_like(updates.flat))
+        for name, part in Vector(update, weights).parts().items():
             weights[name].assign_add(part)
         for name, slot in slots.items():
             self.slots[name].assign(select(valid, slot, self.slots[name]))
@@ -171,19 +220,21 @@ class KerasOptimizer(tf.Module):
     def _all(self, weights: dict[str, tf.Variable]) -> list[tf.Variable]:
         return [*weights.values(), *self.slots.values(), self.count]
 
-    def updates(self, gradient: tf.Tensor, weights: dict[str, tf.Variable], rate):
-        """(the update [n], every variable's value after it). Changes nothing."""
+    @tf.Module.with_name_scope
+    def updates(self, gradients: Vector, weights: dict[str, tf.Variable], rate) -> tuple[Vector, list[tf.Tensor]]:
+        """(the updates to add to the weights, every variable's value after it). Changes nothing."""
         before = [tf.identity(variable) for variable in self._all(weights)]
         self.inner.learning_rate.assign(rate)
-        self.inner.apply(list(unflatten(gradient, weights).values()), self._variables)
+        self.inner.apply(list(gradients.parts().values()), self._variables)
         after = [tf.identity(variable) for variable in self._all(weights)]
         for variable, value in zip(self._all(weights), before):
             variable.assign(value)
-        return flatten(after[:len(weights)]) - flatten(before[:len(weights)]), after
+        return Vector(flatten(after[:len(weights)]) - flatten(before[:len(weights)]), weights), after
 
-    def apply(self, updates, weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
+    @tf.Module.with_name_scope
+    def apply(self, updates: Vector, after: list[tf.Tensor], weights: dict[str, tf.Variable], valid: tf.Tensor) -> None:
         """Go where `updates` led; nothing changes where `valid`, a boolean, is false."""
-        for variable, value in zip(self._all(weights), updates[1]):
+        for variable, value in zip(self._all(weights), after):
             variable.assign(select(valid, value, variable))
 
     def reset(self) -> None:
@@ -197,15 +248,9 @@ def select(condition: tf.Tensor, yes, no) -> tf.Tensor:
     return tf.raw_ops.Select(condition=condition, x=tf.convert_to_tensor(yes), y=tf.convert_to_tensor(no))
 
 
-def flatten(tensors) -> tf.Tensor:
+def flatten(tensors: Iterable) -> tf.Tensor:
     """One vector [n] of all tensors' elements, in order."""
     return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
-
-
-def unflatten(vector: tf.Tensor, like: dict[str, tf.Variable]) -> dict[str, tf.Tensor]:
-    """The inverse of flatten: name → the part of `vector` with the shape of like[name]."""
-    parts = tf.split(vector, [weight.shape.num_elements() for weight in like.values()])
-    return {name: tf.reshape(part, like[name].shape) for name, part in zip(like, parts)}
 
 
 def _initial(slot: str, size: int) -> tf.Tensor:

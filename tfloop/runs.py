@@ -1,11 +1,14 @@
 """A run on disk: a folder with config.json, event files, checkpoints and result.json. Made by `train`, read by others."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ from tfloop.config import HYPER, Config
 from tfloop.errors import DivergenceError, UserError
 from tfloop.loop import Epoch, Loop
 from tfloop.optimizers import Optimizer
+from tfloop.plots import LivePlot
 from tfloop.progress import Display
 from tfloop.schedules import SCHEDULES, Schedule, parameters
 from tfloop.state import TrainState
@@ -63,14 +67,14 @@ def make_state(config: Config, image_shape: tuple[int, ...], classes: int, steps
                       initial_weights=lambda seed: models.initial_weights(model, seed))
 
 
-def make_loop(config: Config) -> Loop:
-    """Data, state and loop that `config` describes."""
-    dataset = load_data(config)
+def make_loop(config: Config, dataset: data.Dataset | None = None, **options) -> Loop:
+    """Data, unless given, state and loop that `config` describes; `options` are more of Loop's."""
+    dataset = dataset or load_data(config)
     steps = -(-len(dataset.train) // config.batch_size)
     state = make_state(config, dataset.image_shape, dataset.classes, steps, dataset.standardizer)
     return Loop(state, dataset, batch_size=config.batch_size, pipeline=config.pipeline,
                 steps_per_call=config.steps_per_call, jit_compile=config.jit_compile, eager=config.eager,
-                fast=config.fast, shards=max(config.shards, 1))
+                fast=config.fast, shards=max(config.shards, 1), **options)
 
 
 def train(config: Config, device: str = "", started: float | None = None,
@@ -102,31 +106,7 @@ def train(config: Config, device: str = "", started: float | None = None,
         for seed in config.seeds or (config.seed,) * config.runs:
             own = config.replace(seed=seed, seeds=(), runs=1)
             folder = create_folder(own)
-            state.begin(seed)
-            setup, before = time.perf_counter() - started, dict(loop.seconds)
-            epochs: list[Epoch] = []
-            diverged = None
-            try:
-                with Summaries(folder) as summaries:
-                    for record in loop.run(config.epochs):
-                        summaries.write(record)
-                        display.write(record)
-                        if isinstance(record, Epoch):
-                            epochs.append(record)
-                        if interrupted():
-                            break
-            except DivergenceError as error:
-                diverged = error
-            finally:
-                checkpoints.save(state, folder / "checkpoints", {
-                    "tfloop": __version__, "config": dataclasses.asdict(own), "image_shape": loop.data.image_shape,
-                    "pixels": loop.data.train.images.dtype.name, "classes": loop.data.classes,
-                    "steps_per_epoch": loop.steps})
-            seconds = {"setup": setup} | {key: loop.seconds[key] - before[key] for key in before}
-            result = _result(own, loop, epochs, seconds, device, interrupted(), diverged)
-            write_json(folder / "result.json", result)
-            if diverged:
-                raise diverged
+            result = _train_once(own, loop, folder, display, device, started, interrupted)
             results.append({**result, "folder": str(folder)})
             display.say(f"{_closing_line(result)}\n{folder}")
             started = time.perf_counter()
@@ -138,6 +118,97 @@ def train(config: Config, device: str = "", started: float | None = None,
                         f"{final.std(ddof=1):.2f}, from {final.min():.2f} to {final.max():.2f}; the step was traced "
                         f"{loop.traces['train']} time{'s' * (loop.traces['train'] != 1)}")
     return results
+
+
+def _train_once(config: Config, loop: Loop, folder: Path, display: Display, device: str, started: float,
+                interrupted: Callable[[], bool]) -> dict:
+    """One run from its start, into `folder`; its result, as written to result.json."""
+    state = loop.state
+    state.begin(config.seed)
+    before = dict(loop.seconds)
+    seconds = {"setup": time.perf_counter() - started, "summaries": 0.0, "pictures": 0.0}
+    epochs: list[Epoch] = []
+    diverged = None
+    try:
+        with Summaries(folder, loop, config) as summaries, Profile(config, loop, folder, display.say) as profile:
+            plot = LivePlot(folder / "curves.png") if config.live_plot else None
+            for record in loop.run(config.epochs):
+                profile.write(record)
+                with _timed(seconds, "summaries"):
+                    summaries.write(record)
+                display.write(record)
+                if isinstance(record, Epoch):
+                    epochs.append(record)
+                    if plot:
+                        plot.write(record)
+                if interrupted():
+                    break
+            else:
+                with _timed(seconds, "pictures"):
+                    summaries.finish()
+    except DivergenceError as error:
+        diverged = error
+    finally:
+        checkpoints.save(state, folder / "checkpoints", {
+            "tfloop": __version__, "config": dataclasses.asdict(config), "image_shape": loop.data.image_shape,
+            "pixels": loop.data.train.images.dtype.name, "classes": loop.data.classes, "steps_per_epoch": loop.steps})
+    seconds |= {key: loop.seconds[key] - before[key] for key in before}
+    result = _result(config, loop, epochs, seconds, device, interrupted(), diverged)
+    write_json(folder / "result.json", result)
+    if diverged:
+        raise diverged
+    return result
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], what: str):
+    started = time.perf_counter()
+    yield
+    seconds[what] += time.perf_counter() - started
+
+
+class Profile:
+    """Records a profile of the steps that `config.profile` names into the run's folder; use it in a `with` block."""
+
+    def __init__(self, config: Config, loop: Loop, folder: Path, say: Callable[[str], None]):
+        self._steps, self._folder, self._say, self._running = config.profile_steps, folder / "train", say, False
+        loop.single = self._steps
+
+    def write(self, record) -> None:
+        """Start or stop after this record, where it is time to."""
+        self._move_to(record.step)
+
+    def _move_to(self, step: int) -> None:
+        if step in self._steps and not self._running:
+            tf.profiler.experimental.start(str(self._folder))
+            self._running = True
+        elif self._running and step not in self._steps:
+            tf.profiler.experimental.stop()
+            self._running = False
+            installed = any(importlib.util.find_spec(name) for name in ("xprof", "tensorboard_plugin_profile"))
+            self._say(f"profile of steps {self._steps.start} to {self._steps.stop - 1} written" + (
+                "" if installed else "; TensorBoard shows it with its plugin: pip install xprof"))
+
+    def __enter__(self) -> "Profile":
+        self._move_to(0)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._move_to(-1)
+
+
+def dry_run(config: Config, device: str = "") -> None:
+    """One step of everything, training, evaluation, summaries, checkpoint, in a folder that is removed afterwards."""
+    _writable(Path(config.logdir))
+    Path(config.logdir).mkdir(parents=True, exist_ok=True)
+    dataset = load_data(config).head(config.batch_size)
+    with tempfile.TemporaryDirectory(dir=config.logdir, prefix="dry_run-") as folder:
+        own = config.replace(epochs=1, seeds=(), runs=1, logdir=folder)
+        loop = make_loop(own, dataset)
+        with Display(1, loop.steps, config.quiet) as display:
+            result = _train_once(own, loop, create_folder(own), display, device, time.perf_counter(), lambda: False)
+            display.say(f"dry run: one step of {config.batch_size} images, evaluation, summaries and checkpoint work; "
+                        f"loss {result['final']['train']['total']:.4f}; nothing is kept")
 
 
 def _result(config: Config, loop: Loop, epochs: list[Epoch], seconds: dict, device: str, interrupted: bool,
@@ -187,7 +258,7 @@ def _closing_line(result: dict) -> str:
     reached = f"test accuracy {100 * final['test']['accuracy']:.2f} %" if final else "no epoch finished"
     return (f"{reached} after {result['steps']} steps: {seconds['training']:.1f} s of training "
             f"({result['ms_per_step']:.1f} ms/step), {seconds['setup']:.1f} s set-up, {seconds['tracing']:.1f} s tracing, "
-            f"{seconds['evaluation']:.1f} s evaluation")
+            f"{seconds['evaluation']:.1f} s evaluation, {seconds['summaries'] + seconds['pictures']:.1f} s summaries")
 
 
 # --- folders

@@ -1,0 +1,197 @@
+"""What TensorBoard is given of a run, dashboard by dashboard."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.util.tensor_util import make_ndarray
+
+import tfloop
+from tfloop import runs
+from tfloop.events import read_scalars
+
+SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, quiet=True)
+
+
+def train(folder, **settings):
+    config = tfloop.Config.make(**{**SMALL, "epochs": 2, "logdir": str(folder), **settings})
+    return runs.Path(runs.train(config)[0]["folder"])
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run with everything on, as TensorBoard's multiplexer sees it: (folder, {run: {plugin: {tag: events}}})."""
+    folder = train(tmp_path_factory.mktemp("runs"), summaries="full", l1=1e-4, l2=1e-3, validation_size=100)
+    multiplexer = EventMultiplexer(size_guidance={}).AddRunsFromDirectory(str(folder)).Reload()
+    found = {}
+    for run in multiplexer.Runs():
+        for tag in multiplexer.Runs()[run]["tensors"]:
+            plugin = multiplexer.SummaryMetadata(run, tag).plugin_data.plugin_name
+            found.setdefault(run, {}).setdefault(plugin, {})[tag] = multiplexer.Tensors(run, tag)
+    return folder, found, multiplexer
+
+
+def values(events):
+    return [(event.step, float(make_ndarray(event.tensor_proto))) for event in events]
+
+
+def test_none_writes_nothing_and_trains_the_same(tmp_path):
+    quiet, loud = (train(tmp_path, summaries=level) for level in ("none", "full"))
+    assert not list(quiet.rglob("*tfevents*")) and list(loud.rglob("*tfevents*"))
+    results = [json.loads((folder / "result.json").read_text()) for folder in (quiet, loud)]
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+
+
+def test_scalars_alone_are_curves_settings_and_texts(tmp_path):
+    folder = train(tmp_path, summaries="scalars")
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    plugins = {multiplexer.SummaryMetadata(run, tag).plugin_data.plugin_name
+               for run in multiplexer.Runs() for tag in multiplexer.Runs()[run]["tensors"]}
+    assert plugins == {"scalars", "text", "hparams", "custom_scalars"}
+
+
+def test_train_test_and_validation_share_the_axis_of_global_steps(full):
+    _, found, _ = full
+    assert set(found) == {".", "train", "test", "validation"}
+    steps = [step for step, _ in values(found["train"]["scalars"]["accuracy"])]
+    assert steps == sorted(set(steps))
+    for run in ("test", "validation"):
+        assert [step for step, _ in values(found[run]["scalars"]["accuracy"])] == [14, 28]
+    assert steps[-1] == 28
+
+
+def test_the_terms_add_up_and_penalties_are_told_layer_by_layer(full):
+    scalars = full[1]["train"]["scalars"]
+    last = {tag: values(events)[-1][1] for tag, events in scalars.items()}
+    assert last["loss/total"] == pytest.approx(last["loss/data"] + last["loss/l1"] + last["loss/l2"], rel=1e-5)
+    assert {tag for tag in last if tag.startswith("loss_l2/")} == {"loss_l2/dense1/kernel", "loss_l2/output/kernel"}
+    state = full[0] / "checkpoints"
+    _, state, _ = runs.open_run(full[0])
+    for name in ("dense1/kernel", "output/kernel"):
+        assert last[f"loss_l2/{name}"] == pytest.approx(1e-3 * float(tf.reduce_sum(state.weights[name] ** 2)), rel=1e-5)
+        assert last[f"loss_l1/{name}"] == pytest.approx(1e-4 * float(tf.reduce_sum(tf.abs(state.weights[name]))), rel=1e-5)
+
+
+def test_norms_by_layer_are_those_of_the_last_step(loop, tmp_path):
+    from tfloop.summaries import Summaries
+
+    one = loop(optimizer="sgd", learning_rate=0.1, steps_per_call=1)
+    before = {name: weight.numpy() for name, weight in one.state.weights.items()}
+    gradients = tfloop.forward_and_backward(one.state, one.batch(0)).gradients
+    with Summaries(tmp_path, one, tfloop.Config.make(**SMALL)) as summaries:
+        summaries.write(next(one.run(1)))
+    found = {scalar.tag: scalar.value for scalar in read_scalars(tmp_path)}
+    for name, gradient in gradients.items():
+        norm = np.linalg.norm(gradient)
+        assert found[f"gradient_norm/{name}"] == pytest.approx(norm, rel=1e-3, abs=1e-6)
+        assert found[f"update_norm/{name}"] == pytest.approx(0.1 * norm, rel=1e-3, abs=1e-7)
+        if name.endswith("kernel"):
+            size = np.linalg.norm(one.state.weights[name])
+            assert found[f"update_to_weight/{name}"] == pytest.approx(np.linalg.norm(one.state.weights[name] - before[name]) / size, rel=1e-3)
+
+
+def test_speed_input_wait_memory_and_rate_are_curves(full):
+    last = {tag: values(events)[-1][1] for tag, events in full[1]["train"]["scalars"].items()}
+    assert last["speed/examples_per_second"] == pytest.approx(1000 * 100 / last["speed/ms_per_step"], rel=1e-4)
+    assert 0 <= last["speed/input_wait_ms"] < last["speed/ms_per_step"]
+    assert 50 < last["memory/host_mib"] < 100_000
+    assert last["learning_rate"] == pytest.approx(0.001)
+
+
+def test_histograms_of_weights_gradients_and_activations(full):
+    _, found, _ = full
+    weights = {"conv1/kernel", "conv1/bias", "conv2/kernel", "conv2/bias", "dense1/kernel", "dense1/bias", "output/kernel", "output/bias"}
+    assert set(found["train"]["histograms"]) == {f"{kind}/{name}" for kind in ("weights", "gradients") for name in weights}
+    assert set(found["test"]["histograms"]) == {f"activations/{layer}" for layer in ("conv1", "pool1", "conv2", "flatten", "dense1", "output")}
+    buckets = make_ndarray(found["train"]["histograms"]["weights/conv1/kernel"][-1].tensor_proto)
+    assert buckets[:, 2].sum() == 3 * 3 * 1 * 4
+
+
+def test_pictures_are_png_files_of_the_size_they_say(full):
+    _, found, _ = full
+    images = found["train"]["images"] | found["test"]["images"]
+    assert set(images) == {"filters", "confusion", "misclassified", "feature_maps/conv1", "feature_maps/pool1", "feature_maps/conv2"}
+    for events in images.values():
+        width, height, png = make_ndarray(events[-1].tensor_proto)
+        assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
+
+
+def test_precision_and_recall_for_every_class(full):
+    curves = full[1]["test"]["pr_curves"]
+    assert sorted(curves) == [f"class_{label}/pr_curves" for label in range(10)]
+    true_positives, false_positives, *_ = make_ndarray(curves["class_3/pr_curves"][-1].tensor_proto)
+    labels = tfloop.load("digits", validation_size=100).test.labels
+    assert true_positives[0] == (labels == 3).sum() and true_positives[0] + false_positives[0] == len(labels)
+
+
+def test_the_graphs_are_the_compiled_step_and_the_models_layers(full):
+    folder, found, multiplexer = full
+    names = {node.name.split("/")[0] for node in multiplexer.Graph("train").node}
+    assert {"conv1", "dense1", "rmsprop"} <= names
+    model = json.loads(make_ndarray(found["train"]["graph_keras_model"]["keras"][0].tensor_proto).item())
+    assert [layer["config"]["name"] for layer in model["config"]["layers"]][1:] == ["conv1", "pool1", "conv2", "flatten", "dense1", "output"]
+
+
+def test_the_projector_has_embeddings_labels_and_thumbnails(full):
+    folder, _, _ = full
+    config = (folder / "test/projector_config.pbtxt").read_text()
+    assert 'tensor_path: "embeddings.bytes"' in config and "single_image_dim: 8" in config
+    test = tfloop.load("digits", validation_size=100).test
+    count = min(len(test), 500)
+    assert np.fromfile(folder / "test/embeddings.bytes", "<f4").reshape(count, 8).std() > 0
+    assert [int(line) for line in (folder / "test/labels.tsv").read_text().split()] == test.labels[:count].tolist()
+    side = int(np.ceil(np.sqrt(count)))
+    assert tf.io.decode_png((folder / "test/thumbnails.png").read_bytes()).shape[:2] == (8 * side, 8 * side)
+
+
+def test_settings_and_report_are_texts_and_hparams(full):
+    _, found, _ = full
+    text = lambda run, tag: make_ndarray(found[run]["text"][tag][-1].tensor_proto).item().decode()
+    assert "| batch_size | 100 |" in text("train", "config") and "dense1" in text("train", "model")
+    assert "accuracy" in text("test", "classification_report") and "macro avg" in text("test", "classification_report")
+    assert {"_hparams_/session_start_info", "_hparams_/session_end_info", "_hparams_/experiment"} == set(found["."]["hparams"])
+
+
+def test_a_live_plot_is_redrawn_after_every_epoch(tmp_path):
+    folder = train(tmp_path, live_plot=True, summaries="none")
+    assert tf.io.decode_png((folder / "curves.png").read_bytes()).shape[1] == 1320
+
+
+def test_in_a_notebook_the_live_plot_is_redrawn_in_place(loop, monkeypatch):
+    import sys
+    import types
+
+    shown = []
+    handle = types.SimpleNamespace(update=lambda figure: shown.append(("update", figure)))
+    display = lambda figure, display_id: shown.append(("display", figure)) or handle
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    plot = tfloop.LivePlot()
+    for record in loop().run(3):
+        plot.write(record)
+    assert [what for what, _ in shown] == ["display", "update", "update"]
+    assert len(shown[-1][1].axes[0].lines[1].get_xdata()) == 3
+
+
+def test_a_profile_holds_the_marked_steps_and_changes_nothing(tmp_path, capsys):
+    profiled, plain = train(tmp_path, profile="5:8", quiet=False), train(tmp_path)
+    assert "profile of steps 5 to 7 written" in capsys.readouterr().out
+    assert list((profiled / "train/plugins/profile").rglob("*.xplane.pb"))
+    digests = [json.loads((folder / "result.json").read_text())["weights_sha256"] for folder in (profiled, plain)]
+    assert digests[0] == digests[1]
+    steps = [s.step for s in read_scalars(profiled) if (s.run, s.tag) == ("train", "accuracy")]
+    assert steps[:4] == [5, 6, 7, 8]
+
+
+def test_a_diverged_run_is_a_failure_in_hparams(tmp_path):
+    with pytest.raises(tfloop.DivergenceError):
+        train(tmp_path, learning_rate=1e20)
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE
+
+    run = next(run for run in multiplexer.Runs() if "/" not in run)
+    content = multiplexer.SummaryMetadata(run, "_hparams_/session_end_info").plugin_data.content
+    assert metadata.parse_session_end_info_plugin_data(content).status == STATUS_FAILURE

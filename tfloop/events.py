@@ -1,0 +1,113 @@
+"""TensorBoard's event files: TFRecord files of Event messages."""
+
+import itertools
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.util.tensor_util import make_ndarray
+
+from tfloop.errors import UserError
+
+_numbers = itertools.count()
+
+
+class EventFile:
+    """A new event file in `folder`. What is written is on its way to the disk at once, so that TensorBoard shows it."""
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{next(_numbers):06d}.tfloop"  # TensorBoard reads in this order
+        self._file = tf.io.TFRecordWriter(str(folder / name))
+        self._write(Event(file_version="brain.Event:2"))
+
+    def write(self, step: int, *summaries) -> None:
+        """Summary messages, TensorBoard's or TensorFlow's, as one event."""
+        merged = Summary()
+        for summary in summaries:
+            merged.MergeFromString(summary.SerializeToString())
+        self._write(Event(step=step, summary=merged))
+
+    def write_graph(self, graph: tf.Graph) -> None:
+        self._write(Event(graph_def=graph.as_graph_def(add_shapes=True).SerializeToString()))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._file.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Scalar(NamedTuple):
+    run: str  # folder, relative to the one that was read; "." is that folder itself
+    tag: str
+    step: int
+    wall_time: float  # seconds since 1970
+    value: float
+
+
+def read_scalars(folder: str | Path) -> list[Scalar]:
+    """Every scalar in the event files in `folder` and below, in the order of runs, files and events.
+
+    Files of any writer are read, TensorFlow's first version of summaries too. A last record that is not whole yet, as
+    in the files of a live run, is left out.
+
+    Raises:
+      UserError: no event files, or a damaged one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'does not exist'}")
+    files = sorted(path for path in folder.rglob("*tfevents*") if path.is_file())
+    if not files:
+        raise UserError(f"{folder}: holds no event files, here or below")
+    scalars, known = [], set()
+    for path in files:
+        run = str(path.parent.relative_to(folder))
+        for event in _events(path):
+            for value in event.summary.value:
+                plugin = value.metadata.plugin_data.plugin_name
+                if plugin == "scalars":
+                    known.add((run, value.tag))  # later values of a tag may come without it
+                kind = value.WhichOneof("value")
+                if kind == "simple_value":
+                    number = value.simple_value
+                elif kind == "tensor" and (run, value.tag) in known:
+                    number = float(make_ndarray(value.tensor))
+                else:
+                    continue
+                scalars.append(Scalar(run, value.tag, event.step, event.wall_time, number))
+    return scalars
+
+
+def _events(path: Path) -> Iterator[Event]:
+    try:
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            yield Event.FromString(record)
+    except DecodeError:
+        raise UserError(f"{path}: holds records that are no events") from None
+    except tf.errors.DataLossError as error:
+        if "truncated" not in error.message:
+            raise UserError(f"{path}: is damaged: {_plain(error)}") from None
+    except tf.errors.OpError as error:
+        raise UserError(f"{path}: cannot be read: {_plain(error)}") from None
+
+
+def _plain(error: tf.errors.OpError) -> str:
+    """TensorFlow's message without the names of nodes around it."""
+    return re.sub(r"\{\{.*?\}\} ?", "", error.message).split(" [Op")[0].strip()
+
+
+def finite(value: float) -> float | None:
+    """The value, or None in place of NaN and infinity, which JSON lacks."""
+    return value if math.isfinite(value) else None
