@@ -26,11 +26,16 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
+_MODULES = ("debug", "checks")
+
+
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"tfloop.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'tfloop' has no attribute '{name}'")
     return getattr(importlib.import_module(f"tfloop.{_HOME[name]}"), name)
 
 
 def __dir__():
-    return __all__
+    return [*__all__, *_MODULES]

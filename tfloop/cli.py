@@ -127,7 +127,7 @@ def tensorboard(config: Config, options: dict, arguments: list[str]) -> int:
     port = options["port"]
     if port and not (port.isdecimal() and int(port) < 65536):
         raise UserError(f"--port={port}: expected a number from 0 to 65535; 0 takes any that is free")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _start(config)  # TensorBoard imports TensorFlow too, with all its messages
     from tensorboard import default, program
     from tensorboard.program import TensorBoardServerException
 
