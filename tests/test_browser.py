@@ -12,7 +12,6 @@ import time
 import pytest
 
 import tfloop
-from tfloop import runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -48,7 +47,7 @@ def board(tmp_path_factory):
     """TensorBoard's address, on two runs: digits-001 without and digits-002 with L2."""
     folder = tmp_path_factory.mktemp("runs")
     for l2 in (0.0, 0.001):
-        runs.train(tfloop.Config.make("digits", epochs=2, l2=l2, validation_size=100, summaries="full", quiet=True, logdir=str(folder)))
+        tfloop.train(tfloop.Config.make("digits", epochs=2, l2=l2, validation_size=100, summaries="full", quiet=True, logdir=str(folder)))
     process = subprocess.Popen([sys.executable, "-m", "tfloop", "tensorboard", str(folder), "--port=0"], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     yield re.search(r"http://127.0.0.1:\d+/", process.stdout.readline()).group()

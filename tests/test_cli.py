@@ -40,7 +40,7 @@ def test_train_writes_a_run_and_says_what_it_reached(train, tmp_path, capsys):
     assert out[2].startswith("epoch 1/2  loss ") and out[3].startswith("epoch 2/2  loss ")
     assert out[4].startswith("test accuracy ") and out[5] == str(tmp_path / "digits-001")
     found = result(tmp_path / "digits-001")
-    assert found["steps"] == 30 and found["traces"] == {"train": 1, "evaluate": 1} and not found["interrupted"]
+    assert found["steps"] == 30 and found["traces"] == {"train": 1, "evaluate": 1} and found["finished"]
     assert set(found["seconds"]) == {"setup", "tracing", "training", "evaluation", "summaries", "pictures"}
     assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2] and found["final"] == found["epochs"][1]
     assert found["weights_sha256"] and found["peak_memory_mib"] > 100 and found["versions"]["tensorflow"]
@@ -94,7 +94,7 @@ def test_validation_chooses_the_best_epoch(train, tmp_path):
     assert train("--validation_size=100", "--quiet") == 0
     found = result(tmp_path / "digits-001")
     accuracy = [epoch["validation"]["accuracy"] for epoch in found["epochs"]]
-    assert found["best_by_validation"] == 1 + int(np.argmax(accuracy))
+    assert found["best_by_validation"]["epoch"] == 1 + int(np.argmax(accuracy))
 
 
 def test_evaluate_repeats_the_final_metrics(train, tmp_path, capsys):
@@ -320,7 +320,7 @@ def test_out_of_memory_is_one_line_and_exit_code_2(train, capsys, monkeypatch, e
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("tfloop.runs.make_loop", fail)
+    monkeypatch.setattr("tfloop.training.make_loop", fail)
     assert train() == 2
     assert capsys.readouterr().err == "tfloop: out of memory; try a smaller model or --batch_size\n"
 
@@ -340,7 +340,7 @@ def test_ctrl_c_ends_after_the_call_with_what_was_reached(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == ""
     found = result(tmp_path / "digits-001")
-    assert found["interrupted"] and 3 <= len(found["epochs"]) < 100000 and "test accuracy" in out.splitlines()[-2]
+    assert not found["finished"] and 3 <= len(found["epochs"]) < 100000 and "test accuracy" in out.splitlines()[-2]
     assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
 
 

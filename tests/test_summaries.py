@@ -1,6 +1,7 @@
 """What TensorBoard is given of a run, dashboard by dashboard."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100
 
 def train(folder, **settings):
     config = tfloop.Config.make(**{**SMALL, "epochs": 2, "logdir": str(folder), **settings})
-    return runs.Path(runs.train(config)[0]["folder"])
+    return Path(tfloop.train(config)[0]["folder"])
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ _HOME = {
     "Optimizer": "optimizers", "Schedule": "schedules", "TrainState": "state",
     "Batch": "pipelines", "Loop": "loop", "Call": "loop", "Epoch": "loop", "Metrics": "loop", "Loss": "loop",
     "train_step": "loop", "forward_and_backward": "loop", "losses": "loop", "example_losses": "loop",
-    "LivePlot": "plots", "make_loop": "runs", "make_state": "runs", "train": "runs", "open_run": "runs",
+    "LivePlot": "plots", "make_loop": "runs", "make_state": "runs", "train": "training", "open_run": "runs",
 }
 __all__ = sorted(_HOME)
 

@@ -1,12 +1,14 @@
 """A state on disk: a folder with TensorFlow's checkpoint files and, written last, a manifest with their sums.
 
-A checkpoint is made under a temporary name, flushed to disk and renamed, so a folder with its proper name is whole.
+A checkpoint is made under a temporary name, flushed to disk and renamed, and older ones go only after that: at every
+instant there is a newest one that is whole.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,61 +17,114 @@ import tensorflow as tf
 from tfloop.errors import UserError
 from tfloop.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
-def save(state: TrainState, folder: str | Path, about: dict[str, Any]) -> Path:
-    """Write `state` to a new folder `step-00004690` in `folder`, with `about` in its manifest; its path."""
-    path = Path(folder) / f"step-{int(state.global_step):08d}"
-    temporary = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _checkpoint(state).write(str(temporary / "state"))
-    files = sorted(file for file in temporary.iterdir())
-    for file in files:
-        _flush(file)
-    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    manifest = temporary / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, **about, "sha256": sums}, indent=2) + "\n", encoding="utf-8")
-    _flush(manifest)
-    _flush(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
-    _flush(path.parent)
-    return path
+class Checkpoints:
+    """The checkpoints of one run: "000007-step-00004690", numbered in the order they were made."""
+
+    def __init__(self, state: TrainState, folder: str | Path, keep: int = 2):
+        """Args: the state to save; a folder of their own; how many of the newest to keep."""
+        self._state, self._folder, self._keep = state, Path(folder), keep
+        self._tensors = _tensors(state)
+
+    def next_name(self) -> str:
+        """The name that `save` will give."""
+        last = max((int(path.name[:6]) for path in all_in(self._folder)), default=0)
+        return f"{last + 1:06d}-step-{int(self._state.global_step):08d}"
+
+    def save(self, about: dict[str, Any], best: str | None = None) -> Path:
+        """Write the state, with `about` in its manifest; then remove all but the newest ones and the one named `best`.
+
+        Raises:
+          UserError: it cannot be written; those that were there are untouched.
+        """
+        path = self._folder / self.next_name()
+        temporary = path.with_name(f"{path.name}.partial")
+        try:
+            self._clean()
+            temporary.mkdir(parents=True)
+            self._tensors.write(str(temporary / "state"))
+            files = sorted(temporary.iterdir())
+            for file in files:
+                _flush(file)
+            sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            manifest = {"format": FORMAT, **about, "sha256": sums}
+            (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256_of_this": _digest(manifest)}, indent=2) + "\n",
+                                              encoding="utf-8")
+            _flush(temporary / MANIFEST)
+            _flush(temporary)
+            temporary.rename(path)
+            _flush(self._folder)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}{self._last_good()}") from None
+        except tf.errors.OpError as error:
+            raise UserError(f"{path}: cannot be written: {error.message.splitlines()[0]}{self._last_good()}") from None
+        for old in all_in(self._folder)[self._keep:]:
+            if old.name != best:
+                old.rename(old.with_name(f"{old.name}.deleted")) # at once out of sight, then in its own time
+        self._clean()
+        return path
+
+    def _last_good(self) -> str:
+        found = all_in(self._folder)
+        return f"; the last checkpoint is {found[0]}" if found else "; there is no checkpoint before it"
+
+    def _clean(self) -> None:
+        for ending in ("partial", "deleted"):
+            for path in self._folder.glob(f"*.{ending}"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(folder: str | Path) -> Path:
-    """The checkpoint in `folder` with the highest step.
+def all_in(folder: str | Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    return sorted((path for path in Path(folder).glob("??????-step-????????") if path.name[:6].isdecimal()), reverse=True)
+
+
+def newest(folder: str | Path, warn: Callable[[str], None] = lambda message: None) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint in `folder` that is whole, and its manifest; `warn` is told of every one that is not.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, all are damaged, or the newest whole one is of another format.
     """
-    found = sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".partial")
+    found = all_in(folder)
     if not found:
         raise UserError(f"{folder}: holds no checkpoint")
-    return found[-1]
+    for path in found:
+        try:
+            return path, read_manifest(path)
+        except DamagedCheckpoint as error:
+            warn(str(error))
+    raise UserError(f"{folder}: every checkpoint is damaged: {', '.join(path.name for path in found)}")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not those that were written."""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after comparing every file with its sum.
+    """The manifest of a checkpoint, after comparing it and every file with its sum.
 
     Raises:
-      UserError: the manifest or a file is missing, damaged, or of another format.
+      DamagedCheckpoint: the manifest or a file is missing or damaged.
+      UserError: it is of another format.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        sums = dict(manifest["sha256"])
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST}: missing or damaged: {error}") from None
+        own, version = manifest.pop("sha256_of_this", None), manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path / MANIFEST}: missing or damaged: {error}") from None
+    if own != _digest(manifest):
+        if isinstance(version, int) and version != FORMAT:
+            raise UserError(f"{path}: has format {version}, this version of tfloop reads {FORMAT}")
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: its SHA-256 sum is not the one it names")
     if version != FORMAT:
         raise UserError(f"{path}: has format {version}, this version of tfloop reads {FORMAT}")
-    for name, expected in sums.items():
-        file = path / Path(name).name
+    for name, expected in manifest["sha256"].items():
+        file = path / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-            raise UserError(f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}")
+            raise DamagedCheckpoint(f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}")
     return manifest
 
 
@@ -80,13 +135,17 @@ def restore(state: TrainState, path: Path) -> None:
       UserError: the checkpoint is of another model or optimizer.
     """
     try:
-        _checkpoint(state).read(str(path / "state")).assert_consumed()
+        _tensors(state).read(str(path / "state")).assert_consumed()
     except (AssertionError, ValueError, tf.errors.OpError) as error:
         raise UserError(f"{path}: is not of this model and optimizer: {str(error).splitlines()[0]}") from None
 
 
-def _checkpoint(state: TrainState) -> tf.train.Checkpoint:
+def _tensors(state: TrainState) -> tf.train.Checkpoint:
     return tf.train.Checkpoint(state=state.named())
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line: flags make a Config, a command runs with it, and every mistake is one line and an exit code.
 
-Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 130 interrupted. Only this module knows absl; TensorFlow is imported when
-a command needs it.
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 130 interrupted, 143 terminated. Only this module knows
+absl; TensorFlow is imported when a command needs it.
 """
 
 import time
@@ -20,7 +20,7 @@ from typing import NamedTuple  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from tfloop import __version__  # noqa: E402
+from tfloop import __version__, folders  # noqa: E402
 from tfloop.config import FIELDS, GROUPS, PRESETS, Config, kind  # noqa: E402
 from tfloop.errors import DivergenceError, UserError  # noqa: E402
 
@@ -28,15 +28,30 @@ FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 
 
 def train(config: Config, options: dict, arguments: list[str]) -> int:
+    stop, folder = _Stop(), None
+    if options["resume"]:
+        config, folder = _resumed(config, options)
+    if folder and folders.is_finished(folder) and folders.epochs_done(folder) >= config.epochs:
+        print(f"{folder}: is finished, all {config.epochs} epochs are done")
+        return 0
     config, device = _start(config)
-    from tfloop import runs
+    from tfloop import training
 
     if options["dry_run"]:
-        runs.dry_run(config, device)
+        training.dry_run(config, device)
         return 0
-    stop = _Interrupt()
-    runs.train(config, device, STARTED, stop.asked)
-    return INTERRUPTED if stop.asked() else 0
+    training.train(config, device, STARTED, stop.asked, folder)
+    return stop.code()
+
+
+def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
+    """(settings, folder) of the run that --resume names; with auto, of the newest that is not finished, or of a new one."""
+    if config.seeds or config.runs > 1:
+        raise UserError("--resume goes on with one run: leave --seeds and --runs out")
+    if options["dry_run"]:
+        raise UserError("--resume and --dry_run exclude each other: one goes on with a run, the other keeps nothing")
+    folder = folders.newest_unfinished(config) if options["resume"] == "auto" else Path(options["resume"])
+    return (config, None) if folder is None else (folders.resumed(folder, options["given"], options["override"]), folder)
 
 
 def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
@@ -45,7 +60,7 @@ def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
     from tfloop import runs
     from tfloop.loop import Loop
 
-    trained, state, manifest = runs.open_run(folder)
+    trained, state, manifest = runs.open_run(folder, options["best"], _warn)
     if options["dataset"]:
         trained = trained.replace(dataset=options["dataset"])
     data = runs.load_data(trained)
@@ -63,7 +78,7 @@ def predict(config: Config, options: dict, arguments: list[str]) -> int:
     _start(config)
     from tfloop import predictions, runs
 
-    _, state, manifest = runs.open_run(arguments[0])
+    _, state, manifest = runs.open_run(arguments[0], options["best"], _warn)
     names, images = predictions.read_images(arguments[1], state.model.input_shape[1:])
     runs.check_fit(images, state, manifest, arguments[1])
     probabilities = predictions.predict(state, images)
@@ -263,13 +278,17 @@ class Command(NamedTuple):
 
 WHERE = ("device", "intra_op_threads", "inter_op_threads", "memory_growth", "memory_limit", "log_device_placement",
          "tensorflow_log")
+BEST = "the checkpoint that did best on the validation images, not the newest"
 COMMANDS = {
     "train": Command(train, "train a model; the default is the article's CNN on MNIST", options={
-        "dry_run": (False, "do one step of everything, keep nothing, and stop")}),
+        "dry_run": (False, "do one step of everything, keep nothing, and stop"),
+        "resume": ("", "go on with a run: its folder; or auto: the newest of its name that is not finished, or a new one"),
+        "override": (False, "with --resume: allow settings that change the mathematics of the run")}),
     "evaluate": Command(evaluate, "loss and accuracy of a finished run on its test images", "RUN", WHERE, {
-        "dataset": ("", "other data than the run's own: its test images")}),
+        "dataset": ("", "other data than the run's own: its test images"),
+        "best": (False, BEST)}),
     "predict": Command(predict, "class and probabilities of each image, as CSV", "RUN IMAGES", WHERE, {
-        "out": ("", "the CSV file; unset: standard output")}),
+        "out": ("", "the CSV file; unset: standard output"), "best": (False, BEST)}),
     "model": Command(model, "the model's layers, shapes and parameters"),
     "tensorboard": Command(tensorboard, "open TensorBoard on the runs", "[LOGDIR]", (), {
         "port": ("", "its port; unset: 6006 or the next free one"), "host": ("127.0.0.1", "the address to listen on")}),
@@ -345,7 +364,7 @@ def _main(argv: list[str]) -> int:
     given = {field: parsed[field].value for field in command.settings if parsed[field].present}
     values = Config.read(parsed["config"].value) if "config" in parsed and parsed["config"].present else {}
     config = Config.make(**{**values, **given})
-    return command.function(config, {option: parsed[option].value for option in command.options}, arguments)
+    return command.function(config, {option: parsed[option].value for option in command.options} | {"given": given}, arguments)
 
 
 def _flags(command: Command) -> flags.FlagValues:
@@ -412,6 +431,10 @@ def _start(config: Config) -> tuple[Config, str]:
     return devices.start(config)
 
 
+def _warn(message: str) -> None:
+    print(f"tfloop: {message}", file=sys.stderr)
+
+
 def _one(arguments: list[str], name: str, what: str) -> str:
     if len(arguments) != 1:
         raise UserError(f"expected {name}, {what}; found {len(arguments)} arguments")
@@ -435,16 +458,22 @@ def _output(path: str):
         raise UserError(f"--out={path}: cannot be written: {error.strerror}") from None
 
 
-class _Interrupt:
-    """Ctrl-C once asks the run to end after its current call; twice ends the program."""
+class _Stop:
+    """Ctrl-C or SIGTERM once asks the run to end after its current call, with a checkpoint; twice ends the program."""
 
     def __init__(self):
-        self._asked = False
-        signal.signal(signal.SIGINT, self._ask)
+        self._signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
 
-    def _ask(self, *_) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _ask(self, number: int, _) -> None:
+        self._signal = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
 
     def asked(self) -> bool:
-        return self._asked
+        return bool(self._signal)
+
+    def code(self) -> int:
+        """The exit code, as shells have it: 128 and the signal's number; 0 where nobody asked."""
+        return 128 + self._signal if self._signal else 0

@@ -134,6 +134,8 @@ class Config:
     # --- what is written
     logdir: str = option("runs", "the folder that each run gets a folder of its own in")
     name: str = option("", "first part of the run folder's name; unset: the preset")
+    checkpoint_every: str = option("epoch", "epoch, a number of steps, or of seconds: 30s")
+    keep: int = option(2, "checkpoints to keep, the newest; the best by validation is kept beside them", within=COUNT)
     quiet: bool = option(False, "print nothing but errors")
 
     @classmethod
@@ -297,6 +299,10 @@ def _check_combinations(config: Config) -> None:
     first, _, last = config.profile.partition(":")
     if config.profile and not (first.isdecimal() and last.isdecimal() and int(first) < int(last) < 2**31):
         raise UserError(f"--profile={config.profile}: expected FIRST:LAST, two step numbers that rise, such as 100:120")
+    every = config.checkpoint_every.removesuffix("s")
+    if config.checkpoint_every != "epoch" and not (every.isdecimal() and every.isascii() and int(every)):
+        raise UserError(f"--checkpoint_every={config.checkpoint_every}: expected epoch, a number of steps, or of seconds with an "
+                        f"s, such as 30s")
     if config.debugger_dump and config.jit_compile:
         raise UserError("--debugger_dump and --jit_compile exclude each other: XLA leaves nothing to look into")
     if config.eager and config.jit_compile:

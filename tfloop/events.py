@@ -1,7 +1,9 @@
 """TensorBoard's event files: TFRecord files of Event messages."""
 
+import contextlib
 import itertools
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -23,10 +25,10 @@ class EventFile:
     """A new event file in `folder`. What is written is on its way to the disk at once, so that TensorBoard shows it."""
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{next(_numbers):06d}.tfloop"  # TensorBoard reads in this order
-        self._file = tf.io.TFRecordWriter(str(folder / name))
+        self._path = Path(folder) / name
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = tf.io.TFRecordWriter(str(self._path))
         self._write(Event(file_version="brain.Event:2"))
 
     def write(self, step: int, *summaries) -> None:
@@ -41,11 +43,23 @@ class EventFile:
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        self._file.write(event.SerializeToString())
-        self._file.flush()
+        try:
+            self._file.write(event.SerializeToString())
+            self._file.flush()
+        except tf.errors.OpError as error:
+            raise UserError(f"{self._path}: cannot be written: {_plain(error)}") from None
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        descriptor = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(tf.errors.OpError):  # all was written by `write`, or it said why not
+            self._file.close()
 
 
 class Scalar(NamedTuple):

@@ -203,6 +203,7 @@ class Loop:
       steps: steps in an epoch.
       graph: that of the compiled step, for TensorBoard; None where nothing is compiled yet, or ever.
       single: steps, by the global_step before each, that get a compiled call of their own.
+      stop_every: calls end at every multiple of this global_step, for a checkpoint say; 0: no such places.
     """
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
@@ -230,7 +231,7 @@ class Loop:
             raise UserError(f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data have "
                             f"{data.classes} classes")
         self.state, self.data, self._output_shape = state, data, outputs.shape[1:]
-        self.graph, self.single = None, range(0)
+        self.graph, self.single, self.stop_every = None, range(0), 0
         self._place, self._source = None, None
         self._warm = {"train", "evaluate"} if eager else set()  # nothing to trace
         self.pipeline = pipelines.make(pipeline, data.train, batch_size)
@@ -296,6 +297,8 @@ class Loop:
         """Steps in the call that begins at this batch. Calls end at fixed places, resumed or not."""
         count = min(self.steps_per_call - batch % self.steps_per_call, self.steps - batch)
         step = int(self.state.global_step)
+        if self.stop_every:
+            count = min(count, self.stop_every - step % self.stop_every)
         if step in self.single:
             return 1
         return min(count, self.single.start - step) if step < self.single.start else count

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,19 +97,24 @@ class LivePlot:
       ...     plot.write(record)
     """
 
-    def __init__(self, path: str | Path | None = None, reference: float | None = None):
-        """Args: the file, None in a notebook; an accuracy to draw a line at."""
+    def __init__(self, path: str | Path | None = None, reference: float | None = None, before: Sequence[dict] = ()):
+        """Args: the file, None in a notebook; an accuracy to draw a line at; epochs before, as in result.json."""
         self._path, self._reference, self._found, self._shown = path, reference, {}, None
+        for epoch in before:
+            self._add(epoch["epoch"], epoch["train"], epoch["test"])
+
+    def _add(self, epoch: int, train: dict, test: dict) -> None:
+        for part, metrics in (("train", train), ("test", test)):
+            for what, value in (("accuracy", metrics["accuracy"]), ("loss", metrics["total"])):
+                x, y = self._found.setdefault(f"{part}/{what}", ([], []))
+                x.append(epoch)
+                y.append(value)
 
     def write(self, record) -> None:
         """An Epoch is drawn; any other record is let pass."""
         if not hasattr(record, "test"):
             return
-        for part in ("train", "test"):
-            for what, value in (("accuracy", getattr(record, part).accuracy), ("loss", getattr(record, part).total)):
-                x, y = self._found.setdefault(f"{part}/{what}", ([], []))
-                x.append(record.epoch)
-                y.append(value)
+        self._add(record.epoch, record.train._asdict(), record.test._asdict())
         figure = curves({"": self._found}, self._reference)
         if self._path:
             save(figure, self._path)

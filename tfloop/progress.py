@@ -11,7 +11,7 @@ class Display:
 
     def __init__(self, epochs: int, steps: int, quiet: bool = False):
         self._epochs, self._steps = epochs, steps
-        self._console = Console(quiet=quiet, highlight=False)
+        self._console, self._errors = Console(quiet=quiet, highlight=False), Console(stderr=True)
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
                              TimeRemainingColumn(compact=True), console=self._console, transient=True,
                              auto_refresh=False, disable=not self._console.is_terminal or quiet)
@@ -19,6 +19,10 @@ class Display:
 
     def say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False)
+
+    def warn(self, line: str) -> None:
+        """Say it even when quiet, on standard error."""
+        self._errors.print(f"tfloop: {line}", soft_wrap=True, markup=False, highlight=False)
 
     def write(self, record: Call | Epoch) -> None:
         if isinstance(record, Call):

@@ -45,15 +45,16 @@ HYPER_FIELDS = [name for group in ("start from", "data", "model", "loss", "optim
 
 
 class Summaries:
-    """Writes the records of a run into `folder`; use it in a `with` block, and call `finish` at a good end."""
+    """Writes the records of a run into `folder`; use it in a `with` block, with `finish` and `end` at its end."""
 
-    def __init__(self, folder: str | Path, loop: Loop, config: Config):
+    def __init__(self, folder: str | Path, loop: Loop, config: Config, resumed: bool = False):
+        """Args: the run's folder, its loop and settings; whether it is resumed, and its first events are written already."""
         self._folder, self._loop, self._config, self._files = Path(folder), loop, config, {}
         self._histograms = config.summaries in ("default", "full")
         self._every_epoch = config.summaries == "full"
         self._last_call, self._last_epoch = None, None
         self._penalised = {id(kernel) for kernel in loop.state.kernels}
-        if config.summaries != "none":
+        if config.summaries != "none" and not resumed:
             self._write("", 0, custom_scalar_pb(_layout()), *_hparams(config, loop.state, self._folder.name))
             self._write("train", 0, text_pb("config", _settings_text(config)), text_pb("model", _model_text(loop.state.model)))
 
@@ -74,14 +75,15 @@ class Summaries:
             self._write("train", record.step, *self._weight_histograms())
             self._write("test", record.step, *self._activation_histograms())
         if self._every_epoch:
-            self._pictures(record)
+            self._pictures(record.step, record.outputs)
 
     def finish(self) -> None:
         """What is written once, after the last epoch."""
-        if self._config.summaries == "none" or not self._last_epoch:
+        if self._config.summaries == "none":
             return
-        record, split = self._last_epoch, self._loop.data.test
-        self._write("test", record.step, text_pb("classification_report", _report(split.labels, record.outputs)))
+        split, step = self._loop.data.test, int(self._loop.state.global_step)
+        outputs = self._last_epoch.outputs if self._last_epoch else self._loop.evaluate_with_outputs(split)[1]
+        self._write("test", step, text_pb("classification_report", _report(split.labels, outputs)))
         if not self._histograms:
             return
         if self._loop.graph:
@@ -89,22 +91,26 @@ class Summaries:
         if hasattr(self._loop.state.model, "to_json"):
             self._write("train", 0, _keras_model_pb(self._loop.state.model))
         if not self._every_epoch:
-            self._pictures(record)
+            self._pictures(step, outputs)
         self._embeddings()
 
-    def close(self, succeeded: bool) -> None:
-        if self._config.summaries == "none":
-            return
-        status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
-        self._write("", 0, session_end_pb(status))
+    def end(self, succeeded: bool) -> None:
+        """Tell HParams that the run has ended, and how."""
+        if self._config.summaries != "none":
+            self._write("", 0, session_end_pb(api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE))
+
+    def sync(self) -> dict[str, int]:
+        """Wait until all is on disk; the size of every event file of the run, by its path in the run's folder."""
         for file in self._files.values():
-            file.close()
+            file.sync()
+        return {str(path.relative_to(self._folder)): path.stat().st_size for path in sorted(self._folder.rglob("*tfevents*"))}
 
     def __enter__(self) -> "Summaries":
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        self.close(succeeded=kind is None)
+    def __exit__(self, *_) -> None:
+        for file in self._files.values():
+            file.close()
 
     def _file(self, run: str) -> EventFile:
         if run not in self._files:
@@ -148,26 +154,26 @@ class Summaries:
         state = self._loop.state
         return list(models.forward(state.model, state.standardize(images)))
 
-    def _pictures(self, record: Epoch) -> None:
+    def _pictures(self, step: int, outputs: np.ndarray) -> None:
         from tfloop import plots
 
         test, model = self._loop.data.test, self._loop.state.model
-        guesses = record.outputs.argmax(axis=1)
+        guesses = outputs.argmax(axis=1)
         wrong = np.flatnonzero(guesses != test.labels)[:MISCLASSIFIED]
-        pictures = {"confusion": plots.confusion(test.labels, guesses, record.outputs.shape[1])}
+        pictures = {"confusion": plots.confusion(test.labels, guesses, outputs.shape[1])}
         if len(wrong):
             pictures["misclassified"] = plots.misclassified(test.images[wrong], test.labels[wrong], guesses[wrong])
         kernel = next((weight.numpy() for weight in self._loop.state.weights.values() if len(weight.shape) == 4), None)
         if kernel is not None:
-            self._write("train", record.step, _image_pb("filters", plots.filters(kernel)))
+            self._write("train", step, _image_pb("filters", plots.filters(kernel)))
         if self._every_epoch:
             one_each = [np.flatnonzero(test.labels == label)[0] for label in np.unique(test.labels)]
             for name, activation in self._forward(test.images[one_each]):
                 if len(activation.shape) == 4:
                     pictures[f"feature_maps/{name}"] = plots.feature_maps(activation.numpy())
-        shares = models.probabilities(model, tf.constant(record.outputs)).numpy()
+        shares = models.probabilities(model, tf.constant(outputs)).numpy()
         curves = [pr_curve_pb(f"class_{label}", test.labels == label, shares[:, label]) for label in range(shares.shape[1])]
-        self._write("test", record.step, *(_image_pb(tag, png) for tag, png in pictures.items()), *curves)
+        self._write("test", step, *(_image_pb(tag, png) for tag, png in pictures.items()), *curves)
 
     def _embeddings(self) -> None:
         """The projector's files: what goes into the last layer, for the first test images, with labels and thumbnails."""

@@ -1,0 +1,232 @@
+"""A run that was stopped, by a signal, by SIGKILL or by a full disk, goes on as if nothing had been."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tfloop
+from tfloop import folders, training
+from tfloop.cli import main
+from tfloop.events import read_scalars
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import kill  # noqa: E402
+
+SMALL = ["--preset=digits", "--conv=4", "--dense=8", "--batch_size=100", "--epochs=3", "--steps_per_call=4", "--quiet"]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def stop_after(count):
+    """A `stop` that says yes when it is asked for the count-th time."""
+    asked = []
+    return lambda: asked.append(None) or len(asked) >= count
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config(l2=0.1, …): a small run with batch normalisation, dropout, penalties and a schedule, in tmp_path."""
+    return lambda **settings: tfloop.Config.make(**{**dict(
+        preset="digits", conv=(4,), dense=(8,), batch_size=100, epochs=3, steps_per_call=4, batch_norm=True, dropout=0.3,
+        l2=1e-3, schedule="cosine", validation_size=100, checkpoint_every="5", logdir=str(tmp_path), quiet=True), **settings})
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """pipeline, optimizer → what a run that nobody kills ends with."""
+    known = {}
+
+    def get(pipeline, optimizer):
+        if (pipeline, optimizer) not in known:
+            known[pipeline, optimizer] = kill.reference(pipeline, optimizer)
+        return known[pipeline, optimizer]
+
+    return get
+
+
+@pytest.mark.parametrize("case", [
+    kill.Case("resident", "nadam", (("writing a checkpoint", 17), ("writing a checkpoint", 9))),
+    kill.Case("resident", "nadam", (("writing summaries", 12), ("evaluation", 2), ("a training call", 3))),
+    kill.Case("host", "rmsprop", (("anywhere", 120), ("anywhere", 60))),
+], ids=lambda case: case.kills[0][0])
+def test_a_killed_run_ends_as_one_that_nobody_killed(undisturbed, case):
+    _, killed, differs = kill.check(case, undisturbed(case.pipeline, case.optimizer))
+    assert killed >= 1 and differs == []
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4, 7, 12])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "nadam"])
+def test_a_stopped_run_ends_as_one_that_went_through(config, tmp_path, stopped_at, optimizer):
+    whole = training.train(config(optimizer=optimizer, name="whole"))[0]
+    own = config(optimizer=optimizer, name="stopped")
+    first = training.train(own, stop=stop_after(stopped_at))[0]
+    assert not first["finished"] and first["steps"] < whole["steps"]
+    second = training.train(own, resume=Path(first["folder"]))[0]
+    assert second["state_sha256"] == whole["state_sha256"] and second["finished"]
+    assert second["resumed_at"] == [first["steps"]]
+    without_time = lambda r: [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in r["epochs"]]
+    assert without_time(second) == without_time(whole)
+    scalars = lambda r: [(s.run, s.tag, s.step, s.value) for s in read_scalars(r["folder"])
+                         if not s.tag.startswith(("speed/", "memory/"))]
+    assert sorted(scalars(second)) == sorted(scalars(whole))
+
+
+def test_where_and_how_it_runs_may_change_and_what_it_writes(config):
+    first = training.train(config(), stop=stop_after(5))[0]
+    folder = Path(first["folder"])
+    new = folders.resumed(folder, dict(pipeline="host", steps_per_call="9", summaries="none", checkpoint_every="epoch"), False)
+    again = training.train(new, resume=folder)[0]
+    assert again["pipeline"] == "host" and again["state_sha256"] == training.train(config(name="w"))[0]["state_sha256"]
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(l2="0.1"), "--l2 is 0.001 in this run, not 0.1; that changes its mathematics: leave it out, or add --override"),
+    (dict(conv="8", seed="3"), "--conv is 4 in this run, not 8, --seed is 0 in this run, not 3"),
+    (dict(epochs="9"), "--epochs is 3 in this run, not 9"),  # the cosine schedule is as long as the run
+])
+def test_what_changes_the_mathematics_is_refused_by_name(config, given, message):
+    folder = folders.create(config())
+    with pytest.raises(tfloop.UserError) as error:
+        folders.resumed(folder, given, override=False)
+    assert message in str(error.value)
+    folders.resumed(folder, given, override=True)
+
+
+def test_a_constant_rate_may_go_on_for_more_epochs(config):
+    own = dict(schedule="constant")
+    first = training.train(config(**own))[0]
+    folder = Path(first["folder"])
+    longer = folders.resumed(folder, dict(epochs="5"), False)
+    assert training.train(longer, resume=folder)[0]["state_sha256"] == training.train(config(epochs=5, name="w", **own))[0]["state_sha256"]
+
+
+def test_an_override_takes_the_new_number_from_there_on(config):
+    first = training.train(config(schedule="constant"), stop=stop_after(5))[0]
+    folder = Path(first["folder"])
+    changed = folders.resumed(folder, dict(learning_rate="0.5"), override=True)
+    again = training.train(changed, resume=folder)[0]
+    assert again["hyper"]["learning_rate"] == 0.5
+    assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.5
+    rates = [s.value for s in read_scalars(folder) if s.tag == "learning_rate"]
+    assert rates[0] == pytest.approx(0.001) and rates[-1] == pytest.approx(0.5)
+
+
+def test_auto_goes_on_with_the_newest_unfinished_run_or_begins(tmp_path, capsys):
+    flags = ["train", *SMALL, f"--logdir={tmp_path}", "--resume=auto"]
+    assert main(flags) == 0 and main(flags) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-001", "digits-002"]
+    (tmp_path / "digits-002" / "result.json").unlink()
+    assert main(flags) == 0
+    assert result(tmp_path / "digits-002")["resumed_at"] == [45] and not (tmp_path / "digits-003").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
+    main(["train", *SMALL, f"--logdir={tmp_path}"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main(["train", f"--resume={tmp_path}/digits-001"]) == 0
+    assert "is finished, all 3 epochs are done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_again(tmp_path, capsys):
+    main(["train", *SMALL, f"--logdir={tmp_path}"])
+    (tmp_path / "digits-001" / "result.json").unlink()
+    for manifest in tmp_path.rglob("manifest.json"):
+        manifest.write_text("{")
+    weights = {path: path.read_bytes() for path in tmp_path.rglob("*tfevents*")}
+    assert main(["train", f"--resume={tmp_path}/digits-001"]) == 2
+    assert "every checkpoint is damaged: " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*tfevents*")} == weights
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--resume=/nowhere"], "/nowhere: not a run's folder"),
+    (["--resume=auto", "--seeds=1,2"], "--resume goes on with one run: leave --seeds and --runs out"),
+    (["--resume=auto", "--dry_run"], "--resume and --dry_run exclude each other"),
+    (["--checkpoint_every=soon"], "--checkpoint_every=soon: expected epoch, a number of steps, or of seconds"),
+    (["--checkpoint_every=0"], "--checkpoint_every=0: expected epoch"),
+    (["--keep=0"], "--keep=0 is out of range"),
+])
+def test_mistakes_are_one_line(capsys, flags, message):
+    assert main(["train", *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_the_best_checkpoint_by_validation_is_kept(config):
+    done = training.train(config(epochs=6, keep=1, checkpoint_every="epoch", learning_rate=0.05, schedule="constant"))[0]
+    best = done["best_by_validation"]
+    accuracies = [epoch["validation"]["accuracy"] for epoch in done["epochs"]]
+    assert best["accuracy"] == max(accuracies) and best["epoch"] == 1 + accuracies.index(max(accuracies))
+    from tfloop import runs
+
+    _, state, manifest = runs.open_run(done["folder"], best=True)
+    assert int(state.epoch) == best["epoch"] and manifest["reached"]["best"] == best
+
+
+def start(tmp_path, *flags, **options):
+    return subprocess.Popen([sys.executable, "-m", "tfloop", "train", "--preset=digits", "--epochs=100000", "--nofast",
+                             f"--logdir={tmp_path}", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_with_a_checkpoint_within_five_seconds(tmp_path, number, code):
+    process = start(tmp_path)
+    while "epoch 2/" not in process.stdout.readline():
+        pass
+    asked = time.monotonic()
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert time.monotonic() - asked < 5 and process.returncode == code
+    found = result(tmp_path / "digits-001")
+    assert not found["finished"] and found["epochs"]
+    from tfloop import checkpoints
+
+    assert checkpoints.newest(tmp_path / "digits-001" / "checkpoints")[0].name.endswith(f"{found['steps']:08d}")
+
+
+def test_a_second_process_on_the_same_run_is_refused_and_a_crash_leaves_no_lock(tmp_path):
+    process = start(tmp_path)
+    while "epoch 1/" not in process.stdout.readline():
+        pass
+    try:
+        second = subprocess.run([sys.executable, "-m", "tfloop", "train", f"--resume={tmp_path}/digits-001"], text=True, capture_output=True)
+        assert second.returncode == 2 and second.stderr.endswith("digits-001: another process trains this run; wait for it, or end it\n")
+    finally:
+        process.kill()
+        process.wait()
+    with folders.locked(tmp_path / "digits-001"):
+        pass
+
+
+@pytest.mark.parametrize("limit", [2_000, 12_000, 40_000])
+def test_a_disk_that_is_full_stops_training_with_the_reason_and_keeps_what_is_there(tmp_path, limit):
+    """A limit on the size of files stands in for the end of the disk."""
+    process = start(tmp_path, "--epochs=400", "--checkpoint_every=30",
+                    preexec_fn=lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err[-2000:]
+    assert "cannot be written: " in err and "Traceback" not in err and err.count("\n") <= 2
+    from tfloop import checkpoints
+
+    folder = tmp_path / "digits-001" / "checkpoints"
+    for path in checkpoints.all_in(folder):
+        checkpoints.read_manifest(path)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_became_read_only_stops_training_with_the_reason(config):
+    first = training.train(config(), stop=stop_after(5))[0]
+    folder = Path(first["folder"])
+    (folder / "checkpoints").chmod(0o500)
+    with pytest.raises(tfloop.UserError, match="cannot be written: Permission denied; the last checkpoint is"):
+        training.train(config(), resume=folder)

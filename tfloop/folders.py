@@ -1,0 +1,141 @@
+"""Run folders: made, found again, locked. Needs no TensorFlow.
+
+A run's folder holds config.json from its first moment, checkpoints/ while it goes on, event files in train/, test/ and
+validation/, and result.json at every end, with "finished" true where all epochs were done.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tfloop.config import FIELDS, GROUPS, Config
+from tfloop.errors import UserError
+
+RESULT = "result.json"
+FREE = {name for group in ("where and how it runs", "looking inside", "what is written") for name in GROUPS[group]}
+
+
+def create(config: Config) -> Path:
+    """A new folder in config.logdir, never one that was there: "article2-001", "article2-002" …"""
+    logdir, number = Path(config.logdir), 1
+    while True:
+        folder = logdir / f"{_name(config)}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"--logdir={logdir}: cannot make {folder}: {error.strerror}") from None
+    write(folder / "config.json", config.to_json())
+    return folder
+
+
+def _name(config: Config) -> str:
+    name = config.name or config.preset
+    if Path(name).name != name:
+        raise UserError(f"--name={name}: expected a plain name, not a path; --logdir chooses the folder")
+    return name
+
+
+def newest_unfinished(config: Config) -> Path | None:
+    """The newest of the folders that `create` made for these settings, unless it is finished or there is none."""
+    name = _name(config)
+    made = [path for path in Path(config.logdir).glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal()]
+    newest = max(made, key=lambda path: int(path.name.removeprefix(f"{name}-")), default=None)
+    return newest if newest and (newest / "config.json").is_file() and not is_finished(newest) else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Has the run done all its epochs?"""
+    try:
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))["finished"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def epochs_done(folder: Path) -> int:
+    """Epochs in the result of a finished run."""
+    return len(json.loads((folder / RESULT).read_text(encoding="utf-8"))["epochs"])
+
+
+def settings(folder: Path) -> dict:
+    """The settings of the run in `folder`, unchecked.
+
+    Raises:
+      UserError: it is no run's folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a run's folder: it has no config.json")
+    return Config.read(folder / "config.json")
+
+
+def resumed(folder: Path, given: dict, override: bool) -> Config:
+    """The settings of the run in `folder` with `given` in place of its own.
+
+    Raises:
+      UserError: a given setting changes the mathematics of the run, unless `override`.
+    """
+    old = Config.make(**settings(folder))
+    new = old.replace(**given)
+    if not override and (names := changed(old, new)):
+        raise UserError(f"--resume={folder}: " + ", ".join(f"--{name} is {_text(getattr(old, name))} in this run, not "
+                        f"{_text(getattr(new, name))}" for name in names) + "; that changes its mathematics: leave it out, "
+                        "or add --override")
+    return new
+
+
+def changed(old: Config, new: Config) -> list[str]:
+    """The settings that differ and change the mathematics of a run, not only where it runs and what it writes."""
+    free = FREE | (set() if _depends_on_epochs(old) else {"epochs"})
+    return [name for name in FIELDS if name not in free and getattr(old, name) != getattr(new, name)]
+
+
+def _depends_on_epochs(config: Config) -> bool:
+    """Is the schedule as long as the run?"""
+    return config.schedule in ("polynomial", "cosine", "one_cycle") and config.decay_steps is None
+
+
+def _text(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_writable(logdir: Path) -> None:
+    """Say it before minutes of training, not after. What does not exist yet is judged by its nearest parent."""
+    there = next(path for path in (logdir, *logdir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--logdir={logdir}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--logdir={logdir}: {there} is not writable")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process. The system lets go of it when the process ends, however it does.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process trains this run; wait for it, or end it") from None
+        yield
+
+
+def write(path: Path, text: str) -> None:
+    """Under a temporary name first, then on the disk, then renamed: what bears the name is whole."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

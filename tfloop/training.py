@@ -1,0 +1,313 @@
+"""Runs from beginning to end: records go to files and to the screen, the state to checkpoints, and a run that was
+stopped, by whatever, goes on where its newest checkpoint is."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfloop import __version__, checkpoints, folders
+from tfloop.config import Config
+from tfloop.errors import DivergenceError
+from tfloop.loop import Call, Epoch, Loop
+from tfloop.plots import LivePlot
+from tfloop.progress import Display
+from tfloop.runs import load_data, make_loop
+from tfloop.state import TrainState
+from tfloop.summaries import Summaries
+
+
+def train(config: Config, device: str = "", started: float | None = None, stop: Callable[[], bool] = lambda: False,
+          resume: Path | None = None) -> list[dict]:
+    """Train once for each seed in one process, each into a folder of its own; the results.
+
+    Args:
+      config: the settings.
+      device: the device's name, for the record.
+      started: time.perf_counter() when the program began, from which set-up is counted.
+      stop: asked after every record; true ends the run with a checkpoint.
+      resume: the folder of a run to go on with, in place of new ones.
+
+    Raises:
+      UserError: settings that do not go together, data that cannot be read, a folder that cannot be written, is held by
+        another process, or has no checkpoint that is whole.
+      DivergenceError: as Loop.run; the run's folder keeps the last good weights.
+    """
+    started = time.perf_counter() if started is None else started
+    folders.check_writable(Path(config.logdir) if resume is None else resume)
+    loop = make_loop(config)
+    with Display(config.epochs, loop.steps, config.quiet) as display:
+        display.say(f"{len(loop.data.train)} training and {len(loop.data.test)} test images of "
+                    f"{'×'.join(map(str, loop.data.image_shape))}, {loop.data.classes} classes; "
+                    f"{sum(w.shape.num_elements() for w in loop.state.weights.values()):,} weights; "
+                    f"{device or 'default device'}, {loop.pipeline.name} pipeline"
+                    f"{' (auto)' * (config.pipeline == 'auto')}")
+        display.say(_settings_line(config, loop.state))
+        results = []
+        for seed in config.seeds or (config.seed,) * config.runs:
+            own = config.replace(seed=seed, seeds=(), runs=1)
+            folder = resume or folders.create(own)
+            with folders.locked(folder):
+                result = Run(own, loop, folder, display, device).train(started, stop)
+            results.append({**result, "folder": str(folder)})
+            display.say(f"{_closing_line(result)}\n{folder}")
+            started = time.perf_counter()
+            if stop():
+                break
+        if len(results) > 1 and all(result["epochs"] for result in results):
+            final = 100 * np.array([result["epochs"][-1]["test"]["accuracy"] for result in results])
+            display.say(f"{len(results)} runs: test accuracy {final.mean():.2f} % on average, standard deviation "
+                        f"{final.std(ddof=1):.2f}, from {final.min():.2f} to {final.max():.2f}; the step was traced "
+                        f"{loop.traces['train']} time{'s' * (loop.traces['train'] != 1)}")
+    return results
+
+
+def dry_run(config: Config, device: str = "") -> None:
+    """One step of everything, training, evaluation, summaries, checkpoint, in a folder that is removed afterwards."""
+    logdir = Path(config.logdir)
+    folders.check_writable(logdir)
+    dataset = load_data(config).head(config.batch_size)
+    own = config.replace(epochs=1, seeds=(), runs=1)
+    loop = make_loop(own, dataset)
+    made = not logdir.exists()
+    logdir.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=logdir, prefix="dry_run-") as folder, \
+                Display(1, loop.steps, config.quiet) as display:
+            result = Run(own, loop, Path(folder), display, device).train(time.perf_counter(), lambda: False)
+            display.say(f"dry run: one step of {config.batch_size} images, evaluation, summaries and checkpoint work; "
+                        f"loss {result['final']['train']['total']:.4f}; nothing is kept")
+    finally:
+        if made:
+            logdir.rmdir()
+
+
+@dataclasses.dataclass
+class Reached:
+    """What a run has reached beside its state; saved in the manifest of every checkpoint, and restored with it."""
+
+    epochs: list[dict] = dataclasses.field(default_factory=list)  # an entry of result.json for each
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    best: dict | None = None  # epoch, validation accuracy and checkpoint of the best so far
+    resumed_at: list[int] = dataclasses.field(default_factory=list)  # global steps
+
+
+class Run:
+    """One run in its folder, new or resumed: `train` takes it to its end, or to where it is stopped."""
+
+    def __init__(self, config: Config, loop: Loop, folder: Path, display: Display, device: str):
+        self._config, self._loop, self._folder, self._display, self._device = config, loop, folder, display, device
+        self._checkpoints = checkpoints.Checkpoints(loop.state, folder / "checkpoints", config.keep)
+        self._reached, self._saved = Reached(), None
+        loop.stop_every = int(config.checkpoint_every) if config.checkpoint_every.isdecimal() else 0
+
+    def train(self, started: float, stop: Callable[[], bool]) -> dict:
+        """The result, as written to result.json."""
+        config, loop, state = self._config, self._loop, self._loop.state
+        state.begin(config.seed)
+        resumed = self._resume()
+        before, stopped, diverged = dict(loop.seconds), False, None
+        self._count("setup", time.perf_counter() - started)
+        with Summaries(self._folder, loop, config, resumed) as summaries, \
+                Profile(config, loop, self._folder, self._display.say) as profile:
+            plot = LivePlot(self._folder / "curves.png", before=self._reached.epochs) if config.live_plot else None
+            due = Due(config.checkpoint_every, int(state.global_step))
+            try:
+                for record in loop.run(config.epochs):
+                    profile.write(record)
+                    with self._timed("summaries"):
+                        summaries.write(record)
+                    self._display.write(record)
+                    is_best = isinstance(record, Epoch) and self._add(record)
+                    if plot:
+                        plot.write(record)
+                    if isinstance(record, Call) and record.batch == loop.steps:
+                        continue  # the epoch's evaluation follows: stop and save after that
+                    stopped = stop()
+                    if due(record) or stopped or is_best:
+                        self._save(summaries, before)
+                    if stopped:
+                        break
+            except DivergenceError as error:
+                diverged = error
+            if diverged or self._saved != int(state.global_step):
+                self._save(summaries, before)
+            finished = not diverged and int(state.epoch) >= config.epochs
+            if finished:
+                with self._timed("pictures"):
+                    summaries.finish()
+            if finished or diverged:
+                summaries.end(succeeded=finished)
+        result = self._result(before, finished, diverged)
+        folders.write_json(self._folder / folders.RESULT, result)
+        if diverged:
+            raise diverged
+        return result
+
+    def _resume(self) -> bool:
+        """Go to the newest checkpoint; false where the run has none, because it never came so far."""
+        folder = self._folder / "checkpoints"
+        kept = {}
+        if found := checkpoints.all_in(folder):
+            path, manifest = checkpoints.newest(folder, self._display.warn)
+            checkpoints.restore(self._loop.state, path)
+            self._reached = Reached(**manifest["reached"])
+            if folders.changed(Config.make(**manifest["config"]), self._config):  # with --override
+                self._loop.state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
+            folders.write(self._folder / "config.json", self._config.to_json())
+            step = int(self._loop.state.global_step)
+            self._reached.resumed_at.append(step)
+            self._saved = step
+            kept = manifest["events"]
+            self._display.say(f"resumed at step {step}, in epoch {min(int(self._loop.state.epoch) + 1, self._config.epochs)}, "
+                              f"from {path}")
+        (self._folder / folders.RESULT).unlink(missing_ok=True)
+        for path in self._folder.rglob("*tfevents*"):  # what was written after that checkpoint will be written again
+            size = kept.get(str(path.relative_to(self._folder)), 0)
+            if not size:
+                path.unlink()
+            elif size <= path.stat().st_size:
+                os.truncate(path, size)
+            else:
+                self._display.warn(f"{path}: is shorter than when the checkpoint was made: part of the curves is lost")
+        return bool(found)
+
+    def _add(self, epoch: Epoch) -> bool:
+        """Add an epoch to what was reached; is it the best so far?"""
+        self._reached.epochs.append(_epoch_json(epoch))
+        if not epoch.validation or self._reached.best and epoch.validation.accuracy <= self._reached.best["accuracy"]:
+            return False
+        self._reached.best = {"epoch": epoch.epoch, "accuracy": epoch.validation.accuracy,
+                              "checkpoint": self._checkpoints.next_name()}
+        return True
+
+    def _save(self, summaries: Summaries | None, before: dict[str, float]) -> None:
+        state, loop = self._loop.state, self._loop
+        events = summaries.sync() if summaries else {}
+        reached = {**dataclasses.asdict(self._reached), "seconds": self._seconds(before)}
+        self._checkpoints.save({
+            "tfloop": __version__, "config": dataclasses.asdict(self._config), "image_shape": loop.data.image_shape,
+            "pixels": loop.data.train.images.dtype.name, "classes": loop.data.classes, "steps_per_epoch": loop.steps,
+            "reached": reached, "best": self._reached.best, "events": events},
+            self._reached.best["checkpoint"] if self._reached.best else None)
+        self._saved = int(state.global_step)
+
+    def _count(self, what: str, seconds: float) -> None:
+        self._reached.seconds[what] = self._reached.seconds.get(what, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def _timed(self, what: str):
+        started = time.perf_counter()
+        yield
+        self._count(what, time.perf_counter() - started)
+
+    def _seconds(self, before: dict[str, float]) -> dict[str, float]:
+        """All seconds of the run, those before it was resumed included; `before` is what the loop had counted when it began."""
+        spent = {key: self._reached.seconds.get(key, 0.0) + self._loop.seconds[key] - before[key] for key in before}
+        return {"setup": 0.0, "summaries": 0.0, "pictures": 0.0} | self._reached.seconds | spent
+
+    def _result(self, before: dict[str, float], finished: bool, diverged: DivergenceError | None) -> dict:
+        config, loop, state, reached = self._config, self._loop, self._loop.state, self._reached
+        seconds = self._seconds(before)
+        maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "config": dataclasses.asdict(config), "hyper": _numbers(state), "finished": finished,
+            "diverged": {"step": diverged.step, "layer": diverged.layer} if diverged else None,
+            "steps": int(state.global_step), "steps_per_epoch": loop.steps, "resumed_at": reached.resumed_at,
+            "epochs": reached.epochs, "final": reached.epochs[-1] if reached.epochs else None,
+            "best_by_validation": reached.best,
+            "seconds": {key: round(value, 4) for key, value in seconds.items()},
+            "ms_per_step": 1000 * seconds["training"] / max(int(state.global_step), 1),
+            "peak_memory_mib": round(maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1),
+            "traces": loop.traces, "pipeline": loop.pipeline.name, "steps_per_call": loop.steps_per_call,
+            "device": self._device, "cores": os.cpu_count(),
+            "versions": {"tfloop": __version__, "python": platform.python_version(), "tensorflow": tf.__version__,
+                         "keras": keras.__version__, "numpy": np.__version__},
+            "weights_sha256": state.digest("weights", "moving"), "state_sha256": state.digest(),
+        }
+
+
+class Due:
+    """Is it time for a checkpoint? `every` is "epoch", a number of steps, "1000", or of seconds, "30s"."""
+
+    def __init__(self, every: str, step: int):
+        self._every, self._step, self._time = every, step, time.monotonic()
+
+    def __call__(self, record: Call | Epoch) -> bool:
+        if self._every == "epoch":
+            return isinstance(record, Epoch)
+        if self._every.endswith("s"):
+            due = time.monotonic() - self._time >= float(self._every[:-1])
+        else:
+            due = record.step // int(self._every) > self._step // int(self._every)
+        if due:
+            self._step, self._time = record.step, time.monotonic()
+        return due
+
+
+class Profile:
+    """Records a profile of the steps that `config.profile` names into the run's folder; use it in a `with` block."""
+
+    def __init__(self, config: Config, loop: Loop, folder: Path, say: Callable[[str], None]):
+        self._steps, self._folder, self._say, self._running = config.profile_steps, folder / "train", say, False
+        loop.single = self._steps
+
+    def write(self, record) -> None:
+        """Start or stop after this record, where it is time to."""
+        self._move_to(record.step)
+
+    def _move_to(self, step: int) -> None:
+        if step in self._steps and not self._running:
+            tf.profiler.experimental.start(str(self._folder))
+            self._running = True
+        elif self._running and step not in self._steps:
+            tf.profiler.experimental.stop()
+            self._running = False
+            installed = any(importlib.util.find_spec(name) for name in ("xprof", "tensorboard_plugin_profile"))
+            self._say(f"profile of steps {self._steps.start} to {self._steps.stop - 1} written" + (
+                "" if installed else "; TensorBoard shows it with its plugin: pip install xprof"))
+
+    def __enter__(self) -> "Profile":
+        self._move_to(0)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._move_to(-1)
+
+
+def _numbers(state: TrainState) -> dict:
+    """The numbers that the run really had, defaults included."""
+    return {name: variable.numpy().tolist() for name, variable in state.hyper.items()}
+
+
+def _settings_line(config: Config, state: TrainState) -> str:
+    usual = {"warmup_steps": 0.0, "unit_steps": 1.0}  # not worth a word
+    show = lambda hyper: ", ".join(f"{name} {','.join(f'{number:.7g}' for number in np.atleast_1d(variable.numpy()))}"
+                                   for name, variable in hyper.items() if usual.get(name) != variable.numpy().tolist())
+    return (f"{config.optimizer}: {show(state.optimizer.hyper)}; {config.schedule}: {show(state.schedule.hyper)}; "
+            f"l1 {config.l1:g}, l2 {config.l2:g} on {config.penalize} kernels; batch {config.batch_size}, "
+            f"{config.epochs} epochs")
+
+
+def _epoch_json(epoch: Epoch) -> dict:
+    parts = {part: getattr(epoch, part)._asdict() for part in ("train", "test", "validation") if getattr(epoch, part)}
+    return {"epoch": epoch.epoch, "step": epoch.step, "rate": epoch.rate, "seconds": epoch.seconds, **parts}
+
+
+def _closing_line(result: dict) -> str:
+    seconds, final = result["seconds"], result["final"]
+    reached = f"test accuracy {100 * final['test']['accuracy']:.2f} %" if final else "no epoch finished"
+    return (f"{reached} after {result['steps']} steps: {seconds['training']:.1f} s of training "
+            f"({result['ms_per_step']:.1f} ms/step), {seconds['setup']:.1f} s set-up, {seconds['tracing']:.1f} s tracing, "
+            f"{seconds['evaluation']:.1f} s evaluation, {seconds['summaries'] + seconds['pictures']:.1f} s summaries")
