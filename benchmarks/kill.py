@@ -23,7 +23,7 @@ from race import HERE, arguments, describe, environment, save, table
 PIPELINES = ("resident", "prefetch", "host")
 OPTIMIZERS = ("sgd", "rmsprop", "adam", "adamw", "nadam", "adamax")
 PHASES = ("anywhere", "writing a checkpoint", "writing summaries", "evaluation", "a training call")
-MOST = {"anywhere": 400, "writing a checkpoint": 60, "writing summaries": 40, "evaluation": 8, "a training call": 24}
+MOST = {"anywhere": 400, "writing a checkpoint": 60, "writing summaries": 40, "evaluation": 6, "a training call": 24}
 SETTINGS = ["--preset=digits", "--epochs=3", "--batch_size=64", "--batch_norm", "--dropout=0.2", "--l2=0.001", "--schedule=cosine",
             "--momentum=", "--validation_size=100", "--steps_per_call=4", "--checkpoint_every=7", "--keep=2", "--quiet"]
 MEASURED = ("speed/", "memory/")  # tags whose values are the machine's
@@ -124,7 +124,7 @@ def outcome(folder: Path) -> dict:
 
     run = folder / "run-001"
     result = json.loads((run / "result.json").read_text())
-    epochs = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in result["epochs"]]
+    epochs = [{key: value for key, value in epoch.items() if key not in ("seconds", "steps")} for epoch in result["epochs"]]
     scalars = [(s.run, s.tag, s.step, None if s.tag.startswith(MEASURED) else s.value) for s in read_scalars(run)]
     return {"state": result["state_sha256"], "epochs": epochs, "best": result["best_by_validation"]["epoch"],
             "finished": result["finished"], "scalars": sorted(scalars, key=lambda s: (s[0], s[1])),

@@ -176,6 +176,14 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(train, tmp_pat
     (["plot", "/nowhere"], "/nowhere: does not exist"),
     (["plot", "/tmp", "--reference=99"], "--reference=99: expected an accuracy between 0 and 1"),
     (["tensorboard", "/nowhere"], "/nowhere: no such folder"),
+    (["tensorboard", "/tmp", "/tmp"], "expected LOGDIR, the folder with the runs; found 2 arguments"),
+    (["tensorboard", "/tmp", "--host=nowhere.invalid", "--port=0"], "--host=nowhere.invalid: "),
+    (["tensorboard", "/tmp", "--host="], "--host: expected the address to listen on"),
+    (["debug", "--break_at=3", "--break_on_nan"], "--break_at, --break_if and --break_on_nan exclude each other"),
+    (["train", "--check_numerics", "--jit_compile"], "--check_numerics and --jit_compile exclude each other"),
+    (["train", "--check_numerics", "--debugger_dump=/tmp/x"], "--check_numerics and --debugger_dump exclude each other"),
+    (["train", "--debugger_dump=/dev/null/x"], "--debugger_dump=/dev/null/x: cannot be made: Not a directory"),
+    (["scalars", ""], "expected RUN"),
     (["tensorboard", "/tmp", "--port=abc"], "--port=abc: expected a number from 0 to 65535"),
     (["debug", "--break_if=gradients.norm >"], "--break_if=gradients.norm >: is no Python expression"),
     (["debug", "--break_at=soon"], "--break_at=soon: expected the number of a step"),
@@ -197,6 +205,8 @@ def test_scalars_prints_what_the_event_files_hold(train, tmp_path, capsys):
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["run"], int(row["step"])) for row in rows if row["tag"] == "accuracy"] == [
         *((f"{run}/test", step) for step in (15, 30)), *((f"{run}/train", step) for step in (10, 15, 25, 30))]
+    assert main(["scalars", run, "--tags=nothing"]) == 2
+    assert "there is no tag 'nothing'" in capsys.readouterr().err
     assert main(["scalars", run, "--format=json", f"--out={tmp_path}/all.json"]) == 0
     found = json.loads((tmp_path / "all.json").read_text())
     final = result(tmp_path / "digits-001")["final"]["test"]["accuracy"]
@@ -215,6 +225,8 @@ def test_plot_overlays_runs_of_tfloop_and_of_keras(train, tmp_path, capsys):
     assert main(["plot", str(tmp_path / "digits-001"), str(tmp_path / "keras"), f"--out={picture}", "--reference=0.99"]) == 0
     assert tf.io.decode_png(picture.read_bytes()).shape == (504, 1320, 4)
     capsys.readouterr()
+    assert main(["plot", str(tmp_path / "keras"), "--out="]) == 2
+    assert "--out: expected a PNG file" in capsys.readouterr().err
     assert main(["plot", str(tmp_path / "digits-001" / "checkpoints")]) == 2
     assert "holds no event files" in capsys.readouterr().err
 
@@ -243,16 +255,19 @@ def command(*arguments):
 
 
 def test_check_numerics_names_the_operation_and_the_layer(tmp_path):
-    code, _, err = command("train", "--preset=digits", "--learning_rate=1e20", "--check_numerics", f"--logdir={tmp_path}")
+    code, _, err = command("train", "--preset=digits", "--learning_rate=1e10", "--check_numerics", "--batch_norm", f"--logdir={tmp_path}")
     assert code == 3 and err.count("\n") == 1
-    assert re.match(r"tfloop: step \d+: the \w+( of \w+)? became NaN or infinite, first in the operation \w+, at rate 1e\+20", err), err
+    assert re.match(r"tfloop: step \d+: the (activations|gradients) of \w+ became NaN or infinite, first in the operation \w+, at rate 1e\+10", err), err
+    from tfloop import runs
+
+    _, state, _ = runs.open_run(tmp_path / "digits-001")  # moving averages too are those before the step
+    assert all(np.isfinite(v).all() and np.abs(v).max() < 1e6 for v in state.moving.values() if int(state.global_step) < 2)
 
 
 def test_the_debugger_dump_is_what_debugger_v2_reads(tmp_path):
     code, _, err = command("train", "--preset=digits", "--conv=2", "--epochs=1", "--batch_size=400", "--summaries=none",
                            f"--debugger_dump={tmp_path}/dump", f"--logdir={tmp_path}/runs")
     assert code == 0, err
-    from tensorboard.plugins.debugger_v2.debug_data_provider import LocalDebuggerV2DataProvider  # noqa: F401
     from tensorflow.python.debug.lib.debug_events_reader import DebugDataReader
 
     with DebugDataReader(str(tmp_path / "dump")) as reader:

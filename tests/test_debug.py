@@ -84,8 +84,26 @@ def test_a_model_of_ones_own_is_one_layer(digits):
                                rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_in_a_stack_is_a_layer_with_its_weights(digits):
+    import keras
+
+    inner = keras.Sequential([keras.Input([8, 8, 1]), keras.layers.Flatten(), keras.layers.Dense(6, "relu")], name="inner")
+    model = keras.Sequential([keras.Input([8, 8, 1]), inner, keras.layers.Dense(10)])
+    one = tfloop.Loop(tfloop.TrainState(model, standardizer=digits.standardizer), digits)
+    assert [len(layer.gradients) for layer in debug.backward(one.state, one.batch(0))] == [2, 2]
+    plain, walked = tfloop.forward_and_backward(one.state, one.batch(0)), debug.forward_and_backward(one.state, one.batch(0))
+    for name, gradient in plain.gradients.items():
+        np.testing.assert_allclose(walked.gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_that_the_epoch_does_not_have_is_refused(loop):
+    for index in (-1, 15):
+        with pytest.raises(UserError, match=f"batch {index}: an epoch has the batches 0 to 14"):
+            loop().batch(index)
+
+
 def test_training_with_the_walk_follows_the_compiled_loop(loop):
-    walked, plain = loop(eager=True), loop(fast=False)
+    plain = loop(fast=False)
     walked = tfloop.make_loop(tfloop.Config.make("digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, eager=True),
                               differentiate=debug.forward_and_backward)
     assert walked.fit(1).train.total == pytest.approx(plain.fit(1).train.total, rel=1e-4)
@@ -94,11 +112,12 @@ def test_training_with_the_walk_follows_the_compiled_loop(loop):
 class Terminal:
     """A command on a pseudo-terminal."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, cwd=None):
         self._master, slave = pty.openpty()
         command = [sys.executable, "-m", "tfloop", "debug", "--preset=digits", *flags]
         self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, close_fds=True,
-                                        env={**os.environ, "TERM": "dumb"})
+                                        cwd=cwd,
+                                        env={**os.environ, "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)})
         os.close(slave)
 
     def until(self, text: str, seconds: float = 60) -> str:
@@ -119,7 +138,7 @@ class Terminal:
 
 
 def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
-    pdb = Terminal("--l2=0.001", f"--logdir={tmp_path}")
+    pdb = Terminal("--l2=0.001", cwd=tmp_path)
     start = pdb.until("(tfloop) ")
     assert "train_step()" in start and "images, labels, weights = batch" in start
     while "-> loss, logits, gradients = differentiate" not in pdb("n"):
@@ -160,8 +179,24 @@ def test_it_stops_once_at_a_step_and_then_goes_on(tmp_path):
     assert pdb.process.wait(timeout=30) == 0
 
 
+def test_quitting_after_some_steps_is_quitting():
+    pdb = Terminal("--epochs=1", "--batch_size=400")
+    pdb.until("(tfloop) ")
+    for _ in range(3):
+        pdb("c")
+    os.write(pdb._master, b"q\n")
+    assert "quit after 1 steps" in pdb.until("written")
+    assert pdb.process.wait(timeout=30) == 0
+
+
+def test_a_step_that_is_never_reached_is_told():
+    pdb = Terminal("--break_at=99", "--epochs=1", "--batch_size=400")
+    assert "step 99 was not reached: the run has 4 steps" in pdb.until("written")
+    assert pdb.process.wait(timeout=30) == 0
+
+
 def test_it_stops_where_a_condition_holds():
-    pdb = Terminal("--break_if=state.global_step == 2", "--epochs=1", "--batch_size=400")
+    pdb = Terminal("--break_if=state.global_step == 2 # the third", "--epochs=1", "--batch_size=400")
     pdb.until("(tfloop) ")
     assert "numpy=2" in pdb("p state.global_step")
     os.write(pdb._master, b"q\n")
@@ -180,13 +215,13 @@ def test_it_stops_before_an_update_that_is_not_finite():
 @pytest.mark.parametrize("condition, message", [
     ("gradient.norm > 3", "NameError: name 'gradient' is not defined; the names are state, batch, images"),
     ("gradients['conv9/kernel'] > 3", "there are conv1/kernel, conv1/bias"),
-    ("loss", "ValueError|TypeError"),
+    ("logits", "ValueError|TypeError"),
 ])
 def test_a_condition_is_tried_before_training(loop, condition, message):
     one = loop(eager=True)
     before = one.state.digest()
     with pytest.raises(UserError, match=message):
-        debug.check_condition(condition if condition != "loss" else "logits", one)
+        debug.check_condition(condition, one)
     assert one.state.digest() == before
 
 

@@ -47,6 +47,18 @@ def test_files_of_tensorflow_and_of_its_first_version_are_read(tmp_path):
     assert [(s.run, s.tag, s.step, s.value) for s in read_scalars(tmp_path)] == [("new", "x", 4, 0.5), ("old", "y", 9, 2.0)]
 
 
+def test_what_is_no_number_is_left_out(tmp_path):
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    value = scalar_pb("a", 1.0).value[0]
+    file = EventFile(tmp_path)
+    for odd in (np.arange(3.0), np.zeros(0), np.array(b"text", dtype=object)):
+        file.write(1, Summary(value=[Summary.Value(tag="a", metadata=value.metadata, tensor=make_tensor_proto(odd))]))
+    file.write(2, scalar_pb("a", 5.0))
+    assert [(s.step, s.value) for s in read_scalars(tmp_path)] == [(2, 5.0)]
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: does not exist"):
         read_scalars(tmp_path / "nowhere")

@@ -1,7 +1,6 @@
 """What needs a GPU. Skipped by name where TensorFlow sees none; benchmarks/gpu_check.sh runs it where there is one."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,10 +13,10 @@ import tfloop
 pytestmark = pytest.mark.gpu
 
 
-def train(tmp_path, *flags, **environment):
+def train(tmp_path, *flags):
     """result.json of a run on the digits in a process of its own."""
     command = [sys.executable, "-m", "tfloop", "train", "--preset=digits", "--epochs=3", f"--logdir={tmp_path}", "--quiet", *flags]
-    subprocess.run(command, check=True, env={**os.environ, **environment})
+    subprocess.run(command, check=True)
     newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     return json.loads((newest / "result.json").read_text())
 
@@ -32,7 +31,7 @@ def test_every_pipeline_follows_the_cpu(tmp_path, pipeline):
 
 
 def test_deterministic_operations_repeat_bit_for_bit(tmp_path):
-    one, two = (train(tmp_path, "--device=gpu", TF_DETERMINISTIC_OPS="1") for _ in range(2))
+    one, two = (train(tmp_path, "--device=gpu", "--deterministic") for _ in range(2))
     assert one["weights_sha256"] == two["weights_sha256"]
 
 

@@ -73,7 +73,7 @@ def test_a_stopped_run_ends_as_one_that_went_through(config, tmp_path, stopped_a
     second = training.train(own, resume=Path(first["folder"]))[0]
     assert second["state_sha256"] == whole["state_sha256"] and second["finished"]
     assert second["resumed_at"] == [first["steps"]]
-    without_time = lambda r: [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in r["epochs"]]
+    without_time = lambda r: [{k: v for k, v in epoch.items() if k not in ("seconds", "steps")} for epoch in r["epochs"]]
     assert without_time(second) == without_time(whole)
     scalars = lambda r: [(s.run, s.tag, s.step, s.value) for s in read_scalars(r["folder"])
                          if not s.tag.startswith(("speed/", "memory/"))]
@@ -230,3 +230,43 @@ def test_a_folder_that_became_read_only_stops_training_with_the_reason(config):
     (folder / "checkpoints").chmod(0o500)
     with pytest.raises(tfloop.UserError, match="cannot be written: Permission denied; the last checkpoint is"):
         training.train(config(), resume=folder)
+
+
+def test_a_diverging_run_is_rewound_at_half_the_rate_a_bounded_number_of_times(config, capsys):
+    hopeless = config(learning_rate=1e30, schedule="constant", on_nan="rewind")
+    with pytest.raises(tfloop.DivergenceError):
+        training.train(hopeless)
+    err = capsys.readouterr().err
+    assert err.count("times the rate") == 3 and "back to step 0, with 0.125 times the rate (3 of at most 3 times)" in err
+    found = result(Path(hopeless.logdir) / "digits-001")
+    assert found["rewinds"] == [0, 0, 0] and found["diverged"]["step"] == 0
+
+
+def test_a_run_rewound_to_a_checkpoint_goes_on_from_there(config, monkeypatch, capsys):
+    """The rate is spoiled once, after the first checkpoint, so that the next step diverges."""
+    from tfloop.loop import Loop
+
+    spoilt, run = [], Loop.run
+
+    def spoiling(self, epochs):
+        for record in run(self, epochs):
+            yield record
+            if record.step >= 10 and not spoilt:
+                spoilt.append(record.step)
+                self.state.hyper["learning_rate"].assign(1e30)
+
+    monkeypatch.setattr(Loop, "run", spoiling)
+    done = training.train(config(schedule="constant", on_nan="rewind"))[0]
+    assert done["finished"] and len(done["rewinds"]) == 1 and done["hyper"]["learning_rate"] == pytest.approx(0.0005)
+    assert "back to step 10, with 0.5 times the rate (1 of at most 3 times)" in capsys.readouterr().err
+    steps = [s.step for s in read_scalars(done["folder"]) if (s.run, s.tag) == ("train", "accuracy")]
+    assert steps == sorted(set(steps)) and steps[-1] == done["steps"]
+
+
+def test_deterministic_runs_are_bit_equal(tmp_path):
+    sums = []
+    for flag in ("--deterministic", "--deterministic"):
+        done = subprocess.run([sys.executable, "-m", "tfloop", "train", *SMALL, f"--logdir={tmp_path}", flag], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        sums.append(result(max(tmp_path.iterdir()))["state_sha256"])
+    assert len(set(sums)) == 1

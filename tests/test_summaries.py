@@ -68,7 +68,6 @@ def test_the_terms_add_up_and_penalties_are_told_layer_by_layer(full):
     last = {tag: values(events)[-1][1] for tag, events in scalars.items()}
     assert last["loss/total"] == pytest.approx(last["loss/data"] + last["loss/l1"] + last["loss/l2"], rel=1e-5)
     assert {tag for tag in last if tag.startswith("loss_l2/")} == {"loss_l2/dense1/kernel", "loss_l2/output/kernel"}
-    state = full[0] / "checkpoints"
     _, state, _ = runs.open_run(full[0])
     for name in ("dense1/kernel", "output/kernel"):
         assert last[f"loss_l2/{name}"] == pytest.approx(1e-3 * float(tf.reduce_sum(state.weights[name] ** 2)), rel=1e-5)
@@ -95,7 +94,8 @@ def test_norms_by_layer_are_those_of_the_last_step(loop, tmp_path):
 
 def test_speed_input_wait_memory_and_rate_are_curves(full):
     last = {tag: values(events)[-1][1] for tag, events in full[1]["train"]["scalars"].items()}
-    assert last["speed/examples_per_second"] == pytest.approx(1000 * 100 / last["speed/ms_per_step"], rel=1e-4)
+    images, steps = 1337 - 0, 14  # one call an epoch, the last batch of which is not full
+    assert last["speed/examples_per_second"] == pytest.approx(1000 * images / (steps * last["speed/ms_per_step"]), rel=1e-4)
     assert 0 <= last["speed/input_wait_ms"] < last["speed/ms_per_step"]
     assert 50 < last["memory/host_mib"] < 100_000
     assert last["learning_rate"] == pytest.approx(0.001)
@@ -108,6 +108,11 @@ def test_histograms_of_weights_gradients_and_activations(full):
     assert set(found["test"]["histograms"]) == {f"activations/{layer}" for layer in ("conv1", "pool1", "conv2", "flatten", "dense1", "output")}
     buckets = make_ndarray(found["train"]["histograms"]["weights/conv1/kernel"][-1].tensor_proto)
     assert buckets[:, 2].sum() == 3 * 3 * 1 * 4
+    gradients = make_ndarray(found["train"]["histograms"]["gradients/conv1/kernel"][-1].tensor_proto)
+    assert gradients[0, 0] < 0 < gradients[-1, 1] and gradients[:, 2].sum() == 36
+    norms = {tag: values(events)[-1][1] for tag, events in found["train"]["scalars"].items() if tag.startswith("gradient_norm/")}
+    parts = [norm for tag, norm in norms.items() if tag not in ("gradient_norm/all", "gradient_norm/mean")]
+    assert norms["gradient_norm/all"] == pytest.approx(np.sqrt(np.sum(np.square(parts))), rel=1e-5)
 
 
 def test_pictures_are_png_files_of_the_size_they_say(full):
@@ -161,13 +166,16 @@ def test_a_live_plot_is_redrawn_after_every_epoch(tmp_path):
 
 
 def test_in_a_notebook_the_live_plot_is_redrawn_in_place(loop, monkeypatch):
+    import importlib.machinery
     import sys
     import types
 
     shown = []
     handle = types.SimpleNamespace(update=lambda figure: shown.append(("update", figure)))
     display = lambda figure, display_id: shown.append(("display", figure)) or handle
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    package = types.ModuleType("IPython")
+    package.__spec__ = importlib.machinery.ModuleSpec("IPython", None)
+    monkeypatch.setitem(sys.modules, "IPython", package)
     monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
     plot = tfloop.LivePlot()
     for record in loop().run(3):
@@ -179,11 +187,79 @@ def test_in_a_notebook_the_live_plot_is_redrawn_in_place(loop, monkeypatch):
 def test_a_profile_holds_the_marked_steps_and_changes_nothing(tmp_path, capsys):
     profiled, plain = train(tmp_path, profile="5:8", quiet=False), train(tmp_path)
     assert "profile of steps 5 to 7 written" in capsys.readouterr().out
-    assert list((profiled / "train/plugins/profile").rglob("*.xplane.pb"))
+    (plane,) = (profiled / "train/plugins/profile").rglob("*.xplane.pb")
+    assert b"step_num" in plane.read_bytes()
     digests = [json.loads((folder / "result.json").read_text())["weights_sha256"] for folder in (profiled, plain)]
     assert digests[0] == digests[1]
     steps = [s.step for s in read_scalars(profiled) if (s.run, s.tag) == ("train", "accuracy")]
     assert steps[:4] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("profile, said", [("900:910", "no such step was made; nothing is profiled"),
+                                           ("20:900", "profile of steps 20 to 29 written")])
+def test_a_profile_says_what_it_really_holds(tmp_path, capsys, profile, said):
+    train(tmp_path, profile=profile, quiet=False)
+    assert said in capsys.readouterr().out
+
+
+def test_hparams_columns_are_the_same_for_every_optimizer_and_schedule(tmp_path):
+    from tensorboard.plugins.hparams import metadata
+
+    train(tmp_path), train(tmp_path, optimizer="adam", schedule="cosine")
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    columns = [[info.name for info in metadata.parse_experiment_plugin_data(
+        multiplexer.SummaryMetadata(run, "_hparams_/experiment").plugin_data.content).hparam_infos] for run in ("digits-001", "digits-002")]
+    assert columns[0] == columns[1] and {"rho", "momentum", "beta_1", "decay_steps", "l2"} <= set(columns[0])
+
+
+def test_pictures_of_many_classes_and_of_floats_stay_reasonable(random, recwarn):
+    from tfloop import plots
+
+    labels = random.integers(300, size=2000)
+    assert tf.io.decode_png(plots.confusion(labels, labels[::-1], 300)).shape[0] <= 1200
+    pixels = tf.io.decode_png(plots.misclassified(random.uniform(0, 255, (7, 9, 8, 3)).astype(np.float32), labels[:7], labels[7:14])).numpy()
+    assert pixels[..., :3].std() > 20 and not recwarn.list
+    for accuracy, loss in ((1.0, 0.5), (float("nan"), float("nan")), (0.5, -1.0)):
+        plots.curves({"a": {"test/accuracy": ([1, 2], [accuracy] * 2), "test/loss": ([1, 2], [loss] * 2)}}).canvas.draw()
+    assert not recwarn.list
+
+
+def test_a_model_of_ones_own_is_summarised_too(tmp_path, digits):
+    import keras
+
+    from tfloop.summaries import Summaries
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.out = keras.layers.Flatten(), keras.layers.Dense(10)
+
+        def call(self, x):
+            return self.out(self.flat(x))
+
+    model = Own()
+    model(np.zeros([1, 8, 8, 1], np.float32))
+    one = tfloop.Loop(tfloop.TrainState(model, standardizer=digits.standardizer), digits)
+    with Summaries(tmp_path, one, tfloop.Config.make("digits", summaries="full")) as summaries:
+        for record in one.run(1):
+            summaries.write(record)
+        summaries.finish()
+    assert {s.run for s in read_scalars(tmp_path)} == {"train", "test"}
+
+
+@pytest.mark.parametrize("outputs, found", [(lambda x: tf.reshape(x, [-1, 8, 8]), r"shape \(1, 8, 8\)"), (lambda x: {"a": x}, "dict")])
+def test_a_model_whose_outputs_are_no_matrix_is_refused(digits, outputs, found):
+    class Odd(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = tf.Variable(1.0, name="w")
+
+        def __call__(self, images):
+            return outputs(images * self.w)
+
+    state = tfloop.TrainState(Odd(), loss=lambda labels, outputs: tf.zeros_like(labels, tf.float32))
+    with pytest.raises(tfloop.UserError, match=f"the model gives {found} for a batch of one image"):
+        tfloop.Loop(state, digits)
 
 
 def test_a_diverged_run_is_a_failure_in_hparams(tmp_path):

@@ -11,10 +11,11 @@ import tensorflow as tf
 from tfloop import models, ops, penalties, runs
 from tfloop.config import Config
 from tfloop.data import Dataset
+from tfloop.errors import UserError
 from tfloop.loop import Epoch, cross_entropy
 
 STEP = 1e-6  # of central differences, in float64
-TOLERANCE = 1e-6  # relative to the largest entry of the gradient, or to a thousandth of the value where that is more
+TOLERANCE = 1e-6  # relative to the largest entry of the gradient, or to a thousandth of Σ|terms| of the value if that is more
 ENTRIES = 40  # of each weight that are checked, drawn at random
 
 
@@ -38,7 +39,8 @@ def check_gradients(config: Config, image_shape: tuple[int, ...] = (28, 28, 1), 
     """GradientTape against central differences (f(x + h) - f(x - h)) / 2h, in float64.
 
     Each layer of the model that `config` describes is checked on its own, with random input and a random projection of
-    its output to a number; so are the losses, the penalties, and both ways forward through the whole model.
+    its output to a number; so are the losses, the penalties, and both ways forward through the whole model. (Of batch
+    normalisation this is the weighted form: TensorFlow's fused operation knows no float64.)
     """
     random = np.random.default_rng(seed)
     normal = lambda *shape: tf.Variable(random.normal(size=shape))
@@ -52,13 +54,13 @@ def check_gradients(config: Config, image_shape: tuple[int, ...] = (28, 28, 1), 
         own = {name: weight for name, weight in weights.items() if name.startswith(f"{layer.name}/")}
         x = normal(2, *layer.input.shape[1:])
         projection = random.normal(size=(2, *layer.output.shape[1:]))
-        apply = lambda: tf.reduce_sum(projection * models.apply_layer(model, index, x, rows, True, key))
+        apply = lambda: projection * models.apply_layer(model, index, x, rows, True, key)
         yield from _compare(layer.name, apply, {"input": x, **own}, random)
 
     labels = tf.constant(random.integers(classes, size=6), tf.int32)
     for name, sigmoid in (("softmax", False), ("sigmoid", True)):
         logits = normal(6, classes)
-        loss = lambda: tf.reduce_sum(cross_entropy(labels, logits, 0.1, sigmoid))
+        loss = lambda: cross_entropy(labels, logits, 0.1, sigmoid)
         yield from _compare(f"loss, {name}, smoothed", loss, {"logits": logits}, random)
     for penalty in (penalties.l1, penalties.l2):
         kernel = normal(5, 7)
@@ -67,7 +69,7 @@ def check_gradients(config: Config, image_shape: tuple[int, ...] = (28, 28, 1), 
     images, projection = normal(2, *image_shape), random.normal(size=(2, classes))
     for name, forward in (("plain forward pass", models.logits), ("fast forward pass", ops.logits),
                           ("fast forward pass, 2 shards", lambda *a, **k: ops.logits(*a, **k, shards=2))):
-        whole = lambda: tf.reduce_sum(projection * forward(model, images, rows, training=True, key=key))
+        whole = lambda: projection * forward(model, images, rows, training=True, key=key)
         yield from _compare(name, whole, {"images": images, **weights}, random)
 
 
@@ -77,12 +79,15 @@ def _in_float64(model: keras.Sequential) -> keras.Sequential:
 
 
 def _compare(what: str, function: Callable, variables: dict[str, tf.Variable], random) -> Iterator[GradientCheck]:
+    """`function` gives the terms whose sum is differentiated."""
     with tf.GradientTape() as tape:
-        value = function()
+        terms = function()
+        value = tf.reduce_sum(terms)
+    floor = max(1e-3 * float(tf.reduce_sum(tf.abs(terms))), 1e-12)
     gradients = tape.gradient(value, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     for name, variable in variables.items():
         start, gradient = variable.numpy(), gradients[name].numpy()
-        scale = max(np.abs(gradient).max(), 1e-3 * abs(float(value)))
+        scale = max(np.abs(gradient).max(), floor)
         worst = None
         for flat in random.choice(start.size, min(ENTRIES, start.size), replace=False):
             entry = tuple(int(i) for i in np.unravel_index(flat, start.shape))
@@ -91,7 +96,7 @@ def _compare(what: str, function: Callable, variables: dict[str, tf.Variable], r
                 moved = start.copy()
                 moved[entry] += sign * STEP
                 variable.assign(moved)
-                sides.append(float(function()))
+                sides.append(float(tf.reduce_sum(function())))
             difference = (sides[0] - sides[1]) / (2 * STEP)
             error = abs(difference - gradient[entry]) / scale
             if worst is None or error > worst.error:
@@ -116,6 +121,10 @@ def parity(config: Config, steps: int) -> Iterator[Parity]:
     The reference is the compiled step with the plain forward pass, on the CPU, from resident images.
     """
     data = runs.load_data(config)
+    longest = -(-len(data.train) // config.batch_size)
+    if steps > longest:
+        raise UserError(f"--steps={steps}: an epoch has {longest} steps, and one epoch is compared")
+    tf.get_logger().setLevel("ERROR")  # each mode is traced, which TensorFlow warns of
     reference = list(_weights(config, data, steps))
     modes = {"compiled, again": {}, "eager": {"eager": True}, "XLA": {"jit_compile": True},
              "host pipeline": {"pipeline": "host"}, "prefetch pipeline": {"pipeline": "prefetch"},
@@ -161,17 +170,28 @@ def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(ordered(a) - ordered(b))
 
 
-def overfit(config: Config, most: int) -> Iterator[Epoch]:
-    """Train on the first batch alone, at most `most` steps, until every image of it is learnt for certain: an accuracy of
-    100 % at a data loss below 0.01. A record for each step."""
+class Memorising(NamedTuple):
+    """One step of `overfit`."""
+
+    step: int
+    loss: float  # of the data, above the least there is with smoothed labels
+    accuracy: float
+    done: bool  # all images right, at a loss below 0.01 and the share of smoothing
+
+
+def overfit(config: Config, most: int) -> Iterator[Memorising]:
+    """Train on the first `config.batch_size` images alone, at most `most` steps, until all of them are learnt for certain."""
     data = runs.load_data(config).head(config.batch_size)
     data = dataclasses.replace(data, test=data.train)
-    for record in runs.make_loop(config.replace(steps_per_call=1), data).run(most):
+    smoothing, sigmoid = config.label_smoothing, config.output == "sigmoid"
+    targets = tf.one_hot(data.train.labels, data.classes) * (1 - smoothing) + smoothing / (2 if sigmoid else data.classes)
+    targets = tf.clip_by_value(targets, 1e-7, 1 - 1e-7)
+    perfect = tf.math.log(targets) - (tf.math.log(1 - targets) if sigmoid else 0.0)
+    least = float(tf.reduce_mean(cross_entropy(tf.constant(data.train.labels), perfect, smoothing, sigmoid)))
+    for record in runs.make_loop(config.replace(steps_per_call=1, epochs=most), data).run(most):
         if isinstance(record, Epoch):
-            yield record
-            if memorised(record):
+            loss, accuracy = record.test.data - least, record.test.accuracy
+            step = Memorising(record.step, loss, accuracy, accuracy == 1.0 and loss < 0.01 + smoothing)
+            yield step
+            if step.done:
                 return
-
-
-def memorised(record: Epoch) -> bool:
-    return record.test.accuracy == 1.0 and record.test.data < 0.01

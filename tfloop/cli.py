@@ -134,9 +134,10 @@ def schedule(config: Config, options: dict, arguments: list[str]) -> int:
 
 
 def tensorboard(config: Config, options: dict, arguments: list[str]) -> int:
+    import socket
     import threading
 
-    folder = arguments[0] if arguments else "runs"
+    folder = _one(arguments, "LOGDIR", "the folder with the runs") if arguments else "runs"
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; train first, or name the folder with the runs")
     port = options["port"]
@@ -148,8 +149,13 @@ def tensorboard(config: Config, options: dict, arguments: list[str]) -> int:
 
     board = program.TensorBoard(default.get_plugins())
     board.configure(logdir=folder, host=options["host"], load_fast="false", **({"port": int(port)} if port else {}))
+    if not options["host"]:
+        raise UserError("--host: expected the address to listen on, found nothing")
     try:
+        socket.getaddrinfo(options["host"], None)
         url = board.launch()
+    except (OSError, SystemExit) as error:
+        raise UserError(f"--host={options['host']}: cannot listen there: {getattr(error, 'strerror', '') or error}") from None
     except TensorBoardServerException as error:
         raise UserError(f"tensorboard: {str(error).splitlines()[0].removeprefix('TensorBoard ')}") from None
     print(f"TensorBoard shows {folder} at {url} (Ctrl-C ends it)", flush=True)
@@ -170,6 +176,8 @@ def scalars(config: Config, options: dict, arguments: list[str]) -> int:
     wanted = [tag for tag in options["tags"].split(",") if tag]
     rows = [(str(Path(folder, scalar.run)), *scalar[1:]) for folder in folders for scalar in events.read_scalars(folder)
             if not wanted or scalar.tag in wanted]
+    if missing := [tag for tag in wanted if not any(row[1] == tag for row in rows)]:
+        raise UserError(f"--tags={options['tags']}: there is no tag {missing[0]!r}; without --tags all are printed")
     names = ("run", *events.Scalar._fields[1:])
     with _output(options["out"]) as file:
         if options["format"] == "csv":
@@ -192,9 +200,11 @@ def plot(config: Config, options: dict, arguments: list[str]) -> int:
     _start(config)
     from tfloop import events, plots
 
-    found = {}
-    for folder in folders:
-        found[os.path.basename(os.path.normpath(folder))] = plots.by_epoch(events.read_scalars(folder), folder)
+    if not options["out"]:
+        raise UserError("--out: expected a PNG file, found nothing")
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    found = {name if names.count(name) == 1 else folder: plots.by_epoch(events.read_scalars(folder), folder)
+             for name, folder in zip(names, folders)}
     plots.save(plots.curves(found, reference), options["out"])
     print(options["out"])
     return 0
@@ -202,16 +212,20 @@ def plot(config: Config, options: dict, arguments: list[str]) -> int:
 
 def debug(config: Config, options: dict, arguments: list[str]) -> int:
     at = options["break_at"]
+    if sum(map(bool, (at, options["break_if"], options["break_on_nan"]))) > 1:
+        raise UserError("--break_at, --break_if and --break_on_nan exclude each other: choose one")
     if at and not at.isdecimal():
         raise UserError(f"--break_at={at}: expected the number of a step, 0 or more")
     try:
         compile(options["break_if"] or "0", "--break_if", "eval")
     except (SyntaxError, ValueError) as error:
         raise UserError(f"--break_if={options['break_if']}: is no Python expression: {error}") from None
-    config, _ = _start(config.replace(eager=True, fast=False, shards=1, steps_per_call=1, jit_compile=False))
+    config, _ = _start(config.replace(eager=True, fast=False, shards=1, steps_per_call=1))
     from tfloop import debug, runs
 
     if debug.under_another_debugger():
+        if at or options["break_if"] or options["break_on_nan"]:
+            raise UserError("--break_at, --break_if and --break_on_nan are pdb's: in an editor, set a breakpoint in train_step")
         runs.make_loop(config, differentiate=debug.stop_once(debug.forward_and_backward)).fit(config.epochs)
         return 0
     loop = runs.make_loop(config, differentiate=debug.forward_and_backward)
@@ -261,11 +275,10 @@ def overfit(config: Config, options: dict, arguments: list[str]) -> int:
 
     for record in checks.overfit(config, int(most)):
         if record.step & (record.step - 1) == 0:
-            print(f"step {record.step:5}  loss {record.test.data:.4f}  accuracy {100 * record.test.accuracy:6.2f} %", flush=True)
-    learnt = checks.memorised(record)
-    print(f"{config.batch_size} images {'memorised' if learnt else 'NOT memorised'} after {record.step} steps: loss "
-          f"{record.test.data:.4f}, accuracy {100 * record.test.accuracy:.2f} %")
-    return 0 if learnt else FAILED
+            print(f"step {record.step:5}  loss {record.loss:.4f}  accuracy {100 * record.accuracy:6.2f} %", flush=True)
+    print(f"{config.batch_size} images {'memorised' if record.done else 'NOT memorised'} after {record.step} steps: loss "
+          f"{record.loss:.4f}, accuracy {100 * record.accuracy:.2f} %")
+    return 0 if record.done else FAILED
 
 
 class Command(NamedTuple):
@@ -278,18 +291,20 @@ class Command(NamedTuple):
 
 WHERE = ("device", "intra_op_threads", "inter_op_threads", "memory_growth", "memory_limit", "log_device_placement",
          "tensorflow_log")
+HOW = tuple(name for name in FIELDS if name not in GROUPS["looking inside"] + GROUPS["what is written"])  # and how it learns
+MODEL = tuple(name for group in ("start from", "data", "model") for name in GROUPS[group])
 BEST = "the checkpoint that did best on the validation images, not the newest"
 COMMANDS = {
     "train": Command(train, "train a model; the default is the article's CNN on MNIST", options={
         "dry_run": (False, "do one step of everything, keep nothing, and stop"),
-        "resume": ("", "go on with a run: its folder; or auto: the newest of its name that is not finished, or a new one"),
+        "resume": ("", "go on with a run: its folder; auto: the newest unfinished one of its name, or a new one"),
         "override": (False, "with --resume: allow settings that change the mathematics of the run")}),
     "evaluate": Command(evaluate, "loss and accuracy of a finished run on its test images", "RUN", WHERE, {
         "dataset": ("", "other data than the run's own: its test images"),
         "best": (False, BEST)}),
     "predict": Command(predict, "class and probabilities of each image, as CSV", "RUN IMAGES", WHERE, {
         "out": ("", "the CSV file; unset: standard output"), "best": (False, BEST)}),
-    "model": Command(model, "the model's layers, shapes and parameters"),
+    "model": Command(model, "the model's layers, shapes and parameters", settings=MODEL + WHERE),
     "tensorboard": Command(tensorboard, "open TensorBoard on the runs", "[LOGDIR]", (), {
         "port": ("", "its port; unset: 6006 or the next free one"), "host": ("127.0.0.1", "the address to listen on")}),
     "scalars": Command(scalars, "print what event files hold, of any writer", "RUN…", (), {
@@ -297,16 +312,18 @@ COMMANDS = {
         "out": ("", "the file; unset: standard output")}),
     "plot": Command(plot, "accuracy and loss over epochs, several runs overlaid, as PNG", "RUN…", (), {
         "out": ("curves.png", "the PNG file"), "reference": ("", "an accuracy to draw a line at, 0.99 say")}),
-    "debug": Command(debug, "train eagerly and stop in pdb at the step", options={
+    "debug": Command(debug, "train eagerly and stop in pdb at the step", "", tuple(
+        name for name in HOW if name not in ("eager", "jit_compile", "fast", "shards", "steps_per_call", "seeds", "runs", "on_nan")), {
         "break_at": ("", "stop at this step only"),
         "break_if": ("", "stop before the update where this holds: 'gradients.norm > 10'"),
         "break_on_nan": (False, "stop before the update where a value is not finite")}),
-    "check_gradients": Command(check_gradients, "GradientTape against central differences in float64"),
-    "parity": Command(parity, "the first steps in every mode: where do they differ first, and by how much?", options={
+    "check_gradients": Command(check_gradients, "GradientTape against central differences in float64",
+                               settings=MODEL + ("seed",) + WHERE),
+    "parity": Command(parity, "the first steps in every mode: where do they differ first, and by how much?", "", HOW, {
         "steps": ("5", "how many steps")}),
-    "overfit": Command(overfit, "train on one batch until it is memorised", options={
+    "overfit": Command(overfit, "train on one batch until it is memorised", "", HOW, {
         "steps": ("1000", "give up after so many")}),
-    "schedule": Command(schedule, "the learning rate over a run", options={
+    "schedule": Command(schedule, "the learning rate over a run", "", HOW, {
         "print": (False, "print a table"), "plot": ("", "write a plot to this PNG file")}),
 }
 
@@ -374,7 +391,7 @@ def _flags(command: Command) -> flags.FlagValues:
     for name in command.settings:
         define = flags.DEFINE_boolean if kind(name)[0] is bool else flags.DEFINE_string
         define(name, None, FIELDS[name].metadata["help"], flag_values=values)
-    if "epochs" in command.settings:
+    if "preset" in command.settings:
         flags.DEFINE_string("config", None, "a config.json to start from", flag_values=values)
     for name, (default, help) in command.options.items():
         define = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
@@ -385,7 +402,7 @@ def _flags(command: Command) -> flags.FlagValues:
 def _overview() -> str:
     lines = [f"tfloop {__version__}: a TensorFlow 2 training loop that one can read, step through, reset and measure.", "",
              "usage: tfloop COMMAND [--flag=value …]", ""]
-    lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:16} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(lines + ["", "tfloop COMMAND --help lists its flags. Presets: " + ", ".join(PRESETS) + "."])
 
 
@@ -400,7 +417,7 @@ def _help(name: str, command: Command) -> str:
         lines += ["", group] if names else []
         lines += [_flag_line(field, FIELDS[field].default, help_text(field)) for field in names]
     lines += ["", "files", _flag_line("flagfile", "", "a file of flags, one a line")]
-    if "epochs" in command.settings:
+    if "preset" in command.settings:
         lines.append(_flag_line("config", "", "start from a config.json"))
     return "\n".join(lines)
 
@@ -442,7 +459,7 @@ def _one(arguments: list[str], name: str, what: str) -> str:
 
 
 def _some(arguments: list[str]) -> list[str]:
-    if not arguments:
+    if not arguments or "" in arguments:
         raise UserError("expected RUN, one or several folders with event files; found none")
     return arguments
 

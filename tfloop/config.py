@@ -98,6 +98,8 @@ class Config:
     warmup_steps: float = option(0.0, "linear warm-up in front of any schedule", within=NOT_NEGATIVE)
 
     # --- run
+    on_nan: str = option("stop", "where a value is not finite: stop, or go back to the last checkpoint and halve the rate",
+                         choices=("stop", "rewind"))
     epochs: int = option(5, "passes over the training images", within=COUNT)
     batch_size: int = option(64, "images per step", within=COUNT)
     seed: int = option(0, "of weights, data order and dropout", within=(0, 2**31 - 1))
@@ -108,6 +110,7 @@ class Config:
     pipeline: str = option("auto", "host: tf.data; prefetch: tf.data, copied ahead to the device; resident: the "
                                    "images stay on the device", choices=("auto", "host", "prefetch", "resident"))
     steps_per_call: int = option(0, "steps in one compiled call; 0 chooses", within=(0, 2**31 - 1))
+    deterministic: bool = option(False, "only operations that repeat bit for bit, on a GPU too")
     jit_compile: bool = option(False, "compile the step with XLA")
     fast: bool = option(True, "rearrange the forward pass: the same values, in another order of additions")
     shards: int = option(0, "with --fast, parts of a batch computed side by side; 0 chooses", within=(0, 4096))
@@ -202,7 +205,7 @@ HYPER = {  # the settings that belong to the optimizer and to the schedule that 
 _HINTS = get_type_hints(Config)
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Config)}
 _FIRST = {"preset": "start from", "dataset": "data", "conv": "model", "l1": "loss", "optimizer": "optimizer",
-          "schedule": "schedule", "epochs": "run", "pipeline": "where and how it runs", "summaries": "looking inside",
+          "schedule": "schedule", "on_nan": "run", "pipeline": "where and how it runs", "summaries": "looking inside",
           "logdir": "what is written"}
 GROUPS: dict[str, list[str]] = {}  # heading → fields, for help texts
 for _name in FIELDS:
@@ -305,6 +308,9 @@ def _check_combinations(config: Config) -> None:
                         f"s, such as 30s")
     if config.debugger_dump and config.jit_compile:
         raise UserError("--debugger_dump and --jit_compile exclude each other: XLA leaves nothing to look into")
+    if config.check_numerics and (config.jit_compile or config.debugger_dump):
+        other = "jit_compile" if config.jit_compile else "debugger_dump"
+        raise UserError(f"--check_numerics and --{other} exclude each other: TensorFlow cannot do both")
     if config.eager and config.jit_compile:
         raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
     if config.seeds and config.runs > 1:

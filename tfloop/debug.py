@@ -11,8 +11,10 @@ import pdb
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 
 from tfloop import loop as loop_module
@@ -81,11 +83,18 @@ def walk_back(state: TrainState, recording: _Recording) -> Iterator[tuple[str, t
     for index in reversed(range(len(layers))):
         layer, activation = layers[index], activations[layers[index]]
         inputs = activations[layers[index - 1]] if index else images
-        weights = {name: weight for name, weight in state.weights.items()
-                   if len(layers) == 1 or name.startswith(f"{layer}/")}
+        weights = _weights_of(state, index)
         below, data = tape.gradient(activation, (inputs, weights), upstream, tf.UnconnectedGradients.ZERO)
         yield layer, upstream, {name: split(state, recording, name, data[name]) for name in weights}
         upstream = below
+
+
+def _weights_of(state: TrainState, index: int) -> dict[str, tf.Variable]:
+    """The weights of the layer with this index; all, where the model is no stack of layers."""
+    if not isinstance(state.model, keras.Sequential):
+        return state.weights
+    own = {id(variable.value) for variable in state.model.layers[index].trainable_variables}
+    return {name: weight for name, weight in state.weights.items() if id(weight) in own}
 
 
 def split(state: TrainState, recording: _Recording, name: str, data: tf.Tensor) -> Gradient:
@@ -133,21 +142,20 @@ class Debugger(pdb.Pdb):
 
     def __init__(self, at: int | None = None, condition: str = "", on_nan: bool = False, **options):
         """Args:
-          at: stop at one step, the first that runs under this debugger; None: at every step, or for the reasons below.
+          at: stop at one step alone, the first that runs under this debugger.
           condition: a Python expression in the names of `train_step`; stop before the update where it holds.
           on_nan: stop before the update where the loss, a gradient or an update is not finite.
+            With none of the three, stop at every step.
           **options: of pdb.Pdb.
         """
         super().__init__(nosigint=True, **options)
         self.prompt, self._running = "(tfloop) ", False
         first, update = _lines()
-        always = at is None and not condition and not on_nan
-        if always or at is not None:
-            for line in (first, update):
-                self.set_break(loop_module.__file__, line, temporary=not always)  # temporary: `run` begins at this step
-        reasons = [f"({condition})"] * bool(condition) + ["not bool(finite)"] * on_nan
-        if reasons:
-            self.set_break(loop_module.__file__, update, cond=" or ".join(reasons))
+        if condition or on_nan:
+            self.set_break(loop_module.__file__, update, cond=condition or "not bool(finite)")
+            return
+        for line in (first, update):
+            self.set_break(loop_module.__file__, line, temporary=at is not None)
 
     def stop_here(self, frame) -> bool:
         return _is_readable(frame.f_code.co_filename) and super().stop_here(frame)
@@ -179,10 +187,10 @@ def _is_readable(filename: str) -> bool:
     """Is this source of tfloop, or of the user: neither installed nor Python's own?"""
     if filename.startswith("<"):
         return False
-    path = os.path.realpath(filename)
-    installed = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    ours = os.path.dirname(os.path.realpath(__file__))
-    return path.startswith(ours + os.sep) or not any(path.startswith(folder + os.sep) for folder in installed)
+    path, ours = Path(os.path.realpath(filename)), Path(os.path.realpath(__file__)).parent
+    stdlib = Path(os.path.realpath(sysconfig.get_path("stdlib")))
+    installed = {"site-packages", "dist-packages"} & set(path.parts) or stdlib in path.parents
+    return ours in path.parents or not installed
 
 
 def check_condition(condition: str, loop) -> None:
@@ -218,15 +226,22 @@ def run(loop, epochs: int, at: int | None = None, condition: str = "", on_nan: b
     """Train `loop`, one step a call, under the Debugger; false where somebody quit. `options` are pdb.Pdb's."""
     if condition:
         check_condition(condition, loop)
-    where = (f"Stops once, at step {at}" if at is not None else "Stops at every step" if not (condition or on_nan) else
-             "Stops before the update where " + " or ".join([condition] * bool(condition) + ["a value is not finite"] * on_nan))
+    where = (f"Stops once, at step {at}" if at is not None else f"Stops before the update where {condition}" if condition else
+             "Stops before the update where a value is not finite" if on_nan else "Stops at every step")
     debugger = Debugger(at, condition, on_nan, **options)
     debugger.message(HELP.format(where=where, name=next(iter(loop.state.weights))))
     records, finished = loop.run(epochs), []
-    reached = not at or any(record.step >= at for record in records)  # up to there at full speed
-    if reached:
-        debugger.runcall(lambda: finished.extend(records) or finished.append(None))  # which swallows pdb's own way out
-    return not reached or bool(finished)
+    if at and not any(record.step >= at for record in records):  # up to there at full speed
+        debugger.message(f"step {at} was not reached: the run has {int(loop.state.global_step)} steps")
+        return True
+
+    def rest() -> None:
+        for _ in records:
+            pass
+        finished.append(True)
+
+    debugger.runcall(rest)  # which swallows pdb's own way out
+    return bool(finished)
 
 
 def under_another_debugger() -> bool:

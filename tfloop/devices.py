@@ -53,9 +53,12 @@ def _start(config: Config) -> tuple[Config, str]:
 
     tf.debugging.set_log_device_placement(config.log_device_placement)
     tf.config.experimental.enable_tensor_float_32_execution(config.precision == "tf32")
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
     if config.check_numerics:
         tf.debugging.enable_check_numerics()
     if config.debugger_dump:
+        _check_empty(config.debugger_dump)
         tf.debugging.experimental.enable_dump_debug_info(config.debugger_dump, "FULL_HEALTH", circular_buffer_size=-1)
     gpus = tf.config.list_physical_devices("GPU")
     kind, _, number = config.device.partition(":")
@@ -76,6 +79,17 @@ def _start(config: Config) -> tuple[Config, str]:
     config = _set_threads(config, choose(config, 1 if chosen else cores()))
     tf.config.list_logical_devices()  # settles the choice
     return config, tf.config.experimental.get_device_details(chosen[0]).get("device_name", "GPU") if chosen else "CPU"
+
+
+def _check_empty(folder: str) -> None:
+    """Two dumps in one folder make both unreadable."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        found = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"--debugger_dump={folder}: cannot be made: {error.strerror}") from None
+    if found:
+        raise UserError(f"--debugger_dump={folder}: is not empty; name a new folder")
 
 
 def _set_threads(asked: Config, chosen: Config) -> Config:

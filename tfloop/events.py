@@ -97,7 +97,10 @@ def read_scalars(folder: str | Path) -> list[Scalar]:
                 if kind == "simple_value":
                     number = value.simple_value
                 elif kind == "tensor" and (run, value.tag) in known:
-                    number = float(make_ndarray(value.tensor))
+                    array = make_ndarray(value.tensor)
+                    if array.size != 1 or array.dtype.kind not in "fiub":
+                        continue  # not TensorBoard's idea of a scalar
+                    number = float(array.reshape(()))
                 else:
                     continue
                 scalars.append(Scalar(run, value.tag, event.step, event.wall_time, number))

@@ -78,7 +78,8 @@ class Epoch:
     test: Metrics
     validation: Metrics | None
     rate: float
-    seconds: float  # of training alone
+    seconds: float  # of training alone, for `steps` steps
+    steps: int  # fewer than the epoch has where the state came from a checkpoint inside it
     outputs: np.ndarray = dataclasses.field(compare=False, repr=False)  # [test images, classes], the logits
 
 
@@ -208,7 +209,8 @@ class Loop:
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
                  steps_per_call: int = 0, jit_compile: bool = False, eager: bool = False, fast: bool = True,
-                 shards: int = 1, differentiate: Callable | None = None):
+                 shards: int = 1, differentiate: Callable | None = None, time_input: bool = True,
+                 check_numerics: bool = False):
         """Args:
           state: what to train.
           data: images and labels.
@@ -220,6 +222,8 @@ class Loop:
           fast: rearrange the forward pass (see `ops`).
           shards: parts of a batch to compute side by side, with `fast`.
           differentiate: computes loss and gradients in place of `forward_and_backward`.
+          time_input: measure the wait for batches, for which TensorFlow's op determinism leaves no operation.
+          check_numerics: tf.debugging.enable_check_numerics() is on, which breaks off a step half done: one step a call.
 
         Raises:
           UserError: a batch larger than the data, or a model whose outputs do not fit its classes.
@@ -227,7 +231,10 @@ class Loop:
         if batch_size > len(data.train):
             raise UserError(f"--batch_size={batch_size} is larger than the {len(data.train)} training images")
         outputs = models.logits(state.model, state.standardize(data.train.images[:1]))
-        if state.loss is None and (len(outputs.shape) != 2 or outputs.shape[1] < data.classes):
+        if not tf.is_tensor(outputs) or len(outputs.shape) != 2:
+            found = f"shape {tuple(outputs.shape)}" if tf.is_tensor(outputs) else type(outputs).__name__
+            raise UserError(f"the model gives {found} for a batch of one image; expected one tensor [batch, outputs]")
+        if state.loss is None and outputs.shape[1] < data.classes:
             raise UserError(f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data have "
                             f"{data.classes} classes")
         self.state, self.data, self._output_shape = state, data, outputs.shape[1:]
@@ -237,7 +244,8 @@ class Loop:
         self.pipeline = pipelines.make(pipeline, data.train, batch_size)
         self.steps = self.pipeline.steps
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-        self.steps_per_call = min(steps_per_call or STEPS_PER_CALL[kind], self.steps)
+        self.steps_per_call = 1 if check_numerics else min(steps_per_call or STEPS_PER_CALL[kind], self.steps)
+        self._time_input, self._check_numerics = time_input, check_numerics
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
         self.forward = functools.partial(ops.logits, shards=shards) if fast else models.logits
         differentiate = differentiate or functools.partial(forward_and_backward, forward=self.forward)
@@ -259,11 +267,14 @@ class Loop:
         def body(i, total, waited):
             if not tf.executing_eagerly():
                 self.graph = tf.compat.v1.get_default_graph()
-            started = tf.timestamp()
-            with tf.control_dependencies([started]):
+            if self._time_input:
+                started = tf.timestamp()
+                with tf.control_dependencies([started]):
+                    batch = self.pipeline.take(source, self.state.batch)
+                with tf.control_dependencies(batch):
+                    waited += tf.timestamp() - started
+            else:
                 batch = self.pipeline.take(source, self.state.batch)
-            with tf.control_dependencies(batch):
-                waited += tf.timestamp() - started
             with tf.compat.v1.name_scope(None):  # TensorBoard's graph then has the layers on top, not inside the loop
                 step = self._step(batch)
             return i + 1, step._replace(sums=total.sums + step.sums), waited
@@ -274,7 +285,9 @@ class Loop:
         return tf.while_loop(lambda i, *_: i < steps, body, start, parallel_iterations=1)[1:]
 
     def batch(self, index: int) -> Batch:
-        """The batch with this index in the epoch that the state is in, made on its own."""
+        """The batch with this index, from 0 to steps - 1, in the epoch that the state is in, made on its own."""
+        if not 0 <= index < self.steps:
+            raise UserError(f"batch {index}: an epoch has the batches 0 to {self.steps - 1}")
         return pipelines.batch_at(self.data.train, self.pipeline.batch_size, self.state.seed, self.state.epoch, index)
 
     def train_epoch(self) -> Iterator[Call]:
@@ -385,7 +398,7 @@ class Loop:
         state.diverged.assign(False)
         rate = float(state.schedule(tf.maximum(state.schedule_step - 1, 0)))
         while int(state.epoch) < epochs:
-            before = self.seconds["training"]
+            before, first = self.seconds["training"], int(state.batch)
             for call in self.train_epoch():
                 rate = call.rate
                 yield call
@@ -396,7 +409,7 @@ class Loop:
             state.batch.assign(0)
             state.totals.assign(tf.zeros_like(state.totals))
             yield Epoch(int(state.epoch), int(state.global_step), train, test, validation, rate,
-                        self.seconds["training"] - before, outputs)
+                        self.seconds["training"] - before, self.steps - first, outputs)
 
     def fit(self, epochs: int) -> Epoch | None:
         """`run` to its end; the last epoch's record."""
@@ -407,6 +420,7 @@ class Loop:
 
     def _time(self, what: str, function, *arguments):
         """(result, seconds): the call, and the wait for the device to finish it."""
+        averages = [variable.numpy() for variable in self.state.moving.values()] if self._check_numerics else []
         started = time.perf_counter()
         try:
             result = function(*arguments)
@@ -416,6 +430,8 @@ class Loop:
             if not operation:
                 raise
             tf.debugging.disable_check_numerics()  # it has found what it was to find
+            for variable, value in zip(self.state.moving.values(), averages):
+                variable.assign(value)
             where = f", first in the operation {operation.group(1)}"
             raise (self._divergence(where) if what != "evaluation" else self._held_out_divergence(where)) from None
         seconds = time.perf_counter() - started

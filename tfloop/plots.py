@@ -1,5 +1,6 @@
 """Pictures, as PNG files or as PNG bytes for TensorBoard."""
 
+import importlib.util
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -49,14 +50,17 @@ def curves(runs: Mapping[str, Mapping[str, tuple[list[float], list[float]]]], re
         left.annotate(f"{100 * reference:.2f} %", (0, reference), xycoords=("axes fraction", "data"), xytext=(4, 3),
                       textcoords="offset points", color="#666666")
         accuracies.append(reference)
+    accuracies = [value for value in accuracies if math.isfinite(value)]
     if accuracies:  # from the middle of the first climb on: the rest is decided in the last per cent
         low = max(min(accuracies), 1 - 8 * (1 - max(accuracies)) - 0.01)
-        left.set_ylim(low, min(1.0, max(accuracies)) + 0.05 * (1 - low))
+        left.set_ylim(low - 1e-4, min(1.0, max(accuracies)) + 0.05 * (1 - low) + 1e-4)
     left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
     left.set(title="accuracy", xlabel=along)
-    right.set(title="loss", xlabel=along, yscale="log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_minor_formatter("")
+    right.set(title="loss", xlabel=along)
+    if all(value > 0 for line in right.lines for value in line.get_ydata()):
+        right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_minor_formatter("")
     right.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -100,6 +104,8 @@ class LivePlot:
     def __init__(self, path: str | Path | None = None, reference: float | None = None, before: Sequence[dict] = ()):
         """Args: the file, None in a notebook; an accuracy to draw a line at; epochs before, as in result.json."""
         self._path, self._reference, self._found, self._shown = path, reference, {}, None
+        if path is None and not importlib.util.find_spec("IPython"):
+            raise UserError("LivePlot without a path redraws in a notebook, and IPython is not installed; give it a path")
         for epoch in before:
             self._add(epoch["epoch"], epoch["train"], epoch["test"])
 
@@ -133,7 +139,7 @@ def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> bytes:
 
     counts = confusion_matrix(labels, guesses, labels=range(classes))
     errors = np.where(np.eye(classes, dtype=bool), 0, counts)
-    figure, axes = _figure(size=(max(4.0, 0.55 * classes + 1),) * 2, layout="none")
+    figure, axes = _figure(size=(min(max(4.0, 0.55 * classes + 1), 14.0),) * 2, layout="none")
     axes.imshow(errors, cmap="OrRd", vmin=0, vmax=max(errors.max(), 1) * 1.3)
     axes.grid(False)
     if classes <= 30:
@@ -149,8 +155,7 @@ def misclassified(images: np.ndarray, labels: np.ndarray, guesses: np.ndarray) -
     """Images that the model got wrong, each with its true and its predicted class."""
     columns, (height, width) = min(5, len(images)), images.shape[1:3]
     gap = math.ceil(0.25 * height)  # above each image, for its line of text
-    tiles = images if images.shape[-1] == 3 else images.mean(axis=-1, keepdims=True)
-    tiles = np.pad(tiles, ((0, -len(tiles) % columns), (gap, 0), (1, 1), (0, 0)), constant_values=images.min())
+    tiles = np.pad(_visible(images), ((0, -len(images) % columns), (gap, 0), (1, 1), (0, 0)))
     figure, axes = _figure(size=(1.4 * columns, 1.4 * (height + gap) / width * math.ceil(len(images) / columns)), layout="none")
     figure.subplots_adjust(0, 0, 1, 1)
     axes.imshow(_tiled(tiles, columns), cmap="gray")
@@ -179,10 +184,7 @@ def feature_maps(activation: np.ndarray, channels: int = 16) -> bytes:
 
 def sprite(images: np.ndarray) -> bytes:
     """Thumbnails, row by row, as the projector wants them: as many columns as rows."""
-    if images.shape[-1] not in (1, 3):
-        images = images.mean(axis=-1, keepdims=True)
-    low, high = float(images.min()), float(images.max())
-    images = (255 * (images - low) / max(high - low, 1e-12)).astype(np.uint8)
+    images = _visible(images)
     side = math.ceil(math.sqrt(len(images)))
     sheet = np.zeros((side * side, *images.shape[1:]), np.uint8)
     sheet[:len(images)] = images
@@ -222,6 +224,13 @@ def _encode(pixels: np.ndarray) -> bytes:
     import tensorflow as tf
 
     return tf.io.encode_png(pixels).numpy()
+
+
+def _visible(images: np.ndarray) -> np.ndarray:
+    """uint8, grey or in colour, from the darkest value of all images to the brightest."""
+    images = images if images.shape[-1] in (1, 3) else images.mean(axis=-1, keepdims=True)
+    low, high = float(images.min()), float(images.max())
+    return (255 * (images - low) / max(high - low, 1e-12)).astype(np.uint8)
 
 
 def _grid(tiles: np.ndarray, columns: int, zoom: int) -> np.ndarray:

@@ -32,7 +32,7 @@ class Display:
                                   f"{record.rate:.3g}  step {record.step}  {1000 * record.seconds / record.steps:.1f} ms/step")
             self._bar.refresh()
             return
-        self.say(epoch_line(record, self._epochs, self._steps))
+        self.say(epoch_line(record, self._epochs))
         self._bar.reset(self._task, total=self._steps, text="")
 
     def __enter__(self) -> "Display":
@@ -43,11 +43,12 @@ class Display:
         self._bar.stop()
 
 
-def epoch_line(record: Epoch, epochs: int, steps: int) -> str:
+def epoch_line(record: Epoch, epochs: int) -> str:
     """One epoch in one line."""
     parts = [f"epoch {record.epoch}/{epochs}", f"loss {record.train.total:.4f}",
              f"accuracy {100 * record.train.accuracy:.2f} %", f"test loss {record.test.total:.4f}",
              f"test accuracy {100 * record.test.accuracy:.2f} %"]
     if record.validation:
         parts.append(f"validation accuracy {100 * record.validation.accuracy:.2f} %")
-    return "  ".join(parts + [f"rate {record.rate:.3g}", f"{1000 * record.seconds / steps:.1f} ms/step"])
+    speed = [f"{1000 * record.seconds / record.steps:.1f} ms/step"] * (record.steps > 0)
+    return "  ".join([*parts, f"rate {record.rate:.3g}", *speed])

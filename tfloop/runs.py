@@ -59,7 +59,8 @@ def make_loop(config: Config, dataset: data.Dataset | None = None, **options) ->
     state = make_state(config, dataset.image_shape, dataset.classes, steps, dataset.standardizer)
     return Loop(state, dataset, batch_size=config.batch_size, pipeline=config.pipeline,
                 steps_per_call=config.steps_per_call, jit_compile=config.jit_compile, eager=config.eager,
-                fast=config.fast, shards=max(config.shards, 1), **options)
+                fast=config.fast, shards=max(config.shards, 1), time_input=not config.deterministic,
+                check_numerics=config.check_numerics, **options)
 
 
 def open_run(folder: str | Path, best: bool = False,

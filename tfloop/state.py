@@ -32,6 +32,7 @@ class TrainState(tf.Module):
       optimizer, schedule: their slots, count and numbers.
       hyper: name → variable, every number a step reads: l1, l2, label_smoothing, the optimizer's and the schedule's.
       seed, epoch, batch: the position in the data; with them the order of examples and all dropout is determined.
+      initial_hyper: what `hyper` held at first, and `reset(hyper=True)` sets back.
       totals: float64 sums of the epoch's metrics so far.
       diverged: true once a loss or gradient was not finite; from then on no step changes anything.
     """
@@ -87,7 +88,7 @@ class TrainState(tf.Module):
         self.scale = tf.Variable(standardizer.scale, trainable=False, name="scale")
         found = {name: variable.numpy() for name, variable in {**self.weights, **self.moving}.items()}
         self._initial = initial_weights or (lambda seed: found)
-        self._initial_hyper = {name: variable.numpy() for name, variable in self.hyper.items()}
+        self.initial_hyper = {name: variable.numpy() for name, variable in self.hyper.items()}
 
     @property
     def hyper(self) -> Mapping[str, tf.Variable]:
@@ -131,7 +132,7 @@ class TrainState(tf.Module):
         if schedule:
             self.schedule_step.assign(0)
         if hyper:
-            for name, value in self._initial_hyper.items():
+            for name, value in self.initial_hyper.items():
                 self.hyper[name].assign(value)
         if data:
             self.epoch.assign(0)

@@ -12,6 +12,7 @@ folder holds its settings (HParams) and the layout of Custom Scalars. How much i
 import os
 from pathlib import Path
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
@@ -30,12 +31,12 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from tfloop import models
-from tfloop.config import GROUPS, Config
+from tfloop.config import GROUPS, HYPER, Config
 from tfloop.events import EventFile
 from tfloop.loop import Call, Epoch, Loop, Metrics
 
 TAGS = {"total": "loss/total", "data": "loss/data", "l1": "loss/l1", "l2": "loss/l2", "custom": "loss/custom",
-        "model": "loss/model", "accuracy": "accuracy", "gradient_norm": "gradient_norm/all"}
+        "model": "loss/model", "accuracy": "accuracy", "gradient_norm": "gradient_norm/mean"}
 SCALAR = scalar_metadata(display_name="", description="")
 PROBED = 4  # test images whose activations the histograms show
 EMBEDDED = 500  # test images in the projector
@@ -56,7 +57,7 @@ class Summaries:
         self._penalised = {id(kernel) for kernel in loop.state.kernels}
         if config.summaries != "none" and not resumed:
             self._write("", 0, custom_scalar_pb(_layout()), *_hparams(config, loop.state, self._folder.name))
-            self._write("train", 0, text_pb("config", _settings_text(config)), text_pb("model", _model_text(loop.state.model)))
+            self._write("train", 0, text_pb("config", _settings_text(config)), text_pb("model", _model_text(loop.state)))
 
     def write(self, record: Call | Epoch) -> None:
         """A Call is a point of the training curves, an Epoch one of the test and validation curves."""
@@ -83,12 +84,13 @@ class Summaries:
             return
         split, step = self._loop.data.test, int(self._loop.state.global_step)
         outputs = self._last_epoch.outputs if self._last_epoch else self._loop.evaluate_with_outputs(split)[1]
-        self._write("test", step, text_pb("classification_report", _report(split.labels, outputs)))
+        if outputs.shape[1] == self._loop.data.classes:
+            self._write("test", step, text_pb("classification_report", _report(split.labels, outputs)))
         if not self._histograms:
             return
         if self._loop.graph:
             self._file("train").write_graph(self._loop.graph)
-        if hasattr(self._loop.state.model, "to_json"):
+        if isinstance(self._loop.state.model, (keras.Sequential, keras.src.models.Functional)):
             self._write("train", 0, _keras_model_pb(self._loop.state.model))
         if not self._every_epoch:
             self._pictures(step, outputs)
@@ -121,9 +123,12 @@ class Summaries:
         self._file(run).write(step, *summaries)
 
     def _call_scalars(self, call: Call) -> dict[str, float]:
+        """Norms and penalties by weight are those of the call's last step."""
         state, seconds = self._loop.state, call.seconds / call.steps
+        size, rows = self._loop.pipeline.size, self._loop.pipeline.batch_size
+        examples = min(call.batch * rows, size) - (call.batch - call.steps) * rows
         values = {"learning_rate": call.rate, "speed/ms_per_step": 1000 * seconds,
-                  "speed/examples_per_second": self._loop.pipeline.batch_size / seconds,
+                  "speed/examples_per_second": examples / call.seconds, "gradient_norm/all": float(call.gradients.norm),
                   "speed/input_wait_ms": 1000 * call.input_seconds / call.steps, **_memory()}
         l1, l2 = (float(state.hyper[name]) for name in ("l1", "l2"))
         gradients, updates = call.gradients.norms(), call.updates.norms()
@@ -158,6 +163,8 @@ class Summaries:
         from tfloop import plots
 
         test, model = self._loop.data.test, self._loop.state.model
+        if outputs.shape[1] != self._loop.data.classes:
+            return  # a model with a loss of its own, which may not classify
         guesses = outputs.argmax(axis=1)
         wrong = np.flatnonzero(guesses != test.labels)[:MISCLASSIFIED]
         pictures = {"confusion": plots.confusion(test.labels, guesses, outputs.shape[1])}
@@ -238,7 +245,8 @@ def _hparams(config: Config, state, run: str) -> list[Summary]:
     metrics = [Metric("accuracy", "test", display_name="test accuracy"), Metric("loss/data", "test", display_name="test loss"),
                Metric("accuracy", "train", display_name="train accuracy"), Metric("loss/total", "train", display_name="train loss"),
                Metric("speed/ms_per_step", "train", display_name="ms per step")]
-    return [hparams_config_pb([HParam(name) for name in values], metrics), hparams_pb(values, trial_id=run)]
+    names = dict.fromkeys([*HYPER_FIELDS, *HYPER["optimizer"], *HYPER["schedule"], *values])  # TensorBoard takes one run's list
+    return [hparams_config_pb([HParam(name) for name in names], metrics), hparams_pb(values, trial_id=run)]
 
 
 def _settings_text(config: Config) -> str:
@@ -247,10 +255,11 @@ def _settings_text(config: Config) -> str:
     return "\n".join(["| setting | value |", "| --- | --- |", *rows])
 
 
-def _model_text(model) -> str:
-    if not hasattr(model, "layers"):
-        return type(model).__name__
-    rows = [f"| {layer} | {shape} | {weights} | {parameters:,} |" for layer, shape, weights, parameters in models.table(model)]
+def _model_text(state) -> str:
+    if not isinstance(state.model, keras.Sequential):
+        rows = [f"| {name} | {tuple(weight.shape)} | {weight.shape.num_elements():,} |" for name, weight in state.weights.items()]
+        return "\n".join(["| weight | shape | parameters |", "| --- | --- | ---: |", *rows])
+    rows = [f"| {layer} | {shape} | {weights} | {parameters:,} |" for layer, shape, weights, parameters in models.table(state.model)]
     return "\n".join(["| layer | output | weights | parameters |", "| --- | --- | --- | ---: |", *rows])
 
 

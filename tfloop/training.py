@@ -78,7 +78,7 @@ def dry_run(config: Config, device: str = "") -> None:
     logdir = Path(config.logdir)
     folders.check_writable(logdir)
     dataset = load_data(config).head(config.batch_size)
-    own = config.replace(epochs=1, seeds=(), runs=1)
+    own = config.replace(epochs=1, seeds=(), runs=1, profile="0:1" if config.profile else "")
     loop = make_loop(own, dataset)
     made = not logdir.exists()
     logdir.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,9 @@ def dry_run(config: Config, device: str = "") -> None:
             logdir.rmdir()
 
 
+MOST_REWINDS = 3
+
+
 @dataclasses.dataclass
 class Reached:
     """What a run has reached beside its state; saved in the manifest of every checkpoint, and restored with it."""
@@ -101,6 +104,7 @@ class Reached:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     best: dict | None = None  # epoch, validation accuracy and checkpoint of the best so far
     resumed_at: list[int] = dataclasses.field(default_factory=list)  # global steps
+    rewinds: list[int] = dataclasses.field(default_factory=list)  # global steps that diverged, with --on_nan=rewind
 
 
 class Run:
@@ -109,16 +113,24 @@ class Run:
     def __init__(self, config: Config, loop: Loop, folder: Path, display: Display, device: str):
         self._config, self._loop, self._folder, self._display, self._device = config, loop, folder, display, device
         self._checkpoints = checkpoints.Checkpoints(loop.state, folder / "checkpoints", config.keep)
-        self._reached, self._saved = Reached(), None
+        self._reached, self._saved, self._before = Reached(), None, {}
         loop.stop_every = int(config.checkpoint_every) if config.checkpoint_every.isdecimal() else 0
 
     def train(self, started: float, stop: Callable[[], bool]) -> dict:
         """The result, as written to result.json."""
-        config, loop, state = self._config, self._loop, self._loop.state
-        state.begin(config.seed)
         resumed = self._resume()
-        before, stopped, diverged = dict(loop.seconds), False, None
         self._count("setup", time.perf_counter() - started)
+        while (diverged := self._go_on(stop, resumed)) and self._may_rewind():
+            resumed = self._rewind(diverged)
+        result = self._result(diverged)
+        folders.write_json(self._folder / folders.RESULT, result)
+        if diverged:
+            raise diverged
+        return result
+
+    def _go_on(self, stop: Callable[[], bool], resumed: bool) -> DivergenceError | None:
+        """Train from where the state is, until all epochs are done, `stop` says so, or the step diverges."""
+        config, loop, state, diverged = self._config, self._loop, self._loop.state, None
         with Summaries(self._folder, loop, config, resumed) as summaries, \
                 Profile(config, loop, self._folder, self._display.say) as profile:
             plot = LivePlot(self._folder / "curves.png", before=self._reached.epochs) if config.live_plot else None
@@ -136,27 +148,44 @@ class Run:
                         continue  # the epoch's evaluation follows: stop and save after that
                     stopped = stop()
                     if due(record) or stopped or is_best:
-                        self._save(summaries, before)
+                        self._save(summaries)
                     if stopped:
                         break
             except DivergenceError as error:
                 diverged = error
+                if self._may_rewind():
+                    return diverged
             if diverged or self._saved != int(state.global_step):
-                self._save(summaries, before)
-            finished = not diverged and int(state.epoch) >= config.epochs
-            if finished:
+                self._save(summaries)
+            if self._is_finished(diverged):
                 with self._timed("pictures"):
                     summaries.finish()
-            if finished or diverged:
-                summaries.end(succeeded=finished)
-        result = self._result(before, finished, diverged)
-        folders.write_json(self._folder / folders.RESULT, result)
-        if diverged:
-            raise diverged
-        return result
+            if self._is_finished(diverged) or diverged:
+                summaries.end(succeeded=not diverged)
+        return diverged
+
+    def _is_finished(self, diverged: DivergenceError | None) -> bool:
+        return not diverged and int(self._loop.state.epoch) >= self._config.epochs
+
+    def _may_rewind(self) -> bool:
+        return self._config.on_nan == "rewind" and len(self._reached.rewinds) < MOST_REWINDS
+
+    def _rewind(self, diverged: DivergenceError) -> bool:
+        """Go back to the newest checkpoint, or to the start where there is none, with half the rate of before."""
+        rewinds = [*self._reached.rewinds, diverged.step]
+        resumed = self._resume()
+        factor = 0.5 ** len(rewinds)
+        for name in {"learning_rate", "rates"} & set(self._loop.state.schedule.hyper):
+            self._loop.state.hyper[name].assign(factor * self._loop.state.initial_hyper[name])
+        self._reached.rewinds = rewinds
+        self._display.warn(f"{str(diverged).partition(';')[0]}; back to step {int(self._loop.state.global_step)}, with {factor:g} times the rate "
+                           f"({len(rewinds)} of at most {MOST_REWINDS} times)")
+        return resumed
 
     def _resume(self) -> bool:
-        """Go to the newest checkpoint; false where the run has none, because it never came so far."""
+        """Go to the newest checkpoint; false where the run has none, because it never came so far, and begins."""
+        self._loop.state.begin(self._config.seed)
+        self._reached, self._saved, self._before = Reached(), None, dict(self._loop.seconds)
         folder = self._folder / "checkpoints"
         kept = {}
         if found := checkpoints.all_in(folder):
@@ -167,9 +196,9 @@ class Run:
                 self._loop.state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
             folders.write(self._folder / "config.json", self._config.to_json())
             step = int(self._loop.state.global_step)
-            self._reached.resumed_at.append(step)
             self._saved = step
             kept = manifest["events"]
+            self._reached.resumed_at.append(step)
             self._display.say(f"resumed at step {step}, in epoch {min(int(self._loop.state.epoch) + 1, self._config.epochs)}, "
                               f"from {path}")
         (self._folder / folders.RESULT).unlink(missing_ok=True)
@@ -192,14 +221,13 @@ class Run:
                               "checkpoint": self._checkpoints.next_name()}
         return True
 
-    def _save(self, summaries: Summaries | None, before: dict[str, float]) -> None:
+    def _save(self, summaries: Summaries) -> None:
         state, loop = self._loop.state, self._loop
-        events = summaries.sync() if summaries else {}
-        reached = {**dataclasses.asdict(self._reached), "seconds": self._seconds(before)}
+        reached = {**dataclasses.asdict(self._reached), "seconds": self._seconds()}
         self._checkpoints.save({
             "tfloop": __version__, "config": dataclasses.asdict(self._config), "image_shape": loop.data.image_shape,
             "pixels": loop.data.train.images.dtype.name, "classes": loop.data.classes, "steps_per_epoch": loop.steps,
-            "reached": reached, "best": self._reached.best, "events": events},
+            "reached": reached, "best": self._reached.best, "events": summaries.sync()},
             self._reached.best["checkpoint"] if self._reached.best else None)
         self._saved = int(state.global_step)
 
@@ -212,19 +240,19 @@ class Run:
         yield
         self._count(what, time.perf_counter() - started)
 
-    def _seconds(self, before: dict[str, float]) -> dict[str, float]:
-        """All seconds of the run, those before it was resumed included; `before` is what the loop had counted when it began."""
-        spent = {key: self._reached.seconds.get(key, 0.0) + self._loop.seconds[key] - before[key] for key in before}
+    def _seconds(self) -> dict[str, float]:
+        """All seconds of the run, those before it was resumed included."""
+        spent = {key: self._reached.seconds.get(key, 0.0) + self._loop.seconds[key] - self._before[key] for key in self._before}
         return {"setup": 0.0, "summaries": 0.0, "pictures": 0.0} | self._reached.seconds | spent
 
-    def _result(self, before: dict[str, float], finished: bool, diverged: DivergenceError | None) -> dict:
+    def _result(self, diverged: DivergenceError | None) -> dict:
         config, loop, state, reached = self._config, self._loop, self._loop.state, self._reached
-        seconds = self._seconds(before)
+        seconds = self._seconds()
         maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
-            "config": dataclasses.asdict(config), "hyper": _numbers(state), "finished": finished,
+            "config": dataclasses.asdict(config), "hyper": _numbers(state), "finished": self._is_finished(diverged),
             "diverged": {"step": diverged.step, "layer": diverged.layer} if diverged else None,
-            "steps": int(state.global_step), "steps_per_epoch": loop.steps, "resumed_at": reached.resumed_at,
+            "steps": int(state.global_step), "steps_per_epoch": loop.steps, "resumed_at": reached.resumed_at, "rewinds": reached.rewinds,
             "epochs": reached.epochs, "final": reached.epochs[-1] if reached.epochs else None,
             "best_by_validation": reached.best,
             "seconds": {key: round(value, 4) for key, value in seconds.items()},
@@ -261,10 +289,11 @@ class Profile:
 
     def __init__(self, config: Config, loop: Loop, folder: Path, say: Callable[[str], None]):
         self._steps, self._folder, self._say, self._running = config.profile_steps, folder / "train", say, False
-        loop.single = self._steps
+        self._last, self._done, loop.single = 0, False, self._steps
 
     def write(self, record) -> None:
         """Start or stop after this record, where it is time to."""
+        self._last = record.step
         self._move_to(record.step)
 
     def _move_to(self, step: int) -> None:
@@ -273,9 +302,9 @@ class Profile:
             self._running = True
         elif self._running and step not in self._steps:
             tf.profiler.experimental.stop()
-            self._running = False
+            self._running, self._done = False, True
             installed = any(importlib.util.find_spec(name) for name in ("xprof", "tensorboard_plugin_profile"))
-            self._say(f"profile of steps {self._steps.start} to {self._steps.stop - 1} written" + (
+            self._say(f"profile of steps {self._steps.start} to {min(self._last, self._steps.stop) - 1} written" + (
                 "" if installed else "; TensorBoard shows it with its plugin: pip install xprof"))
 
     def __enter__(self) -> "Profile":
@@ -284,6 +313,8 @@ class Profile:
 
     def __exit__(self, *_) -> None:
         self._move_to(-1)
+        if self._steps and not self._done:
+            self._say(f"--profile={self._steps.start}:{self._steps.stop}: no such step was made; nothing is profiled")
 
 
 def _numbers(state: TrainState) -> dict:
@@ -302,7 +333,7 @@ def _settings_line(config: Config, state: TrainState) -> str:
 
 def _epoch_json(epoch: Epoch) -> dict:
     parts = {part: getattr(epoch, part)._asdict() for part in ("train", "test", "validation") if getattr(epoch, part)}
-    return {"epoch": epoch.epoch, "step": epoch.step, "rate": epoch.rate, "seconds": epoch.seconds, **parts}
+    return {"epoch": epoch.epoch, "step": epoch.step, "rate": epoch.rate, "seconds": epoch.seconds, "steps": epoch.steps, **parts}
 
 
 def _closing_line(result: dict) -> str:
