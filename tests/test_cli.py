@@ -170,6 +170,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(train, tmp_pat
     (["predict", "/nowhere"], "expected RUN and IMAGES"),
     (["schedule"], "choose --print, or --plot=FILE.png"),
     (["schedule", "--preset=digits", "--plot=/nowhere/x.png"], "/nowhere/x.png: cannot be written"),
+    (["export", "/nowhere"], "/nowhere: not a run's folder"),
+    (["export", "/tmp", "--format=onnx"], "--format=onnx is unknown; choose from keras, saved_model, tflite, weights"),
     (["scalars"], "expected RUN, one or several folders with event files"),
     (["scalars", "/nowhere"], "/nowhere: does not exist"),
     (["scalars", "/tmp", "--format=xml"], "--format=xml is unknown; choose from csv, json"),

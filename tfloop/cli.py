@@ -90,6 +90,21 @@ def predict(config: Config, options: dict, arguments: list[str]) -> int:
     return 0
 
 
+def export(config: Config, options: dict, arguments: list[str]) -> int:
+    folder = _one(arguments, "RUN", "the folder of a run")
+    if options["format"] not in ("keras", "saved_model", "tflite", "weights"):
+        raise UserError(f"--format={options['format']} is unknown; choose from keras, saved_model, tflite, weights")
+    _start(config)
+    from tfloop import export, runs
+
+    _, state, _ = runs.open_run(folder, options["best"], _warn)
+    name = os.path.basename(os.path.abspath(folder))
+    path = options["out"] or f"{name}{export.FORMATS[options['format']] or '-saved_model'}"
+    export.export(state, options["format"], path)
+    print(path)
+    return 0
+
+
 def model(config: Config, options: dict, arguments: list[str]) -> int:
     _start(config)
     from rich import box
@@ -304,6 +319,9 @@ COMMANDS = {
         "best": (False, BEST)}),
     "predict": Command(predict, "class and probabilities of each image, as CSV", "RUN IMAGES", WHERE, {
         "out": ("", "the CSV file; unset: standard output"), "best": (False, BEST)}),
+    "export": Command(export, "a run as a plain Keras, SavedModel or TFLite model that takes raw pixels", "RUN", WHERE, {
+        "format": ("keras", "keras, saved_model, tflite, or weights: the layers' weights alone"),
+        "out": ("", "the file, or the folder of a saved_model; unset: named after the run"), "best": (False, BEST)}),
     "model": Command(model, "the model's layers, shapes and parameters", settings=MODEL + WHERE),
     "tensorboard": Command(tensorboard, "open TensorBoard on the runs", "[LOGDIR]", (), {
         "port": ("", "its port; unset: 6006 or the next free one"), "host": ("127.0.0.1", "the address to listen on")}),
