@@ -4,6 +4,9 @@
 class UserError(ValueError):
     """A mistake in the input: a flag, a file, a combination. The command line prints it and exits with 2."""
 
+    def __init__(self, message: str):
+        super().__init__(message.replace("\n", " "))  # one line, whatever the input held
+
 
 class DivergenceError(ArithmeticError):
     """The loss or a gradient became NaN or infinite. The command line prints it and exits with 3.

@@ -1,0 +1,36 @@
+"""A quick run of the fuzzers; `./run.sh bench fuzz` is the long one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import fuzz  # noqa: E402
+
+NAMES = ("IDX", "IDX, gzip", "npz", "config.json", "flags", "checkpoint", "events")
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    return fuzz.targets(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_every_target_is_fuzzed(targets):
+    assert tuple(targets) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_case_ends_in_success_or_in_one_clear_line(targets, name):
+    found = fuzz.fuzz(name, *targets[name], cases=150)
+    assert found["failure"] is None
+    assert found["clear error"] > 0 and found["success"] > 0 and found["slowest_s"] < 10
+
+
+def test_the_fuzzers_can_fail(targets):
+    strategy, _ = targets["IDX"]
+
+    def crash(case):
+        raise KeyError("no UserError")
+
+    assert "KeyError" in fuzz.fuzz("IDX", strategy, crash, cases=10)["failure"]
