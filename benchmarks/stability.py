@@ -2,7 +2,7 @@
 
     ./run.sh bench stability [--steps=20000]
 
-Trains the digits with a small network, a checkpoint every 100 steps and all summaries after every epoch, and notes
+Trains the digits with a small network, a checkpoint every 100 steps and --summaries=full after every epoch, and notes
 the memory in use and the number of open files after every epoch.
 """
 
@@ -18,9 +18,10 @@ WARM_UP = 0.1  # share of the run that is not judged
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--summaries", default="full", choices=("none", "scalars", "default", "full"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = start_quietly(preset="digits", summaries="full", checkpoint_every="100", logdir=folder, quiet=True, epochs=1)
+        config = start_quietly(preset="digits", summaries=options.summaries, checkpoint_every="100", logdir=folder, quiet=True, epochs=1)
         from tfloop import training
 
         notes = []
@@ -44,7 +45,7 @@ def main() -> None:
         ["memory, MiB", f"{mean(first, 0):.1f}", f"{mean(last, 0):.1f}", f"{max(row[0] for row in judged):.1f}"],
         ["open files", f"{mean(first, 1):.1f}", f"{mean(last, 1):.1f}", f"{max(row[1] for row in judged)}"]]))
     print(f"\n{result['steps']} steps, {len(result['epochs'])} epochs; memory grew by {growth:.2f} MiB per 1000 steps")
-    save("stability", options.out, {"environment": found, "steps": result["steps"], "memory_mib": [round(m, 1) for m, _ in notes],
+    save("stability", options.out, {"environment": found, "steps": result["steps"], "summaries": options.summaries, "memory_mib": [round(m, 1) for m, _ in notes],
                                     "open_files": [f for _, f in notes]})
 
 

@@ -148,7 +148,7 @@ class Summaries:
         found = [histogram_pb(f"weights/{name}", weight.numpy()) for name, weight in self._loop.state.weights.items()]
         if self._last_call:
             found += [histogram_pb(f"gradients/{name}", np.asarray(gradient))
-                      for name, gradient in self._last_call.gradients.items()]
+                      for name, gradient in self._last_call.gradients.parts().items()]
         return found
 
     def _activation_histograms(self) -> list[Summary]:
