@@ -28,6 +28,7 @@ def targets(folder: Path) -> dict:
 
     import tfloop
     from tfloop import checkpoints, cli, data, events
+    from tfloop.commands import command
     from tfloop.config import FIELDS, Config
     from tfloop.errors import UserError
 
@@ -77,7 +78,7 @@ def targets(folder: Path) -> dict:
     found["config.json"] = strategy | settings, read_config
 
     word = st.text(alphabet="0123456789.,-eainfNaN:/x ", max_size=6)
-    flag = st.tuples(st.sampled_from(sorted(cli.MODEL)), word | st.sampled_from(["3", "2,2", "relu", "same", "digits", "0.5", "mnist"]))
+    flag = st.tuples(st.sampled_from(sorted(command.MODEL)), word | st.sampled_from(["3", "2,2", "relu", "same", "digits", "0.5", "mnist"]))
 
     def flags(chosen):
         out, err = io.StringIO(), io.StringIO()

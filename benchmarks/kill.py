@@ -43,7 +43,7 @@ def child(phase: str, count: int, command: list[str]) -> int:
     """Run tfloop in this process, and kill it at the count-th operation of the phase, in the middle of which it then is."""
     import threading
 
-    from tfloop import cli
+    from tfloop import cli, devices
 
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -58,7 +58,7 @@ def child(phase: str, count: int, command: list[str]) -> int:
 
         return wrapped
 
-    started = cli._start
+    started = devices.start
 
     def start(config):
         found = started(config)
@@ -104,7 +104,7 @@ def child(phase: str, count: int, command: list[str]) -> int:
             loop.Loop._time = timed
         return found
 
-    cli._start = start
+    devices.start = start
     return cli.main(command)
 
 

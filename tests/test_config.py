@@ -66,6 +66,7 @@ def test_another_optimizer_or_schedule_drops_the_presets_numbers_of_the_old_one(
     (dict(schedule="piecewise", boundaries="5,3", rates="1,2"), "--boundaries=5,3 must rise"),
     (dict(eager=True, jit_compile=True), "--eager and --jit_compile exclude each other"),
     (dict(seeds="1,2", runs=2), "--seeds and --runs exclude each other"),
+    (dict(seeds="1,2", seed=2), "--seed and --seeds exclude each other"),
 ])
 def test_a_wrong_value_is_named_with_what_was_found(values, message):
     with pytest.raises(UserError, match="^" + message.replace("(", r"\(")):

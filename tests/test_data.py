@@ -1,6 +1,8 @@
 import gzip
+import io
 import shutil
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -126,6 +128,15 @@ def test_npz_as_keras_writes_it_with_colour_and_one_hot_labels(tmp_path):
 def test_arrays_that_do_not_fit_are_named(tmp_path, changed, message):
     np.savez(tmp_path / "a.npz", **arrays(**changed))
     with pytest.raises(UserError, match=message):
+        tfloop.load(str(tmp_path / "a.npz"))
+
+
+def test_an_array_whose_header_promises_more_than_the_file_holds_is_refused_before_there_is_room_for_it(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 28, 28)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x_train.npy", header.getvalue() + bytes(1000))
+    with pytest.raises(UserError, match="a.npz: damaged: x_train.npy promises more data than the file can hold"):
         tfloop.load(str(tmp_path / "a.npz"))
 
 

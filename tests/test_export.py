@@ -1,10 +1,12 @@
-"""Exported models: loaded by Keras and TensorFlow alone, in a process without tfloop, they predict the same."""
+"""Exported models: loaded by Keras and TensorFlow alone, where there is no tfloop, they predict the same. And back."""
 
 import json
-import os
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -39,23 +41,32 @@ def run(tmp_path_factory):
     return folder / "digits-001", images, predictions.predict(state, images)
 
 
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """The Python of a virtual environment with all that is installed here, but for tfloop."""
+    folder = tmp_path_factory.mktemp("stranger")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    packages = next((folder / "lib").glob("python*/site-packages"))
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "tfloop" not in path.name and not (packages / path.name).exists():
+            (packages / path.name).symlink_to(path)
+    return folder / "bin" / "python"
+
+
 @pytest.mark.parametrize("format", LOAD)
-def test_it_predicts_the_same_without_tfloop(run, tmp_path, format):
+def test_it_predicts_the_same_where_there_is_no_tfloop(run, tmp_path, stranger, format):
     folder, images, expected = run
     path = tmp_path / f"model{export.FORMATS[format]}"
     assert main(["export", str(folder), f"--format={format}", f"--out={path}"]) == 0
     np.save(tmp_path / "x.npy", images.astype(np.float32))
-    program = (f"import json, sys; import numpy as np; path = {str(path)!r}; x = np.load({str(tmp_path / 'x.npy')!r})\n{LOAD[format]}\n"
-               "assert 'tfloop' not in sys.modules\nprint(json.dumps(p.tolist()))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
-                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    program = (f"import importlib.util, json; import numpy as np; assert not importlib.util.find_spec('tfloop')\n"
+               f"path = {str(path)!r}; x = np.load({str(tmp_path / 'x.npy')!r})\n{LOAD[format]}\nprint(json.dumps(p.tolist()))")
+    done = subprocess.run([stranger, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-5)
 
 
 def test_weights_fit_a_stock_keras_model_of_the_same_layers(run, tmp_path):
-    import keras
-
     from tfloop import runs
 
     folder, _, _ = run
@@ -77,3 +88,74 @@ def test_nothing_is_overwritten_and_endings_are_checked(run, tmp_path, loop):
     with pytest.raises(UserError, match="cannot be written"):
         export.export(state, "keras", "/proc/nowhere/m.keras")
     assert [path.name for path in tmp_path.iterdir()] == ["m.keras"]
+
+
+# --- import
+
+
+MODEL = ["--preset=digits", "--conv=4,6", "--pool=2", "--dense=8", "--quiet"]
+
+
+def stack(*front, activation="relu", dense=8, last="softmax"):
+    """A model as a Keras user writes it, whose layers are those of MODEL."""
+    layers = keras.layers
+    return keras.Sequential([keras.Input((8, 8, 1)), *front, layers.Conv2D(4, 3, activation=activation), layers.MaxPooling2D(),
+                             layers.Conv2D(6, 3, activation="relu"), layers.Flatten(), layers.Dense(dense, activation="relu"),
+                             layers.Dense(10, activation=last)])
+
+
+@pytest.mark.parametrize("front, last, flags", [
+    ((keras.layers.Rescaling(1 / 16, -0.5),), "softmax", ()),
+    ((keras.layers.Normalization(axis=(1, 2, 3), mean=np.full((8, 8, 1), 5.0), variance=np.arange(1.0, 65).reshape(8, 8, 1)),), None, ()),
+    ((), "softmax", ("--nostandardize",)),
+], ids=["rescaling", "normalization and logits", "raw pixels"])
+def test_an_imported_keras_model_predicts_the_same(tmp_path, digits, front, last, flags):
+    from tfloop import runs
+
+    theirs = stack(*front, last=last)
+    theirs.save(tmp_path / "m.keras")
+    assert main(["import", str(tmp_path / "m.keras"), *MODEL, *flags, f"--logdir={tmp_path}"]) == 0
+    _, state, _ = runs.open_run(tmp_path / "digits-001")
+    images = digits.test.images[:50]
+    expected = theirs(images.astype(np.float32)).numpy()
+    if last is None:
+        expected = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(predictions.predict(state, images), expected, atol=1e-5)
+
+
+def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys):
+    from tfloop import runs
+
+    folder, images, expected = run
+    model = ["--preset=digits", "--epochs=1", "--batch_norm", "--dropout=0.2", f"--logdir={tmp_path}", "--quiet"]
+    for number, (format, ending) in enumerate((("keras", ".keras"), ("weights", ".weights.h5")), start=1):
+        main(["export", str(folder), f"--format={format}", f"--out={tmp_path}/m{ending}"])
+        assert main(["import", f"{tmp_path}/m{ending}", *model]) == 0
+        _, state, _ = runs.open_run(tmp_path / f"digits-{number:03d}")
+        np.testing.assert_allclose(predictions.predict(state, images), expected, atol=1e-5)
+    assert main(["train", f"--resume={tmp_path}/digits-001"]) == 0
+    result = json.loads((tmp_path / "digits-001" / "result.json").read_text())
+    assert result["finished"] and result["final"]["train"]["accuracy"] > 0.85  # from random weights: below 0.7
+    assert list((tmp_path / "digits-001").glob("train/*tfevents*"))
+
+
+@pytest.mark.parametrize("made, ending, message", [
+    (lambda: stack(dense=9), ".keras", r"layer 3 with weights is Dense \[\(6, 9\), \(9,\)\], the model has Dense \[\(6, 8\)"),
+    (lambda: stack(activation="tanh"), ".keras", "the weights fit, but its model computes something else"),
+    (lambda: stack(dense=9), ".weights.h5", "holds .* weights, the model has"),
+    (lambda: keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(6, 3), keras.layers.Conv2D(4, 1)]), ".weights.h5", "holds"),
+    (lambda: None, ".keras", "cannot be read"), (lambda: None, ".weights.h5", "cannot be read"), (lambda: None, ".h5", "expected a .keras"),
+])
+def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path, capsys, made, ending, message):
+    import re
+
+    path = tmp_path / f"m{ending}"
+    model = made()
+    if model is None:
+        path.write_bytes(b"nothing of the kind")
+    else:
+        model.save(path) if ending == ".keras" else model.save_weights(path)
+    assert main(["import", str(path), *MODEL, "--nostandardize", f"--logdir={tmp_path}/runs"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tfloop: {path}: ") and re.search(message, error) and error.count("\n") == 1, error
+    assert not (tmp_path / "runs").exists()

@@ -1,7 +1,9 @@
 """A run that was stopped, by a signal, by SIGKILL or by a full disk, goes on as if nothing had been."""
 
+import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tfloop
-from tfloop import folders, training
+from tfloop import checkpoints, folders, training
 from tfloop.cli import main
 from tfloop.events import read_scalars
 
@@ -223,13 +225,24 @@ def test_a_disk_that_is_full_stops_training_with_the_reason_and_keeps_what_is_th
         checkpoints.read_manifest(path)
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_became_read_only_stops_training_with_the_reason(config):
-    first = training.train(config(), stop=stop_after(5))[0]
-    folder = Path(first["folder"])
-    (folder / "checkpoints").chmod(0o500)
-    with pytest.raises(tfloop.UserError, match="cannot be written: Permission denied; the last checkpoint is"):
-        training.train(config(), resume=folder)
+def obey_permissions():
+    """Root, too, then may write only where the permissions say so: without the capability CAP_DAC_OVERRIDE."""
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lets root give up the right to write everywhere")
+@pytest.mark.parametrize("locked, message", [
+    ("checkpoints", "000004-step-00000014: cannot be written: Permission denied; the last checkpoint is"),
+    (".", "--resume=.* is not writable")], ids=["checkpoints", "run"])
+def test_a_folder_that_became_read_only_stops_training_with_the_reason(config, locked, message):
+    folder = Path(training.train(config(), stop=stop_after(5))[0]["folder"])
+    (folder / locked).chmod(0o500)
+    done = subprocess.run([sys.executable, "-m", "tfloop", "train", f"--resume={folder}"], capture_output=True, text=True,
+                          preexec_fn=obey_permissions)
+    (folder / locked).chmod(0o700)
+    assert done.returncode == 2 and re.search(message, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+    checkpoints.newest(folder / "checkpoints")
 
 
 def test_a_diverging_run_is_rewound_at_half_the_rate_a_bounded_number_of_times(config, capsys):

@@ -313,5 +313,7 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"--check_numerics and --{other} exclude each other: TensorFlow cannot do both")
     if config.eager and config.jit_compile:
         raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
+    if config.seeds and config.seed:
+        raise UserError("--seed and --seeds exclude each other: --seeds trains once for each seed")
     if config.seeds and config.runs > 1:
         raise UserError("--seeds and --runs exclude each other: --seeds trains once for each seed")

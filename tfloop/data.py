@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import math
 import os
 import struct
 import zipfile
@@ -224,9 +225,11 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            promised = sum(entry.file_size for entry in archive.infolist())
-        if promised > os.path.getsize(path) * DEFLATE_LIMIT:
-            raise UserError(f"{path}: damaged: it promises more data than the file can hold")
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > os.path.getsize(path) * DEFLATE_LIMIT:
+                raise UserError(f"{path}: damaged: it promises more data than the file can hold")
+            for entry in entries:
+                _check_npy(archive, entry, path)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except UserError:
@@ -234,6 +237,16 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, struct.error, MemoryError,
             NotImplementedError, RuntimeError, SyntaxError, TypeError) as error:
         raise UserError(f"{path}: damaged or not an .npz of plain arrays: {error}") from None
+
+
+def _check_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str | Path) -> None:
+    """Raises UserError where an array's header promises more than its entry holds: NumPy would make room for it first."""
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if math.prod(shape) * dtype.itemsize > entry.file_size:
+        raise UserError(f"{path}: damaged: {entry.filename} promises more data than the file can hold")
 
 
 def _read_keras_npz(path: Path) -> tuple[tuple, tuple]:

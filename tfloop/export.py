@@ -1,14 +1,18 @@
-"""A trained run as a model for others: plain Keras or TensorFlow, which take raw pixels and need no tfloop."""
+"""Models for others and from others: plain Keras or TensorFlow, which take raw pixels and need no tfloop."""
 
 import os
+import re
 import shutil
+import zipfile
 import tempfile
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfloop import models
 from tfloop.errors import UserError
 from tfloop.state import TrainState
 
@@ -56,3 +60,85 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
             shutil.move(made, path) if made.is_dir() else os.replace(made, path)
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written: {error.strerror or error}") from None
+
+
+def import_weights(state: TrainState, path: str | Path, images: np.ndarray) -> None:
+    """Set the model's weights, and its standardiser where the file holds one, to those of a file that Keras wrote.
+
+    Args:
+      state: of a model with the same layers with weights, in the same order.
+      path: a .keras file, or a .weights.h5 file of a stack of layers. What stands in front of the first layer of a .keras
+        model, Normalization or Rescaling, becomes the standardiser.
+      images: some images as they lie in the data, on which the model of a .keras file must agree with this one.
+
+    Raises:
+      UserError: a file that is missing or damaged, holds other layers, or computes something else.
+    """
+    path = Path(path)
+    if not path.name.endswith((".keras", ".weights.h5")):
+        raise UserError(f"{path}: expected a .keras or a .weights.h5 file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".keras":
+            _import_model(state, path, images)
+        else:
+            _import_h5(state.model, path)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _import_h5(model: keras.Sequential, path: Path) -> None:
+    with h5py.File(path) as file:
+        sizes = []
+        file.visititems(lambda name, item: sizes.append(item.size) if isinstance(item, h5py.Dataset)
+                        and not re.search(r"(^|/)(optimizer|normalization(_\d+)?|seed_generator(_\d+)?)/", name) else None)
+    expected = sum(variable.shape.num_elements() for group in models.named_variables(model) for variable in group.values())
+    if sum(sizes) != expected:
+        raise UserError(f"{path}: holds {sum(sizes):,} weights, the model has {expected:,}; see --conv, --kernel, --pool, --dense")
+    try:
+        model.load_weights(path)
+    except ValueError as error:
+        name = re.search(r"<\w+ name=(\w+)", str(error))
+        shapes = re.search(r"variable\.shape=(\(.*?\)), Received: value\.shape=(\(.*?\))", str(error))
+        raise UserError(f"{path}: does not fit {name.group(1) if name else 'the model'}" + (
+            f": a weight is {shapes.group(2)}, the model has {shapes.group(1)}" if shapes else "")) from None
+
+
+def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
+    found = keras.saving.load_model(path, compile=False, safe_mode=True)
+    front = []
+    for layer in found.layers:
+        if isinstance(layer, (keras.layers.Normalization, keras.layers.Rescaling)):
+            front.append(layer)
+        elif layer.weights:
+            break
+    theirs = [layer for layer in found.layers if layer.weights and layer not in front and not isinstance(layer, keras.layers.Dropout)]
+    ours = [layer for layer in state.model.layers if layer.weights and not isinstance(layer, keras.layers.Dropout)]
+    for index in range(max(len(theirs), len(ours))):
+        one, other = (f"{type(layers[index]).__name__} {[tuple(w.shape) for w in layers[index].weights]}" if index < len(layers)
+                      else "nothing" for layers in (theirs, ours))
+        if one != other:
+            raise UserError(f"{path}: layer {index + 1} with weights is {one}, the model has {other}")
+    for their, our in zip(theirs, ours):
+        our.set_weights(their.get_weights())
+    if front:
+        def scaled(pixel):
+            x = tf.fill([1, *state.model.input_shape[1:]], pixel)
+            for layer in front:
+                x = layer(x)
+            return np.float64(x[0])
+
+        scale = 255.0 / (scaled(255.0) - scaled(0.0))
+        for variable, value in ((state.scale, scale), (state.mean, -scaled(0.0) * scale)):
+            variable.assign(np.broadcast_to(value, variable.shape).astype(np.float32))
+    raw = tf.cast(images, tf.float32)
+    expected = found(raw if front else state.standardize(raw), training=False)
+    if models.output_activation(found) == "":
+        expected = models.probabilities(state.model, expected)
+    difference = float(tf.reduce_max(tf.abs(models.probabilities(state.model, models.logits(state.model, state.standardize(raw))) - expected)))
+    if not difference < 1e-4:
+        raise UserError(f"{path}: the weights fit, but its model computes something else (probabilities differ by {difference:.2g}): "
+                        f"see --conv_activation, --dense_activation, --pool, --padding, --output, --standardize")

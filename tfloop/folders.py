@@ -103,13 +103,13 @@ def _text(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def check_writable(logdir: Path) -> None:
+def check_writable(folder: Path, flag: str = "--logdir") -> None:
     """Say it before minutes of training, not after. What does not exist yet is judged by its nearest parent."""
-    there = next(path for path in (logdir, *logdir.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"--logdir={logdir}: {there} is not a folder")
+        raise UserError(f"{flag}={folder}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--logdir={logdir}: {there} is not writable")
+        raise UserError(f"{flag}={folder}: {there} is not writable")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop import __version__, checkpoints, folders
+from tfloop import __version__, checkpoints, export, folders
 from tfloop.config import Config
 from tfloop.errors import DivergenceError
 from tfloop.loop import Call, Epoch, Loop
@@ -45,7 +45,7 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
       DivergenceError: as Loop.run; the run's folder keeps the last good weights.
     """
     started = time.perf_counter() if started is None else started
-    folders.check_writable(Path(config.logdir) if resume is None else resume)
+    folders.check_writable(*(resume, "--resume") if resume else (Path(config.logdir),))
     loop = make_loop(config)
     with Display(config.epochs, loop.steps, config.quiet) as display:
         display.say(f"{len(loop.data.train)} training and {len(loop.data.test)} test images of "
@@ -71,6 +71,21 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
                         f"{final.std(ddof=1):.2f}, from {final.min():.2f} to {final.max():.2f}; the step was traced "
                         f"{loop.traces['train']} time{'s' * (loop.traces['train'] != 1)}")
     return results
+
+
+def adopt(config: Config, path: str | Path) -> Path:
+    """A new run whose first checkpoint has the weights in a file that Keras wrote; its folder.
+
+    Raises:
+      UserError: as `train`, and as `export.import_weights`.
+    """
+    folders.check_writable(Path(config.logdir))
+    loop = make_loop(config)
+    export.import_weights(loop.state, path, loop.data.test.images[:64])
+    folder = folders.create(config)
+    with folders.locked(folder), Display(config.epochs, loop.steps, config.quiet) as display:
+        Run(config, loop, folder, display, "").save({})
+    return folder
 
 
 def dry_run(config: Config, device: str = "") -> None:
@@ -148,7 +163,7 @@ class Run:
                         continue  # the epoch's evaluation follows: stop and save after that
                     stopped = stop()
                     if due(record) or stopped or is_best:
-                        self._save(summaries)
+                        self.save(summaries.sync())
                     if stopped:
                         break
             except DivergenceError as error:
@@ -156,7 +171,7 @@ class Run:
                 if self._may_rewind():
                     return diverged
             if diverged or self._saved != int(state.global_step):
-                self._save(summaries)
+                self.save(summaries.sync())
             if self._is_finished(diverged):
                 with self._timed("pictures"):
                     summaries.finish()
@@ -183,7 +198,7 @@ class Run:
         return resumed
 
     def _resume(self) -> bool:
-        """Go to the newest checkpoint; false where the run has none, because it never came so far, and begins."""
+        """Go to the newest checkpoint, if there is one; were summaries written before it?"""
         self._loop.state.begin(self._config.seed)
         self._reached, self._saved, self._before = Reached(), None, dict(self._loop.seconds)
         folder = self._folder / "checkpoints"
@@ -210,7 +225,7 @@ class Run:
                 os.truncate(path, size)
             else:
                 self._display.warn(f"{path}: is shorter than when the checkpoint was made: part of the curves is lost")
-        return bool(found)
+        return bool(kept)
 
     def _add(self, epoch: Epoch) -> bool:
         """Add an epoch to what was reached; is it the best so far?"""
@@ -221,13 +236,14 @@ class Run:
                               "checkpoint": self._checkpoints.next_name()}
         return True
 
-    def _save(self, summaries: Summaries) -> None:
+    def save(self, events: dict[str, int]) -> None:
+        """Make a checkpoint; `events` are the sizes of the event files at this moment."""
         state, loop = self._loop.state, self._loop
         reached = {**dataclasses.asdict(self._reached), "seconds": self._seconds()}
         self._checkpoints.save({
             "tfloop": __version__, "config": dataclasses.asdict(self._config), "image_shape": loop.data.image_shape,
             "pixels": loop.data.train.images.dtype.name, "classes": loop.data.classes, "steps_per_epoch": loop.steps,
-            "reached": reached, "best": self._reached.best, "events": summaries.sync()},
+            "reached": reached, "best": self._reached.best, "events": events},
             self._reached.best["checkpoint"] if self._reached.best else None)
         self._saved = int(state.global_step)
 

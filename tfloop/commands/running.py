@@ -1,0 +1,115 @@
+"""Train a model, and what is done with a trained one."""
+
+import csv
+import os
+from pathlib import Path
+
+from tfloop import folders
+from tfloop.commands.command import BEST, STARTED, WHERE, Command, Stop, one, output, start, warn
+from tfloop.config import FIELDS, Config
+from tfloop.errors import UserError
+
+
+def train(config: Config, options: dict, arguments: list[str]) -> int:
+    stop, folder = Stop(), None
+    if options["resume"]:
+        config, folder = _resumed(config, options)
+    if folder and folders.is_finished(folder) and folders.epochs_done(folder) >= config.epochs:
+        print(f"{folder}: is finished, all {config.epochs} epochs are done")
+        return 0
+    config, device = start(config)
+    from tfloop import training
+
+    if options["dry_run"]:
+        training.dry_run(config, device)
+        return 0
+    training.train(config, device, STARTED, stop.asked, folder)
+    return stop.code()
+
+
+def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
+    """(settings, folder) of the run that --resume names; with auto, of the newest that is not finished, or of a new one."""
+    if config.seeds or config.runs > 1:
+        raise UserError("--resume goes on with one run: leave --seeds and --runs out")
+    if options["dry_run"]:
+        raise UserError("--resume and --dry_run exclude each other: one goes on with a run, the other keeps nothing")
+    folder = folders.newest_unfinished(config) if options["resume"] == "auto" else Path(options["resume"])
+    return (config, None) if folder is None else (folders.resumed(folder, options["given"], options["override"]), folder)
+
+
+def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
+    folder = one(arguments, "RUN", "the folder of a finished run")
+    config, _ = start(config)
+    from tfloop import runs
+    from tfloop.loop import Loop
+
+    trained, state, manifest = runs.open_run(folder, options["best"], warn)
+    if options["dataset"]:
+        trained = trained.replace(dataset=options["dataset"])
+    data = runs.load_data(trained)
+    runs.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
+    metrics = Loop(state, data, batch_size=min(trained.batch_size, len(data.train)),
+                   shards=config.shards).evaluate(data.test)
+    print(f"{len(data.test)} test images of {trained.dataset}: loss {metrics.total:.4f} (data {metrics.data:.4f}, "
+          f"l1 {metrics.l1:.4f}, l2 {metrics.l2:.4f})  accuracy {100 * metrics.accuracy:.2f} %")
+    return 0
+
+
+def predict(config: Config, options: dict, arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        raise UserError(f"predict: expected RUN and IMAGES (a folder or an .npz file), found {len(arguments)} arguments")
+    start(config)
+    from tfloop import predictions, runs
+
+    _, state, manifest = runs.open_run(arguments[0], options["best"], warn)
+    names, images = predictions.read_images(arguments[1], state.model.input_shape[1:])
+    runs.check_fit(images, state, manifest, arguments[1])
+    probabilities = predictions.predict(state, images)
+    with output(options["out"]) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "class", *(f"p{k}" for k in range(probabilities.shape[1]))])
+        for name, row in zip(names, probabilities):
+            writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row)])
+    return 0
+
+
+def export(config: Config, options: dict, arguments: list[str]) -> int:
+    folder = one(arguments, "RUN", "the folder of a run")
+    if options["format"] not in ("keras", "saved_model", "tflite", "weights"):
+        raise UserError(f"--format={options['format']} is unknown; choose from keras, saved_model, tflite, weights")
+    start(config)
+    from tfloop import export, runs
+
+    _, state, _ = runs.open_run(folder, options["best"], warn)
+    name = os.path.basename(os.path.abspath(folder))
+    path = options["out"] or f"{name}{export.FORMATS[options['format']] or '-saved_model'}"
+    export.export(state, options["format"], path)
+    print(path)
+    return 0
+
+
+def import_(config: Config, options: dict, arguments: list[str]) -> int:
+    path = one(arguments, "FILE", "a .keras or .weights.h5 file")
+    config, _ = start(config)
+    from tfloop import training
+
+    print(training.adopt(config, path))
+    return 0
+
+
+COMMANDS = {
+    "train": Command(train, "train a model; the default is the article's CNN on MNIST", options={
+        "dry_run": (False, "do one step of everything, keep nothing, and stop"),
+        "resume": ("", "go on with a run: its folder; auto: the newest unfinished one of its name, or a new one"),
+        "override": (False, "with --resume: allow settings that change the mathematics of the run")}),
+    "evaluate": Command(evaluate, "loss and accuracy of a finished run on its test images", "RUN", WHERE, {
+        "dataset": ("", "other data than the run's own: its test images"),
+        "best": (False, BEST)}),
+    "predict": Command(predict, "class and probabilities of each image, as CSV", "RUN IMAGES", WHERE, {
+        "out": ("", "the CSV file; unset: standard output"), "best": (False, BEST)}),
+    "export": Command(export, "a run as a plain Keras, SavedModel or TFLite model that takes raw pixels", "RUN", WHERE, {
+        "format": ("keras", "keras, saved_model, tflite, or weights: the layers' weights alone"),
+        "out": ("", "the file, or the folder of a saved_model; unset: named after the run"), "best": (False, BEST)}),
+    "import": Command(import_, "a new run with the weights in a file that Keras wrote", "FILE", tuple(
+        name for name in FIELDS if name not in ("seeds", "runs"))),
+}
