@@ -66,6 +66,10 @@ def test_another_optimizer_or_schedule_drops_the_presets_numbers_of_the_old_one(
     (dict(schedule="piecewise", boundaries="5,3", rates="1,2"), "--boundaries=5,3 must rise"),
     (dict(eager=True, jit_compile=True), "--eager and --jit_compile exclude each other"),
     (dict(seeds="1,2", runs=2), "--seeds and --runs exclude each other"),
+    (dict(clip_norm=1, clip_value=1), "--clip_value, --clip_norm and --clip_global_norm exclude each other"),
+    (dict(early_stopping=3), "--early_stopping=3 looks at validation images, and there are none"),
+    (dict(accumulate=3), "--accumulate=3 does not divide --batch_size=64"),
+    (dict(augment_rotate=3, jit_compile=True), "--jit_compile and --augment_rotate or --augment_scale exclude each other"),
     (dict(seeds="1,2", seed=2), "--seed and --seeds exclude each other"),
 ])
 def test_a_wrong_value_is_named_with_what_was_found(values, message):

@@ -141,7 +141,7 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     pdb = Terminal("--l2=0.001", cwd=tmp_path)
     start = pdb.until("(tfloop) ")
     assert "train_step()" in start and "images, labels, weights = batch" in start
-    while "-> loss, logits, gradients = differentiate" not in pdb("n"):
+    while "-> loss, accuracy, examples, gradients, logits = differentiate" not in pdb("n"):
         pass
     assert "forward_and_backward()" in pdb("s")
     seen = []

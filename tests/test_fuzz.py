@@ -22,15 +22,20 @@ def test_every_target_is_fuzzed(targets):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_case_ends_in_success_or_in_one_clear_line(targets, name):
-    found = fuzz.fuzz(name, *targets[name], cases=150)
+    found = fuzz.fuzz(name, targets[name], cases=150)
     assert found["failure"] is None
     assert found["clear error"] > 0 and found["success"] > 0 and found["slowest_s"] < 10
 
 
 def test_the_fuzzers_can_fail(targets):
-    strategy, _ = targets["IDX"]
-
     def crash(case):
         raise KeyError("no UserError")
 
-    assert "KeyError" in fuzz.fuzz("IDX", strategy, crash, cases=10)["failure"]
+    assert "KeyError" in fuzz.fuzz("IDX", targets["IDX"]._replace(run=crash), cases=10)["failure"]
+
+
+@pytest.mark.parametrize("name", fuzz.READERS)
+def test_the_readers_stand_a_fuzzer_that_sees_what_it_reaches(name):
+    pytest.importorskip("atheris")
+    found = fuzz.fuzz_guided(name, cases=200)
+    assert found["failure"] is None and found["success"] + found["clear error"] == 200 and found["reached"] > 20

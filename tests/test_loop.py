@@ -1,3 +1,5 @@
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import tfloop
 from conftest import SMALL
 from tfloop import models, pipelines
 from tfloop.errors import DivergenceError, UserError
-from tfloop.loop import forward_and_backward, losses, train_step
+from tfloop.loop import accumulated, forward_and_backward, losses, train_step
 
 
 def same(ours, theirs, **tolerance):
@@ -41,7 +43,8 @@ def test_epoch_metrics_are_means_over_examples(loop):
     record = still.fit(1)
     images, labels = still.data.train.images, still.data.train.labels
     whole = pipelines.Batch(tf.constant(images), tf.constant(labels), tf.ones(len(labels)))
-    loss, logits, _ = forward_and_backward(still.state, whole)
+    loss, accuracy, examples, _, logits = forward_and_backward(still.state, whole)
+    assert float(examples) == len(labels) and float(accuracy) == pytest.approx(record.train.accuracy, abs=1e-6)
     assert record.train.total == pytest.approx(float(loss.total), rel=1e-5)
     assert record.train.l2 == pytest.approx(float(loss.l2), rel=1e-5)
     assert record.train.accuracy == pytest.approx(np.mean(np.argmax(logits, axis=1) == labels), abs=1e-6)
@@ -299,3 +302,67 @@ def test_one_step_of_sgd_is_minus_rate_times_gradient(loop, batch):
         np.testing.assert_allclose(weight, before[name] - 0.1 * gradients[name].numpy(), rtol=1e-5, atol=1e-7)
     assert step.sums[0] == 1 and step.sums[1] == 50 and float(step.learning_rate) == pytest.approx(0.1)
     np.testing.assert_allclose(step.update, -0.1 * step.gradient, rtol=1e-6)
+
+
+# --- parts of a batch, and 16 bits
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(l2=1e-2, optimizer="nadam"), dict(dropout=0.3, label_smoothing=0.1)], ids=str)
+def test_accumulated_gradients_are_those_of_the_large_batch(loop, settings):
+    """The last batch of the epoch has 37 of 100 images, so that some parts hold none."""
+    whole, parts = loop(**settings, steps_per_call=1), loop(**settings, steps_per_call=1, accumulate=5)
+    for index in (0, 14):
+        passes = [train_step_differentiate(each.state, each.batch(index)) for each, train_step_differentiate in (
+            (whole, forward_and_backward), (parts, accumulated(forward_and_backward, 5)))]
+        for name, expected in passes[0].gradients.parts().items():
+            np.testing.assert_allclose(passes[1].gradients[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+        for name in ("accuracy", "examples"):
+            assert float(getattr(passes[1], name)) == pytest.approx(float(getattr(passes[0], name)), rel=1e-6)
+        np.testing.assert_allclose(tf.stack(passes[1].loss), tf.stack(passes[0].loss), rtol=1e-5, atol=1e-7)
+    assert parts.fit(2).test.accuracy == pytest.approx(whole.fit(2).test.accuracy, abs=0.02)
+
+
+def test_parts_that_hold_only_filling_leave_the_moving_averages_finite(loop):
+    assert math.isfinite(loop(batch_norm=True, accumulate=5).fit(2).test.total)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("settings", [dict(), dict(batch_norm=True, dropout=0.2)], ids=["plain", "batch norm"])
+def test_mixed_precision_computes_in_16_bits_keeps_weights_in_32_and_learns_as_well(loop, precision, settings):
+    mixed, full = loop(precision=precision, **settings), loop(**settings)
+    state = mixed.state
+    outputs = dict(models.forward(state.model, state.standardize(mixed.data.test.images[:4])))
+    assert outputs["conv1"].dtype == precision.removeprefix("mixed_") and outputs["output"].dtype == tf.float32
+    assert {weight.dtype for weight in state.weights.values()} == {tf.float32}
+    assert mixed.fit(4).test.accuracy == pytest.approx(full.fit(4).test.accuracy, abs=0.03)
+
+
+def test_gradients_that_overflow_halve_the_loss_scale_and_leave_the_batch_out(loop):
+    one = loop(precision="mixed_float16", optimizer="sgd", learning_rate=0.01)
+    assert float(one.state.loss_scale) == 2.0**15
+    one.state.loss_scale.assign(2.0**24)  # overflows for sure
+    weights = one.state.digest("weights")
+    first = next(one.run(1))
+    made = int(one.state.schedule_step)
+    assert float(one.state.loss_scale) == 2.0 ** (24 - (first.steps - made)) and 0 < made < first.steps
+    assert first.step == first.steps and int(one.state.optimizer.count) == made and one.state.digest("weights") != weights
+    assert math.isfinite(one.fit(1).test.total) and not bool(one.state.diverged)
+    one.state.good_steps.assign(1999)
+    one.state.loss_scale.assign(1024)
+    next(one.run(2))
+    assert float(one.state.loss_scale) == 2048
+
+
+def test_scaled_gradients_are_the_unscaled_ones(loop):
+    one = loop(precision="mixed_float16")
+    batch = one.batch(0)
+    scaled = forward_and_backward(one.state, batch).gradients
+    one.state.loss_scale.assign(1024.0)
+    np.testing.assert_allclose(forward_and_backward(one.state, batch).gradients.flat, scaled.flat, rtol=0.02, atol=1e-4)
+
+
+def test_with_16_bits_a_loss_that_is_not_finite_is_divergence_all_the_same(loop):
+    one = loop(precision="mixed_float16")
+    one.state.weights["conv1/bias"].assign(np.full(4, np.inf))
+    with pytest.raises(tfloop.DivergenceError, match="step 0"):
+        one.fit(1)

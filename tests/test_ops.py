@@ -8,6 +8,7 @@ import tensorflow as tf
 from tfloop import models, ops
 from tfloop.config import Config
 from tfloop.devices import choose
+from tfloop.randomness import Key
 
 CASES = {
     "article2": (dict(), (28, 28, 1)), "article3": (dict(conv=(64, 64, 128), dense=(120,)), (28, 28, 1)),
@@ -23,7 +24,7 @@ def outputs_and_gradients(forward, model, images):
     """Logits, moving averages after it, and the gradient of Σ logits² / 2, by name."""
     trainable, moving = models.named_variables(model)
     with tf.GradientTape() as tape:
-        found = forward(model, images, tf.ones(len(images)), True, tf.constant([0, 1]))
+        found = forward(model, images, tf.ones(len(images)), True, Key(tf.constant([0, 1])))
         loss = tf.nn.l2_loss(found)
     gradients = tape.gradient(loss, trainable)
     return {"logits": found, **gradients, **{name: v.numpy() for name, v in moving.items()}}

@@ -127,3 +127,22 @@ def test_the_loop_drives_a_keras_optimizers_rate(random):
     np.testing.assert_allclose(own["w"], 0.9, rtol=1e-6)
     optimizer.reset()
     assert int(optimizer.count) == 0 and float(optimizer.inner.learning_rate) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("ours, theirs", [(dict(clip_value=0.3), dict(clipvalue=0.3)), (dict(clip_norm=0.8), dict(clipnorm=0.8)),
+                                          (dict(clip_global_norm=1.1), dict(global_clipnorm=1.1)), (dict(clip_global_norm=1e6), {})],
+                         ids=["value", "norm", "global norm", "a limit that is not reached"])
+def test_clipping_follows_keras(random, ours, theirs):
+    shapes = {"a": (3, 4), "b": (5,)}
+    mine = {name: tf.Variable(random.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+    other = [keras.Variable(weight.numpy()) for weight in mine.values()]
+    optimizer, reference = Optimizer("sgd", **ours), keras.optimizers.SGD(0.1, **theirs)
+    optimizer.build(mine)
+    for _ in range(5):
+        gradients = {name: tf.constant(random.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+        updates, slots = optimizer.updates(Vector.of(gradients), mine, tf.constant(0.1))
+        optimizer.apply(updates, slots, mine, tf.constant(True))
+        reference.apply(list(gradients.values()), other)
+        for weight, expected in zip(mine.values(), other):
+            np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-7)
+    assert set(ours) <= set(optimizer.hyper)

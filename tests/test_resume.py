@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import os
 import re
 import resource
 import signal
@@ -135,7 +134,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
     main(["train", *SMALL, f"--logdir={tmp_path}"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert main(["train", f"--resume={tmp_path}/digits-001"]) == 0
-    assert "is finished, all 3 epochs are done" in capsys.readouterr().out
+    assert "is finished, after 3 epochs" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -229,6 +228,18 @@ def obey_permissions():
     """Root, too, then may write only where the permissions say so: without the capability CAP_DAC_OVERRIDE."""
     PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
     ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
+def test_early_stopping_ends_a_run_after_epochs_without_a_better_validation_accuracy_resumed_or_not(config):
+    settings = dict(early_stopping=2, epochs=30, learning_rate=0.02, ema=0.9, precision="mixed_float16", augment_shift=1)
+    whole = training.train(config(**settings))[0]
+    accuracies = [epoch["validation"]["accuracy"] for epoch in whole["epochs"]]
+    assert whole["finished"] and len(accuracies) < 30 and len(accuracies) == 1 + accuracies.index(max(accuracies)) + 2
+    cut = training.train(config(**settings), stop=stop_after(9))[0]
+    resumed = training.train(config(**settings), resume=Path(cut["folder"]))[0]
+    assert resumed["state_sha256"] == whole["state_sha256"] and len(resumed["epochs"]) == len(accuracies)
+    again = training.train(config(**settings), resume=Path(cut["folder"]))[0]  # nothing is left to do
+    assert again["state_sha256"] == whole["state_sha256"] and len(again["epochs"]) == len(accuracies)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lets root give up the right to write everywhere")

@@ -1,8 +1,10 @@
 """The heart of the project: a reset is exact, in place, and traces nothing."""
 
+import itertools
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -130,3 +132,31 @@ def test_a_model_without_weights_is_refused():
 
     with pytest.raises(tfloop.UserError, match="no trainable variables"):
         tfloop.TrainState(tf.Module())
+
+
+def test_the_average_of_the_weights_follows_keras_and_is_what_is_evaluated(loop):
+    one = loop(ema=0.9, optimizer="sgd", learning_rate=0.1, steps_per_call=1)
+    variables = [keras.Variable(weight.numpy()) for weight in one.state.weights.values()]
+    reference = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)
+    reference.build(variables)
+    for record in itertools.islice(one.run(1), 12):
+        reference.apply(list(record.gradients.parts().values()), variables)
+    with one.state.averaged():
+        for (name, weight), average, variable in zip(one.state.weights.items(), reference._model_variables_moving_average, variables):
+            np.testing.assert_allclose(weight, average, rtol=1e-4, atol=1e-6, err_msg=name)
+            assert not np.allclose(weight, variable, rtol=1e-4, atol=1e-6)
+        metrics = one.evaluate(one.data.test)
+    assert one.evaluate(one.data.test) == metrics  # and the weights are back in their place
+    np.testing.assert_allclose(one.state.weights["conv1/kernel"], variables[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_resets_with_the_weights(loop):
+    one = loop(ema=0.99, batch_norm=True)
+    begin = one.state.averages.numpy()
+    first, digest = one.fit(2), one.state.digest()
+    one.state.reset()
+    np.testing.assert_array_equal(one.state.averages, begin)
+    assert one.fit(2).test == first.test
+    one.state.begin(0)
+    one.fit(2)
+    assert one.state.digest() == digest and one.traces["train"] == 1

@@ -13,6 +13,7 @@ from tfloop.config import Config
 from tfloop.data import Dataset
 from tfloop.errors import UserError
 from tfloop.loop import Epoch, cross_entropy
+from tfloop.randomness import Key
 
 STEP = 1e-6  # of central differences, in float64
 TOLERANCE = 1e-6  # relative to the largest entry of the gradient, or to a thousandth of Σ|terms| of the value if that is more
@@ -49,7 +50,7 @@ def check_gradients(config: Config, image_shape: tuple[int, ...] = (28, 28, 1), 
         for weight in layer.weights:
             weight.assign(random.normal(size=weight.shape) / np.sqrt(max(np.prod(weight.shape[:-1]), 1)))
     weights, _ = models.named_variables(model)
-    key, rows = tf.constant([seed, 1]), tf.ones([2], tf.float64)
+    key, rows = Key(tf.constant([seed, 1])), tf.ones([2], tf.float64)
     for index, layer in enumerate(model.layers):
         own = {name: weight for name, weight in weights.items() if name.startswith(f"{layer.name}/")}
         x = normal(2, *layer.input.shape[1:])

@@ -41,6 +41,12 @@ class Config:
     split_seed: int = option(0, "of the shuffled split and of the choice of validation images", within=(0, 2**31 - 1))
     standardize: bool = option(True, "scale every pixel to mean 0 and variance 1 over the training images")
 
+    # --- augmentation
+    augment_shift: int = option(0, "shift each training image by up to so many pixels", within=(0, 2**15))
+    augment_rotate: float = option(0.0, "turn each training image by up to so many degrees", within=(0.0, 180.0))
+    augment_scale: float = option(0.0, "make each training image larger or smaller by up to this share", within=(0.0, 0.99))
+    augment_cutout: int = option(0, "blank a square of so many pixels a side in each training image", within=(0, 2**15))
+
     # --- model
     conv: tuple[int, ...] = option((32, 64, 64), "filters of each convolution", within=COUNT)
     kernel: tuple[int, ...] = option((3,), "kernel size of each convolution, or one size for all", within=COUNT)
@@ -75,6 +81,10 @@ class Config:
     beta_2: float | None = option(None, "adam, adamw, nadam, adamax", within=(0.0, 0.9999999))
     epsilon: float | None = option(None, "all but sgd: added to the divisor", within=NOT_NEGATIVE)
     weight_decay: float | None = option(None, "adamw: decoupled decay, times the rate", within=NOT_NEGATIVE)
+    clip_value: float | None = option(None, "limit of each entry of the gradient", within=POSITIVE)
+    clip_norm: float | None = option(None, "limit of the norm of each weight's gradient", within=POSITIVE)
+    clip_global_norm: float | None = option(None, "limit of the norm of the whole gradient", within=POSITIVE)
+    ema: float | None = option(None, "decay of a moving average of the weights, which then is what is evaluated", within=UNIT)
 
     # --- schedule
     schedule: str = option("constant", "rate as a function of the step",
@@ -100,9 +110,14 @@ class Config:
     # --- run
     on_nan: str = option("stop", "where a value is not finite: stop, or go back to the last checkpoint and halve the rate",
                          choices=("stop", "rewind"))
+    early_stopping: int = option(0, "stop after so many epochs without a better validation accuracy; 0: never",
+                                 within=(0, 2**31 - 1))
     epochs: int = option(5, "passes over the training images", within=COUNT)
     batch_size: int = option(64, "images per step", within=COUNT)
-    seed: int = option(0, "of weights, data order and dropout", within=(0, 2**31 - 1))
+    accumulate: int = option(1, "compute each batch in so many parts, one after the other, to save memory", within=COUNT)
+    precision: str = option("float32", "of multiplications; tf32: factors of 10 bits, on a GPU; mixed: layers in 16 bits",
+                            choices=("float32", "tf32", "mixed_float16", "mixed_bfloat16"))
+    seed: int = option(0, "of weights, data order, augmentation and dropout", within=(0, 2**31 - 1))
     seeds: tuple[int, ...] = option((), "train once for each of these, in one process", within=(0, 2**31 - 1))
     runs: int = option(1, "train this often with the same seed, in one process", within=COUNT)
 
@@ -117,8 +132,6 @@ class Config:
     onednn: str = option("auto", "oneDNN's operations on the CPU; auto is on", choices=("auto", "on", "off"))
     eager: bool = option(False, "run the step uncompiled, op by op")
     device: str = option("auto", "auto, cpu, gpu or gpu:1")
-    precision: str = option("float32", "of multiplications; tf32 rounds their factors to 10 bits, on GPUs that can",
-                            choices=("float32", "tf32"))
     intra_op_threads: int = option(0, "threads inside one operation; 0: TensorFlow decides", within=(0, 4096))
     inter_op_threads: int = option(0, "operations side by side; 0: TensorFlow decides", within=(0, 4096))
     memory_growth: bool = option(True, "GPU memory is taken as needed, not all at once")
@@ -204,7 +217,7 @@ HYPER = {  # the settings that belong to the optimizer and to the schedule that 
 }
 _HINTS = get_type_hints(Config)
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Config)}
-_FIRST = {"preset": "start from", "dataset": "data", "conv": "model", "l1": "loss", "optimizer": "optimizer",
+_FIRST = {"preset": "start from", "dataset": "data", "augment_shift": "augmentation", "conv": "model", "l1": "loss", "optimizer": "optimizer",
           "schedule": "schedule", "on_nan": "run", "pipeline": "where and how it runs", "summaries": "looking inside",
           "logdir": "what is written"}
 GROUPS: dict[str, list[str]] = {}  # heading → fields, for help texts
@@ -311,6 +324,14 @@ def _check_combinations(config: Config) -> None:
     if config.check_numerics and (config.jit_compile or config.debugger_dump):
         other = "jit_compile" if config.jit_compile else "debugger_dump"
         raise UserError(f"--check_numerics and --{other} exclude each other: TensorFlow cannot do both")
+    if sum(limit is not None for limit in (config.clip_value, config.clip_norm, config.clip_global_norm)) > 1:
+        raise UserError("--clip_value, --clip_norm and --clip_global_norm exclude each other: choose one")
+    if config.early_stopping and not config.validation_size:
+        raise UserError(f"--early_stopping={config.early_stopping} looks at validation images, and there are none; set --validation_size")
+    if config.batch_size % config.accumulate:
+        raise UserError(f"--accumulate={config.accumulate} does not divide --batch_size={config.batch_size}")
+    if config.jit_compile and (config.augment_rotate or config.augment_scale):
+        raise UserError("--jit_compile and --augment_rotate or --augment_scale exclude each other: XLA knows no bilinear warp")
     if config.eager and config.jit_compile:
         raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
     if config.seeds and config.seed:

@@ -20,7 +20,7 @@ import tensorflow as tf
 from tfloop import loop as loop_module
 from tfloop import models
 from tfloop.errors import UserError
-from tfloop.loop import Loss, Pass, example_losses, losses, model_losses, train_step
+from tfloop.loop import Loss, Pass, example_losses, hit_rate, losses, model_losses, train_step
 from tfloop.optimizers import Vector
 from tfloop.pipelines import Batch
 from tfloop.state import TrainState
@@ -62,11 +62,12 @@ class _Recording(NamedTuple):
 
 def record(state: TrainState, batch: Batch) -> _Recording:
     """Forward, layer by layer, and the loss, term by term. Changes nothing but moving averages."""
-    images = state.standardize(batch.images)
+    key = state.key()
+    images = state.inputs(batch.images, key)
     activations = {}
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(images)
-        for layer, activation in models.forward(state.model, images, batch.weights, training=True, key=state.key()):
+        for layer, activation in models.forward(state.model, images, batch.weights, training=True, key=key):
             activations[layer] = activation
         logits = activation
         each = example_losses(state, batch.labels, logits)
@@ -112,7 +113,8 @@ def forward_and_backward(state: TrainState, batch: Batch) -> Pass:
     for layer, upstream, found in walk_back(state, recording):
         for name, gradient in found.items():
             gradients[name] = gradient.total
-    return Pass(recording.loss, recording.logits, {name: gradients[name] for name in state.weights})
+    return Pass(recording.loss, hit_rate(batch, recording.logits), tf.reduce_sum(batch.weights),
+                Vector.of({name: gradients[name] for name in state.weights}), recording.logits)
 
 
 def backward(state: TrainState, batch: Batch) -> Iterator[Layer]:
@@ -202,13 +204,13 @@ def check_condition(condition: str, loop) -> None:
     state = loop.state
     batch = loop.batch(0)
     averages = [variable.numpy() for variable in state.moving.values()]
-    loss, logits, gradients = loop_module.forward_and_backward(state, batch)
-    gradients, learning_rate = Vector.of(gradients), state.schedule(state.schedule_step)
+    loss, accuracy, examples, gradients, logits = loop_module.forward_and_backward(state, batch)
+    learning_rate = state.schedule(state.schedule_step)
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
     for variable, value in zip(state.moving.values(), averages):
         variable.assign(value)
     names = dict(state=state, batch=batch, images=batch.images, labels=batch.labels, weights=batch.weights, loss=loss,
-                 logits=logits, gradients=gradients, updates=updates, slots=slots, learning_rate=learning_rate,
+                 accuracy=accuracy, examples=examples, logits=logits, gradients=gradients, updates=updates, slots=slots, learning_rate=learning_rate,
                  finite=tf.constant(True))
     try:
         bool(eval(compile(condition, "--break_if", "eval"), vars(loop_module), names))

@@ -22,11 +22,16 @@ FORMATS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite", "weights":
 def plain_model(state: TrainState) -> keras.Sequential:
     """The model with its standardiser in front: raw pixels [batch, height, width, channels] → probabilities.
 
-    Its layers are those of `state.model`, and share its weights.
+    Its layers are those of `state.model`, in float32 whatever precision they were trained in.
     """
     mean, scale = (np.broadcast_to(v.numpy(), state.model.input_shape[1:]) for v in (state.mean, state.scale))
     standardise = keras.layers.Normalization(axis=(1, 2, 3), mean=mean, variance=np.square(scale.astype(np.float64)), name="standardize")
-    return keras.Sequential([keras.Input(state.model.input_shape[1:]), standardise, *state.model.layers], name="tfloop")
+    layers = [type(layer).from_config({**layer.get_config(), "dtype": "float32"}) for layer in state.model.layers]
+    model = keras.Sequential([keras.Input(state.model.input_shape[1:]), standardise, *layers], name="tfloop")
+    for layer, trained in zip(layers, state.model.layers):
+        if not isinstance(layer, keras.layers.Dropout):
+            layer.set_weights(trained.get_weights())
+    return model
 
 
 def export(state: TrainState, format: str, path: str | Path) -> None:

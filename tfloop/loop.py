@@ -129,23 +129,73 @@ class Pass(NamedTuple):
     """One way forward through the model and back."""
 
     loss: Loss
-    logits: tf.Tensor  # [batch, classes]
-    gradients: dict[str, tf.Tensor]  # of loss.total, by weight: "conv1/kernel"
+    accuracy: tf.Tensor
+    examples: tf.Tensor  # float32, how many the means are over: rows that fill up the batch do not count
+    gradients: Vector  # of loss.total, by weight: "conv1/kernel"
+    logits: tf.Tensor | None = None  # [batch, classes]; None where a pass was put together from parts
 
 
-def forward_and_backward(state: TrainState, batch: Batch, forward: Callable = models.logits) -> Pass:
+def forward_and_backward(state: TrainState, batch: Batch, forward: Callable = models.logits, part: tf.Tensor | int = 0,
+                         parts: int = 1) -> Pass:
     """The loss of a batch, term by term, and its gradients. Changes nothing but moving averages.
 
-    `forward` is `models.logits`, layer by layer as Keras has it, or its fast twin `ops.logits`.
+    Args:
+      state, batch: what is trained, and on what.
+      forward: `models.logits`, layer by layer as Keras has it, or its fast twin `ops.logits`.
+      part, parts: which part of the step's batch this is, of how many, for its randomness.
     """
-    images = state.standardize(batch.images)
+    key = state.key(part, parts)
+    images = state.inputs(batch.images, key)
     with tf.GradientTape() as tape:
-        logits = forward(state.model, images, batch.weights, training=True, key=state.key())
+        logits = forward(state.model, images, batch.weights, training=True, key=key)
         each = example_losses(state, batch.labels, logits)
-        data_loss = tf.reduce_sum(batch.weights * each) / tf.reduce_sum(batch.weights)
+        examples = tf.reduce_sum(batch.weights)
+        data_loss = tf.math.divide_no_nan(tf.reduce_sum(batch.weights * each), examples)
         loss = losses(state, data_loss, model_losses(state))
-    gradients = tape.gradient(loss.total, state.weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return Pass(loss, logits, gradients)
+        on_the_way_back = loss.total if state.loss_scale is None else state.loss_scale * loss.total
+    gradients = Vector.of(tape.gradient(on_the_way_back, state.weights, unconnected_gradients=tf.UnconnectedGradients.ZERO))
+    if state.loss_scale is not None:
+        gradients = Vector(gradients.flat / state.loss_scale, state.weights)
+    return Pass(loss, hit_rate(batch, logits), examples, gradients, logits)
+
+
+def hit_rate(batch: Batch, logits: tf.Tensor) -> tf.Tensor:
+    """The share of the batch's examples whose largest output is that of their class."""
+    return tf.math.divide_no_nan(tf.reduce_sum(batch.weights * _hits(logits, batch.labels)), tf.reduce_sum(batch.weights))
+
+
+def weighed(found: Pass) -> tf.Tensor:
+    """[n + 9] float32: the examples, and the examples times all else that a pass tells. Such vectors can be added up."""
+    return found.examples * tf.concat([[1.0], tf.stack([*found.loss, found.accuracy]), found.gradients.flat], axis=0)
+
+
+def whole(total: tf.Tensor, state: TrainState) -> Pass:
+    """The pass over a whole batch, from the sum of its parts' `weighed`.
+
+    All means are over the examples of the whole batch, and a penalty, which every part has, counts once.
+    """
+    means = total[1:] / total[0]
+    terms = len(Loss._fields)
+    return Pass(Loss(*tf.unstack(means[:terms])), means[terms], total[0], Vector(means[terms + 1:], state.weights))
+
+
+def accumulated(differentiate: Callable, times: int) -> Callable:
+    """`differentiate`, on a batch that is cut in so many parts, one after the other, in the memory that one part takes.
+
+    The gradient is that of the whole batch, but for layers that look at the batch: batch normalisation sees a part.
+    """
+    def in_parts(state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1) -> Pass:
+        cut = Batch(*(tf.reshape(tensor, [times, -1, *tensor.shape[1:]]) for tensor in batch))
+
+        def body(i, total):
+            found = differentiate(state, Batch(*(tensor[i] for tensor in cut)), part=part * times + i, parts=parts * times)
+            return i + 1, total + weighed(found)
+
+        size = sum(weight.shape.num_elements() for weight in state.weights.values())
+        start = tf.constant(0), tf.zeros([size + len(Loss._fields) + 2])
+        return whole(tf.while_loop(lambda i, _: i < times, body, start, parallel_iterations=1)[1], state)
+
+    return in_parts
 
 
 class Step(NamedTuple):
@@ -163,24 +213,24 @@ def train_step(state: TrainState, batch: Batch, differentiate: Callable = forwar
     A step whose loss, gradient or update is not finite changes no weight, slot or counter, and neither does any step after
     it, so that the state is found as it was before: `state.diverged` tells.
 
-    `differentiate` is `forward_and_backward`, or its twin `debug.forward_and_backward`, which goes layer by layer.
+    `differentiate` is `forward_and_backward`, or its twin `debug.forward_and_backward`, which goes layer by layer, or either
+    on parts of the batch.
     """
     images, labels, weights = batch
     learning_rate = state.schedule(state.schedule_step)
     averages = [tf.identity(variable) for variable in state.moving.values()]
-    loss, logits, gradients = differentiate(state, batch)
-    gradients = Vector.of(gradients)
+    loss, accuracy, examples, gradients, logits = differentiate(state, batch)
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
 
     finite = tf.math.is_finite(loss.total + gradients.norm + updates.norm)  # one test for all that they hold
+    overflowed = state.overflowed(loss.total, finite)
     valid = finite & ~state.diverged
     state.optimizer.apply(updates, slots, state.weights, valid)
     for variable, before in zip(state.moving.values(), averages):
         variable.assign(select(valid, variable, before))
-    state.advance(valid)
+    state.keep_average(valid)
+    state.advance(valid, overflowed)
 
-    examples = tf.reduce_sum(weights)
-    accuracy = tf.reduce_sum(weights * _hits(logits, labels)) / examples
     sums = tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, gradients.norm])], axis=0)
     return Step(select(valid, sums, tf.zeros_like(sums)), learning_rate, gradients.flat, updates.flat)
 
@@ -209,7 +259,7 @@ class Loop:
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
                  steps_per_call: int = 0, jit_compile: bool = False, eager: bool = False, fast: bool = True,
-                 shards: int = 1, differentiate: Callable | None = None, time_input: bool = True,
+                 shards: int = 1, accumulate: int = 1, differentiate: Callable | None = None, time_input: bool = True,
                  check_numerics: bool = False):
         """Args:
           state: what to train.
@@ -221,6 +271,7 @@ class Loop:
           eager: run the step op by op.
           fast: rearrange the forward pass (see `ops`).
           shards: parts of a batch to compute side by side, with `fast`.
+          accumulate: parts of a batch to compute one after the other.
           differentiate: computes loss and gradients in place of `forward_and_backward`.
           time_input: measure the wait for batches, for which TensorFlow's op determinism leaves no operation.
           check_numerics: tf.debugging.enable_check_numerics() is on, which breaks off a step half done: one step a call.
@@ -249,6 +300,10 @@ class Loop:
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
         self.forward = functools.partial(ops.logits, shards=shards) if fast else models.logits
         differentiate = differentiate or functools.partial(forward_and_backward, forward=self.forward)
+        if accumulate > 1:
+            if batch_size % accumulate:
+                raise UserError(f"--accumulate={accumulate} does not divide --batch_size={batch_size}")
+            differentiate = accumulated(differentiate, accumulate)
         step = lambda batch: train_step(state, batch, differentiate)
         self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile else step
         self._train = Traced(self._train_steps, "the training step", eager)
@@ -338,7 +393,7 @@ class Loop:
         self._warm.add("train")
 
     def evaluate(self, split: Split) -> Metrics:
-        """Means over all of `split`, with the weights as they are.
+        """Means over all of `split`, with the moving average of the weights where one is kept.
 
         Raises:
           DivergenceError: the loss is not finite.
@@ -355,7 +410,8 @@ class Loop:
         if "evaluate" not in self._warm:
             self._time("tracing", self._evaluate, images[:1], labels[:1])
             self._warm.add("evaluate")
-        (sums, outputs), _ = self._time("evaluation", self._evaluate, images, labels)
+        with self.state.averaged():
+            (sums, outputs), _ = self._time("evaluation", self._evaluate, images, labels)
         metrics = _metrics(sums)._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
             raise self._held_out_divergence()
@@ -448,7 +504,8 @@ class Loop:
         state, step = self.state, int(self.state.global_step)
         averages = [variable.numpy() for variable in state.moving.values()]
         batch = self.batch(int(state.batch))
-        activations = models.forward(state.model, state.standardize(batch.images), batch.weights, True, state.key())
+        key = state.key()
+        activations = models.forward(state.model, state.inputs(batch.images, key), batch.weights, True, key)
         result = forward_and_backward(state, batch)
         found = [("weights", name.split("/")[0], weight) for name, weight in state.weights.items()]
         found += [("activations", name, activation) for name, activation in activations]

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.randomness import Key
 
 OUTPUTS = ("softmax", "sigmoid")
 
@@ -18,29 +19,31 @@ OUTPUTS = ("softmax", "sigmoid")
 def build(config: Config, image_shape: tuple[int, int, int], classes: int) -> keras.Sequential:
     """The CNN that `config` describes: (conv, batch norm, activation, pool)*, flatten, (dense, dropout)*, output.
 
-    The weights are those of `initial_weights(model, config.seed)`.
+    The weights are those of `initial_weights(model, config.seed)`. With mixed precision all layers but the output
+    compute in 16 bits; weights stay float32.
 
     Raises:
       UserError: a kernel or a pool is larger than what is left of the image at that depth.
     """
     layers = keras.layers
     _check_sizes(config, image_shape)
+    dtype = config.precision if config.precision.startswith("mixed") else "float32"
     model = keras.Sequential([keras.Input(image_shape)], name="cnn")
     kernels = config.kernel * len(config.conv) if len(config.kernel) == 1 else config.kernel
     pools = config.pool + (1,) * len(config.conv)
     for i, (filters, kernel, pool) in enumerate(zip(config.conv, kernels, pools), start=1):
         fused = None if config.batch_norm else config.conv_activation
-        model.add(layers.Conv2D(filters, kernel, padding=config.padding, activation=fused, name=f"conv{i}"))
+        model.add(layers.Conv2D(filters, kernel, padding=config.padding, activation=fused, dtype=dtype, name=f"conv{i}"))
         if config.batch_norm:
-            model.add(layers.BatchNormalization(name=f"norm{i}"))
-            model.add(layers.Activation(config.conv_activation, name=f"activation{i}"))
+            model.add(layers.BatchNormalization(dtype=dtype, name=f"norm{i}"))
+            model.add(layers.Activation(config.conv_activation, dtype=dtype, name=f"activation{i}"))
         if pool > 1:
-            model.add(layers.MaxPooling2D(pool, name=f"pool{i}"))
-    model.add(layers.Flatten(name="flatten"))
+            model.add(layers.MaxPooling2D(pool, dtype=dtype, name=f"pool{i}"))
+    model.add(layers.Flatten(dtype=dtype, name="flatten"))
     for i, units in enumerate(config.dense, start=1):
-        model.add(layers.Dense(units, activation=config.dense_activation, name=f"dense{i}"))
+        model.add(layers.Dense(units, activation=config.dense_activation, dtype=dtype, name=f"dense{i}"))
         if config.dropout:
-            model.add(layers.Dropout(config.dropout, name=f"dropout{i}"))
+            model.add(layers.Dropout(config.dropout, dtype=dtype, name=f"dropout{i}"))
     model.add(layers.Dense(classes, activation=config.output, name="output"))
     values = initial_weights(model, config.seed)
     for layer in model.layers:
@@ -157,7 +160,7 @@ def _is_plain_dropout(layer) -> bool:
     return type(layer) is keras.layers.Dropout and layer.noise_shape is None
 
 
-def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training: bool = False, key=None):
+def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training: bool = False, key: Key | None = None):
     """Yields (layer name, activation) from the first layer to the logits.
 
     Args:
@@ -165,7 +168,7 @@ def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training
       images: [batch, height, width, channels] float32.
       weights: [batch] float32, 0 for the rows that only fill up the batch: batch normalisation leaves them out.
       training: as Keras's argument.
-      key: int32 [2], the seed of this step's dropout; needed in training where the model has a Dropout layer.
+      key: the seed of this step's dropout; needed in training where the model has a Dropout layer.
     """
     if not isinstance(model, keras.Sequential):
         yield getattr(model, "name", "model"), _call(model, images, training)
@@ -181,12 +184,17 @@ def apply_layer(model: keras.Sequential, index: int, x: tf.Tensor, weights, trai
     """The activation of the layer with this index, from the one before; arguments as in `forward`."""
     layer = model.layers[index]
     if _is_plain_dropout(layer):  # stateless in place of Keras's own generator: the mask depends on the position alone
-        return tf.nn.experimental.stateless_dropout(x, layer.rate, fold_in(key, index)) if training else x
+        return dropout(x, layer.rate, key.fold_in(index)) if training else x
     if isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
         return _batch_norm(layer, x, weights)
     if index == len(model.layers) - 1 and output_activation(model):
         return _without_activation(layer, x)
     return _call(layer, x, training)
+
+
+def dropout(x: tf.Tensor, rate: float, key: Key) -> tf.Tensor:
+    """x / (1 - rate), or 0 for the share `rate` of all units."""
+    return tf.where(key.uniform(x.shape) >= rate, x / tf.cast(1.0 - rate, x.dtype), tf.zeros_like(x))
 
 
 def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
@@ -200,7 +208,8 @@ def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: t
         x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
         return tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
     gamma, beta = tf.convert_to_tensor(layer.gamma), tf.convert_to_tensor(layer.beta)
-    places = x.shape[1] * x.shape[2]
+    x = cast(x, layer)
+    places, examples = x.shape[1] * x.shape[2], tf.reduce_sum(weights)
 
     def full():
         y, mean, variance = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, epsilon=layer.epsilon, is_training=True)
@@ -209,15 +218,17 @@ def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: t
 
     def filled_up():
         w = tf.reshape(weights, [-1, 1, 1, 1])
-        n = places * tf.reduce_sum(weights)
-        mean = tf.reduce_sum(w * x, axis=[0, 1, 2]) / n
-        variance = tf.reduce_sum(w * tf.square(x - mean), axis=[0, 1, 2]) / n
-        return tf.nn.batch_normalization(x, mean, variance, beta, gamma, layer.epsilon), mean, variance
+        wide = tf.cast(x, w.dtype)
+        n = places * tf.maximum(examples, 1.0)
+        mean = tf.reduce_sum(w * wide, axis=[0, 1, 2]) / n
+        variance = tf.reduce_sum(w * tf.square(wide - mean), axis=[0, 1, 2]) / n
+        return tf.cast(tf.nn.batch_normalization(wide, mean, variance, beta, gamma, layer.epsilon), x.dtype), mean, variance
 
     fused = x.dtype != tf.float64  # which the fused operation does not know
     y, mean, variance = tf.cond(tf.reduce_all(weights > 0), full, filled_up) if fused else filled_up()
+    new = (1.0 - layer.momentum) * tf.cast(examples > 0, mean.dtype)  # a part of a batch that is all filling moves nothing
     for average, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-        average.assign(average * layer.momentum + value * (1.0 - layer.momentum))
+        average.assign(average * (1.0 - new) + value * new)
     return y
 
 
@@ -233,13 +244,6 @@ def probabilities(model, outputs: tf.Tensor) -> tf.Tensor:
     return tf.sigmoid(outputs) if output_activation(model) == "sigmoid" else tf.nn.softmax(outputs)
 
 
-def fold_in(key, *numbers) -> tf.Tensor:
-    """A new int32 [2] seed from a seed and some whole numbers."""
-    for number in numbers:
-        key = tf.random.experimental.stateless_fold_in(key, tf.cast(number, tf.int32))
-    return key
-
-
 def _call(layer, x, training):
     return layer(x, training=training) if isinstance(layer, keras.layers.Layer) else layer(x)
 
@@ -247,8 +251,13 @@ def _call(layer, x, training):
 def _without_activation(layer, x):
     if not isinstance(layer, keras.layers.Dense):
         return x  # an Activation or Softmax layer of its own
-    x = tf.matmul(x, layer.kernel)
-    return x if layer.bias is None else tf.nn.bias_add(x, layer.bias)
+    x = tf.matmul(cast(x, layer), cast(layer.kernel, layer))
+    return x if layer.bias is None else tf.nn.bias_add(x, cast(layer.bias, layer))
+
+
+def cast(x, layer) -> tf.Tensor:
+    """In the type that the layer computes in: with mixed precision not the one that its weights have."""
+    return tf.cast(tf.convert_to_tensor(x), layer.compute_dtype)
 
 
 def table(model: keras.Model) -> list[tuple[str, str, str, int]]:

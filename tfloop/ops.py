@@ -77,8 +77,8 @@ def _may_pool_first(layer, following) -> bool:
 
 def _pool_first(layer, pool, x: tf.Tensor) -> tf.Tensor:
     if isinstance(layer, keras.layers.Conv2D):
-        x = pool(tf.nn.conv2d(x, layer.kernel, 1, layer.padding.upper()))
-        x = x if layer.bias is None else tf.nn.bias_add(x, layer.bias)
+        x = pool(tf.nn.conv2d(models.cast(x, layer), models.cast(layer.kernel, layer), 1, layer.padding.upper()))
+        x = x if layer.bias is None else tf.nn.bias_add(x, models.cast(layer.bias, layer))
     else:
         x = pool(x)
     return layer.activation(x)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.errors import UserError
-from tfloop.schedules import bind
+from tfloop.schedules import bind, parameters
 
 
 def f32(number) -> tf.Tensor:
@@ -139,6 +139,25 @@ class Vector(Mapping):
         return f"Vector of {len(self)} weights, norm {float(self.norm):.6g}: {', '.join(self)}"
 
 
+def clip(gradients: Vector, *, clip_value=None, clip_norm=None, clip_global_norm=None) -> Vector:
+    """The gradients, made smaller where they are too large; None leaves a limit out.
+
+    clip_value: each entry to [-clip_value, clip_value]. clip_norm: each weight's gradient g to g · min(1, clip_norm / |g|).
+    clip_global_norm: the same for all of them as one vector (Pascanu et al., arXiv:1211.5063).
+    """
+    flat = gradients.flat
+    if clip_value is not None:
+        flat = tf.clip_by_value(flat, -clip_value, clip_value)
+    if clip_norm is not None:
+        flat = flatten(tf.clip_by_norm(part, clip_norm) for part in Vector(flat, gradients).parts().values())
+    if clip_global_norm is not None:
+        flat = flat * (clip_global_norm / tf.maximum(Vector(flat, gradients).norm, clip_global_norm))
+    return Vector(flat, gradients)
+
+
+CLIPS = parameters(clip)
+
+
 class Optimizer(tf.Module):
     """An update rule with its slots, its count and its numbers as variables.
 
@@ -151,13 +170,15 @@ class Optimizer(tf.Module):
     def __init__(self, name: str = "rmsprop", **hyper):
         """Args:
           name: one of OPTIMIZERS.
-          **hyper: the rule's hyperparameters; those left out take its defaults.
+          **hyper: the rule's hyperparameters, and `clip`'s; those left out take its defaults.
 
         Raises:
           UserError: an unknown rule, or a hyperparameter that it does not have.
         """
         super().__init__(name=name)
+        clips = {key: hyper.pop(key) for key in CLIPS if hyper.get(key) is not None}
         self._rule, numbers, self._switches = bind(OPTIMIZERS, "optimizer", name, hyper)
+        self._clips, numbers = tuple(clips), numbers | clips
         self.hyper = {key: tf.Variable(value, dtype=tf.float64, trainable=False, name=key)
                       for key, value in numbers.items()}
         self.slots = {}
@@ -173,6 +194,8 @@ class Optimizer(tf.Module):
     def updates(self, gradients: Vector, weights: dict[str, tf.Variable], rate) -> tuple[Vector, dict[str, tf.Tensor]]:
         """(the updates to add to the weights, the new slots). Changes nothing."""
         numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
+        if self._clips:
+            gradients = clip(gradients, **{key: f32(numbers.pop(key)) for key in self._clips})
         slots = {name: tf.convert_to_tensor(slot) for name, slot in self.slots.items()}
         vector = flatten(weights.values()) if self.name == "adamw" else None  # no other rule looks at them
         update, slots = self._rule(gradients.flat, vector, slots, self.count, rate, **numbers, **self._switches)

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfloop.data import Split
 from tfloop.errors import UserError
-from tfloop.models import fold_in
+from tfloop.randomness import fold_in
 
 PIPELINES = ("host", "prefetch", "resident")
 SHARE_OF_MEMORY = 0.1  # images that take less than this of the memory are kept resident

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from tfloop import checkpoints, data, folders, models
+from tfloop.augmentation import Augmentation
 from tfloop.config import HYPER, Config
 from tfloop.errors import UserError
 from tfloop.loop import Loop
-from tfloop.optimizers import Optimizer
+from tfloop.optimizers import CLIPS, Optimizer
 from tfloop.schedules import SCHEDULES, Schedule, parameters
 from tfloop.state import TrainState
 
@@ -32,7 +33,7 @@ def make_schedule(config: Config, steps: int) -> Schedule:
 
 def make_optimizer(config: Config) -> Optimizer:
     """The optimizer that `config` names."""
-    return Optimizer(config.optimizer, **_chosen(config, HYPER["optimizer"]))
+    return Optimizer(config.optimizer, **_chosen(config, HYPER["optimizer"] + tuple(CLIPS)))
 
 
 def _chosen(config: Config, names: tuple[str, ...]) -> dict:
@@ -47,7 +48,10 @@ def make_state(config: Config, image_shape: tuple[int, ...], classes: int, steps
     schedule, optimizer = make_schedule(config, steps), make_optimizer(config)
     model = models.build(config, image_shape, classes)
     return TrainState(model, optimizer, schedule, l1=config.l1, l2=config.l2, penalize=config.penalize,
-                      label_smoothing=config.label_smoothing, seed=config.seed,
+                      label_smoothing=config.label_smoothing, seed=config.seed, ema=config.ema,
+                      scale_loss=config.precision == "mixed_float16",
+                      augmentation=Augmentation(config.augment_shift, config.augment_rotate, config.augment_scale,
+                                                config.augment_cutout),
                       standardizer=standardizer or data.Standardizer.identity(image_shape),
                       initial_weights=lambda seed: models.initial_weights(model, seed))
 
@@ -59,13 +63,15 @@ def make_loop(config: Config, dataset: data.Dataset | None = None, **options) ->
     state = make_state(config, dataset.image_shape, dataset.classes, steps, dataset.standardizer)
     return Loop(state, dataset, batch_size=config.batch_size, pipeline=config.pipeline,
                 steps_per_call=config.steps_per_call, jit_compile=config.jit_compile, eager=config.eager,
-                fast=config.fast, shards=max(config.shards, 1), time_input=not config.deterministic,
+                fast=config.fast, shards=max(config.shards, 1), accumulate=config.accumulate, time_input=not config.deterministic,
                 check_numerics=config.check_numerics, **options)
 
 
 def open_run(folder: str | Path, best: bool = False,
              warn: Callable[[str], None] = lambda message: None) -> tuple[Config, TrainState, dict]:
     """(settings, state, manifest) of a run, from its newest checkpoint that is whole; `warn` is told of others.
+
+    The weights are their moving average where the run keeps one.
 
     Args: `best` takes the one that did best on the validation images.
 
@@ -83,6 +89,7 @@ def open_run(folder: str | Path, best: bool = False,
     config = Config.make(**manifest["config"])
     state = make_state(config, tuple(manifest["image_shape"]), manifest["classes"], manifest["steps_per_epoch"])
     checkpoints.restore(state, path)
+    state.take_averages()
     return config, state, manifest
 
 

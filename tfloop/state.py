@@ -4,8 +4,9 @@ Everything that changes while training, and every number that a step reads, is a
 compiled step closes over these variables, so resetting or changing one never makes TensorFlow trace again.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import keras
@@ -13,10 +14,14 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import models
+from tfloop.augmentation import Augmentation
 from tfloop.data import Standardizer
 from tfloop.errors import UserError
-from tfloop.optimizers import KerasOptimizer, Optimizer
+from tfloop.optimizers import KerasOptimizer, Optimizer, f32, flatten
+from tfloop.randomness import Key
 from tfloop.schedules import Schedule
+
+LOSS_SCALE, GOOD_STEPS = 2.0**15, 2000  # where it begins, and steps until it is doubled: those of Keras's LossScaleOptimizer
 
 
 class TrainState(tf.Module):
@@ -30,7 +35,11 @@ class TrainState(tf.Module):
     Attributes:
       model: the model; weights, moving: its trainable and its other variables by name, "conv1/kernel".
       optimizer, schedule: their slots, count and numbers.
-      hyper: name → variable, every number a step reads: l1, l2, label_smoothing, the optimizer's and the schedule's.
+      hyper: name → variable, every number a step reads: l1, l2, label_smoothing, ema, the optimizer's, the schedule's and
+        the augmentation's.
+      averages: the moving average of all weights, one vector [n] over `weights` and `moving`; None without `ema`.
+      loss_scale, good_steps: what the loss is multiplied by on its way back, and steps since it last changed; None
+        without `scale_loss`.
       seed, epoch, batch: the position in the data; with them the order of examples and all dropout is determined.
       initial_hyper: what `hyper` held at first, and `reset(hyper=True)` sets back.
       totals: float64 sums of the epoch's metrics so far.
@@ -40,7 +49,8 @@ class TrainState(tf.Module):
     def __init__(self, model, optimizer="rmsprop", schedule: Schedule | float = 0.001, *, l1: float = 0.0,
                  l2: float = 0.0, penalize: str | Sequence[tf.Variable] = "all",
                  penalties: Sequence[Callable] = (), label_smoothing: float = 0.0, loss: Callable | None = None,
-                 standardizer: Standardizer | None = None, seed: int = 0,
+                 standardizer: Standardizer | None = None, augmentation: Augmentation | None = None,
+                 ema: float | None = None, scale_loss: bool = False, seed: int = 0,
                  initial_weights: Callable[[int], dict[str, np.ndarray]] | None = None):
         """Args:
           model: a keras.Model, or a tf.Module that is callable and has trainable variables.
@@ -52,6 +62,10 @@ class TrainState(tf.Module):
           label_smoothing: share of each label spread over all classes.
           loss: function (labels [batch] int32, outputs) → [batch], in place of cross-entropy from logits.
           standardizer: of the pixels; belongs to the trained model.
+          augmentation: of the images, in training alone.
+          ema: decay of the moving average of the weights, which is then what is evaluated; None keeps none.
+          scale_loss: keep small gradients from becoming 0 in float16: they are computed from loss_scale times the loss.
+            Where they overflow, the step makes no update and the scale is halved; after 2000 steps it is doubled.
           seed: of the data order and dropout, and of the weights where `initial_weights` is given.
           initial_weights: seed → value of each of the model's variables by name. Without it, the initial values are
             those found now, whatever the seed.
@@ -76,12 +90,18 @@ class TrainState(tf.Module):
         number = lambda value, name: tf.Variable(value, dtype=tf.float32, trainable=False, name=name)
         self._own_hyper = {"l1": number(l1, "l1"), "l2": number(l2, "l2"),
                            "label_smoothing": number(label_smoothing, "label_smoothing")}
+        if ema is not None:
+            self._own_hyper["ema"] = tf.Variable(ema, dtype=tf.float64, trainable=False, name="ema")
         counter = lambda name: tf.Variable(0, dtype=tf.int64, trainable=False, name=name)
         self.global_step, self.schedule_step = counter("global_step"), counter("schedule_step")
         self.epoch, self.batch = counter("epoch"), counter("batch")
         self.seed = tf.Variable(seed, dtype=tf.int64, trainable=False, name="seed")
         self.totals = tf.Variable(tf.zeros([10], tf.float64), trainable=False, name="totals")
         self.diverged = tf.Variable(False, trainable=False, name="diverged")
+        self.augmentation = augmentation or Augmentation()
+        self.averages = tf.Variable(self._flat(), trainable=False, name="averages") if ema is not None else None
+        self.loss_scale = number(LOSS_SCALE, "loss_scale") if scale_loss else None
+        self.good_steps = counter("good_steps") if scale_loss else None
         if standardizer is None:
             standardizer = Standardizer(np.zeros([], np.float32), np.ones([], np.float32))
         self.mean = tf.Variable(standardizer.mean, trainable=False, name="mean")
@@ -92,22 +112,70 @@ class TrainState(tf.Module):
 
     @property
     def hyper(self) -> Mapping[str, tf.Variable]:
-        return MappingProxyType({**self.schedule.hyper, **self.optimizer.hyper, **self._own_hyper})
+        return MappingProxyType({**self.schedule.hyper, **self.optimizer.hyper, **self.augmentation.hyper, **self._own_hyper})
 
     def standardize(self, images: tf.Tensor) -> tf.Tensor:
         """(x - mean) / scale, float32."""
         return (tf.cast(images, tf.float32) - self.mean) / self.scale
 
-    def key(self) -> tf.Tensor:
-        """The seed of this step's randomness, int32 [2]: a pure function of (seed, epoch, batch)."""
-        return models.fold_in(tf.stack([tf.cast(self.seed, tf.int32), 1]), self.epoch, self.batch)
+    def inputs(self, images: tf.Tensor, key: Key) -> tf.Tensor:
+        """What the model is trained on: images augmented and standardised, float32."""
+        return self.standardize(self.augmentation(tf.cast(images, tf.float32), key.fold_in(-1)))
 
-    def advance(self, valid: tf.Tensor) -> None:
-        """One step on, where the step was valid; else stay here, diverged."""
-        one = tf.cast(valid, tf.int64)
-        for counter in (self.global_step, self.schedule_step, self.batch):
-            counter.assign_add(one)
-        self.diverged.assign(tf.logical_not(valid))
+    def key(self, part: tf.Tensor | int = 0, parts: int = 1) -> Key:
+        """The key of this step's randomness, for one part of its batch: a pure function of (seed, epoch, batch)."""
+        return Key(tf.stack([tf.cast(self.seed, tf.int32), 1]), part, parts).fold_in(self.epoch, self.batch)
+
+    def overflowed(self, loss: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+        """Is a step that is not finite so because the loss scale was too high? Then the scale is halved."""
+        if self.loss_scale is None:
+            return tf.constant(False)
+        overflowed = ~finite & tf.math.is_finite(loss) & (self.loss_scale > 1.0) & ~self.diverged
+        good = (self.good_steps + 1) * tf.cast(~overflowed, tf.int64)
+        grows = good >= GOOD_STEPS
+        self.loss_scale.assign(self.loss_scale * tf.where(overflowed, 0.5, tf.where(grows, 2.0, 1.0)))
+        self.good_steps.assign(good * tf.cast(~grows, tf.int64))
+        return overflowed
+
+    def advance(self, valid: tf.Tensor, overflowed: tf.Tensor) -> None:
+        """One step on. Where it was not valid, stay here, diverged; where it overflowed, leave this batch out."""
+        self.global_step.assign_add(tf.cast(valid | overflowed, tf.int64))
+        self.batch.assign_add(tf.cast(valid | overflowed, tf.int64))
+        self.schedule_step.assign_add(tf.cast(valid, tf.int64))
+        self.diverged.assign(~(valid | overflowed))
+
+    def keep_average(self, valid: tf.Tensor) -> None:
+        """Take the weights into their moving average, where one is kept: ema · average + (1 - ema) · weights, and the
+        weights themselves after the first update, as with Keras's use_ema."""
+        if self.averages is not None:
+            share = tf.where(self.optimizer.count > 1, 1.0 - self.hyper["ema"], 1.0) * tf.cast(valid, tf.float64)
+            self.averages.assign_add((self._flat() - self.averages) * f32(share))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in the weights' place, in this block; the weights themselves where none is kept."""
+        if self.averages is None:
+            yield
+            return
+        kept = self._flat()
+        self._assign(self.averages)
+        try:
+            yield
+        finally:
+            self._assign(kept)
+
+    def take_averages(self) -> None:
+        """The moving average becomes the weights, where one is kept."""
+        if self.averages is not None:
+            self._assign(self.averages)
+
+    def _flat(self) -> tf.Tensor:
+        return flatten([*self.weights.values(), *self.moving.values()])
+
+    def _assign(self, flat: tf.Tensor) -> None:
+        variables = [*self.weights.values(), *self.moving.values()]
+        for variable, part in zip(variables, tf.split(flat, [variable.shape.num_elements() for variable in variables])):
+            variable.assign(tf.reshape(part, variable.shape))
 
     def reset(self, weights: bool = True, slots: bool = True, schedule: bool = True, data: bool = True,
               hyper: bool = False, seed: int | None = None) -> None:
@@ -115,7 +183,7 @@ class TrainState(tf.Module):
 
         Args:
           weights: initial weights and moving averages, those of `seed`.
-          slots: the optimizer's slots and count.
+          slots: the optimizer's slots and count, and the loss scale.
           schedule: schedule_step; alone, this is a warm restart.
           data: epoch, batch and the metrics so far.
           hyper: every hyperparameter, where it was changed since the state was made.
@@ -127,8 +195,13 @@ class TrainState(tf.Module):
             values = self._initial(int(self.seed))
             for name, variable in {**self.weights, **self.moving}.items():
                 variable.assign(values[name])
+            if self.averages is not None:
+                self.averages.assign(self._flat())
         if slots:
             self.optimizer.reset()
+            if self.loss_scale is not None:
+                self.loss_scale.assign(LOSS_SCALE)
+                self.good_steps.assign(0)
         if schedule:
             self.schedule_step.assign(0)
         if hyper:
@@ -150,7 +223,9 @@ class TrainState(tf.Module):
         groups = {"weights": self.weights, "moving": self.moving, "slots": self.optimizer.slots, "hyper": self.hyper}
         single = {"global_step": self.global_step, "schedule_step": self.schedule_step, "count": self.optimizer.count,
                   "seed": self.seed, "epoch": self.epoch, "batch": self.batch, "totals": self.totals,
-                  "diverged": self.diverged, "mean": self.mean, "scale": self.scale}
+                  "diverged": self.diverged, "mean": self.mean, "scale": self.scale, "averages": self.averages,
+                  "loss_scale": self.loss_scale, "good_steps": self.good_steps}
+        single = {name: variable for name, variable in single.items() if variable is not None}
         return {f"{group}/{name}": v for group, named in groups.items() for name, v in named.items()} | single
 
     def digest(self, *groups: str) -> str:

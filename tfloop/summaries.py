@@ -41,8 +41,8 @@ SCALAR = scalar_metadata(display_name="", description="")
 PROBED = 4  # test images whose activations the histograms show
 EMBEDDED = 500  # test images in the projector
 MISCLASSIFIED = 25
-HYPER_FIELDS = [name for group in ("start from", "data", "model", "loss", "optimizer", "schedule", "run")
-                for name in GROUPS[group] if name not in ("seeds", "runs")] + ["device", "precision"]
+HYPER_FIELDS = [name for group in ("start from", "data", "augmentation", "model", "loss", "optimizer", "schedule", "run")
+                for name in GROUPS[group] if name not in ("seeds", "runs")] + ["device"]
 
 
 class Summaries:
@@ -130,6 +130,8 @@ class Summaries:
         values = {"learning_rate": call.rate, "speed/ms_per_step": 1000 * seconds,
                   "speed/examples_per_second": examples / call.seconds, "gradient_norm/all": float(call.gradients.norm),
                   "speed/input_wait_ms": 1000 * call.input_seconds / call.steps, **_memory()}
+        if state.loss_scale is not None:
+            values["loss_scale"] = float(state.loss_scale)
         l1, l2 = (float(state.hyper[name]) for name in ("l1", "l2"))
         gradients, updates = call.gradients.norms(), call.updates.norms()
         for name, variable in state.weights.items():

@@ -20,6 +20,7 @@ import tensorflow as tf
 from tfloop import __version__, checkpoints, export, folders
 from tfloop.config import Config
 from tfloop.errors import DivergenceError
+from tfloop.events import finite
 from tfloop.loop import Call, Epoch, Loop
 from tfloop.plots import LivePlot
 from tfloop.progress import Display
@@ -151,7 +152,7 @@ class Run:
             plot = LivePlot(self._folder / "curves.png", before=self._reached.epochs) if config.live_plot else None
             due = Due(config.checkpoint_every, int(state.global_step))
             try:
-                for record in loop.run(config.epochs):
+                for record in () if self._has_settled() else loop.run(config.epochs):
                     profile.write(record)
                     with self._timed("summaries"):
                         summaries.write(record)
@@ -164,7 +165,7 @@ class Run:
                     stopped = stop()
                     if due(record) or stopped or is_best:
                         self.save(summaries.sync())
-                    if stopped:
+                    if stopped or self._has_settled():
                         break
             except DivergenceError as error:
                 diverged = error
@@ -180,7 +181,12 @@ class Run:
         return diverged
 
     def _is_finished(self, diverged: DivergenceError | None) -> bool:
-        return not diverged and int(self._loop.state.epoch) >= self._config.epochs
+        return not diverged and (int(self._loop.state.epoch) >= self._config.epochs or self._has_settled())
+
+    def _has_settled(self) -> bool:
+        """Did the last epochs, as many as --early_stopping says, bring nothing better?"""
+        patience, reached = self._config.early_stopping, self._reached
+        return bool(patience and reached.best and len(reached.epochs) - reached.best["epoch"] >= patience)
 
     def _may_rewind(self) -> bool:
         return self._config.on_nan == "rewind" and len(self._reached.rewinds) < MOST_REWINDS
@@ -203,7 +209,7 @@ class Run:
         self._reached, self._saved, self._before = Reached(), None, dict(self._loop.seconds)
         folder = self._folder / "checkpoints"
         kept = {}
-        if found := checkpoints.all_in(folder):
+        if checkpoints.all_in(folder):
             path, manifest = checkpoints.newest(folder, self._display.warn)
             checkpoints.restore(self._loop.state, path)
             self._reached = Reached(**manifest["reached"])
@@ -348,7 +354,8 @@ def _settings_line(config: Config, state: TrainState) -> str:
 
 
 def _epoch_json(epoch: Epoch) -> dict:
-    parts = {part: getattr(epoch, part)._asdict() for part in ("train", "test", "validation") if getattr(epoch, part)}
+    parts = {part: {name: None if value is None else finite(value) for name, value in getattr(epoch, part)._asdict().items()}
+             for part in ("train", "test", "validation") if getattr(epoch, part)}
     return {"epoch": epoch.epoch, "step": epoch.step, "rate": epoch.rate, "seconds": epoch.seconds, "steps": epoch.steps, **parts}
 
 

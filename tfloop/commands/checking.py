@@ -78,7 +78,7 @@ def overfit(config: Config, options: dict, arguments: list[str]) -> int:
 
 COMMANDS = {
     "debug": Command(debug, "train eagerly and stop in pdb at the step", "", tuple(
-        name for name in HOW if name not in ("eager", "jit_compile", "fast", "shards", "steps_per_call", "seeds", "runs", "on_nan")), {
+        name for name in HOW if name not in ("eager", "jit_compile", "fast", "shards", "steps_per_call", "accumulate", "seeds", "runs", "on_nan")), {
         "break_at": ("", "stop at this step only"),
         "break_if": ("", "stop before the update where this holds: 'gradients.norm > 10'"),
         "break_on_nan": (False, "stop before the update where a value is not finite")}),

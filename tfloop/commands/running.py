@@ -14,8 +14,8 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
     stop, folder = Stop(), None
     if options["resume"]:
         config, folder = _resumed(config, options)
-    if folder and folders.is_finished(folder) and folders.epochs_done(folder) >= config.epochs:
-        print(f"{folder}: is finished, all {config.epochs} epochs are done")
+    if folder and folders.is_finished(folder) and (config.early_stopping or folders.epochs_done(folder) >= config.epochs):
+        print(f"{folder}: is finished, after {folders.epochs_done(folder)} epochs")
         return 0
     config, device = start(config)
     from tfloop import training

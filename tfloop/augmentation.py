@@ -1,0 +1,67 @@
+"""Augmentation on the device, as pure functions of the images and a key: shift, rotate and scale, cut out.
+
+Images are float32 [batch, height, width, channels], as they lie in the data, before they are standardised; what comes
+in from beyond their edges is 0. Random numbers come from the position in the data, so an epoch can be repeated.
+"""
+
+import math
+
+import tensorflow as tf
+
+from tfloop.randomness import Key
+
+
+def shift(images: tf.Tensor, key: Key, pixels) -> tf.Tensor:
+    """Each image by whole pixels, from -pixels to pixels, equally likely, in each direction."""
+    batch, height, width, channels = images.shape
+    by = tf.cast(tf.floor(key.uniform([batch, 2]) * (2.0 * pixels + 1.0)) - pixels, tf.int32)
+    rows, columns = tf.range(height) - by[:, :1], tf.range(width) - by[:, 1:]  # where each pixel comes from
+    places = (tf.range(batch)[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    found = tf.gather(tf.reshape(images, [-1, channels]), tf.where(inside, places, 0))
+    return found * tf.cast(inside, images.dtype)[..., None]
+
+
+def turn(images: tf.Tensor, key: Key, degrees, factor) -> tf.Tensor:
+    """Each image about its middle, by an angle in ±degrees, and by a size in 1 ± factor; bilinear."""
+    batch, height, width, _ = images.shape
+    draws = key.uniform([batch, 2], -1.0, 1.0)
+    angle, size = draws[:, 0] * degrees * (math.pi / 180.0), 1.0 + draws[:, 1] * factor
+    cosine, sine = tf.cos(angle) / size, tf.sin(angle) / size
+    x, y, zero = (width - 1) / 2.0, (height - 1) / 2.0, tf.zeros([batch])
+    back = tf.stack([cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y, zero, zero], axis=1)
+    return tf.raw_ops.ImageProjectiveTransformV3(images=images, transforms=back, output_shape=[height, width],
+                                                 interpolation="BILINEAR", fill_mode="CONSTANT", fill_value=0.0)
+
+
+def cut_out(images: tf.Tensor, key: Key, side) -> tf.Tensor:
+    """A square of side × side pixels in each image, its middle anywhere, becomes 0 (DeVries and Taylor, arXiv:1708.04552)."""
+    batch, height, width, _ = images.shape
+    draws = key.uniform([batch, 2])
+    covered = [tf.abs(tf.range(float(length)) + 0.5 - (tf.floor(draws[:, axis, None] * length) + 0.5 * (side % 2.0))) < side / 2.0
+               for axis, length in enumerate((height, width))]
+    return images * tf.cast(~(covered[0][:, :, None] & covered[1][:, None, :]), images.dtype)[..., None]
+
+
+class Augmentation(tf.Module):
+    """The augmentations that are asked for, with their numbers as variables: called with images and a key.
+
+    Attributes:
+      hyper: "augment_shift" … → float32 variable, for each that is not 0; 0 leaves an augmentation out for good.
+    """
+
+    def __init__(self, shift: int = 0, rotate: float = 0.0, scale: float = 0.0, cutout: int = 0):
+        """Args: pixels; degrees; share of the size; side of the square in pixels."""
+        super().__init__(name="augmentation")
+        asked = {"augment_shift": shift, "augment_rotate": rotate, "augment_scale": scale, "augment_cutout": cutout}
+        self.hyper = {name: tf.Variable(value, dtype=tf.float32, trainable=False, name=name) for name, value in asked.items() if value}
+
+    def __call__(self, images: tf.Tensor, key: Key) -> tf.Tensor:
+        numbers = {name: tf.convert_to_tensor(variable) for name, variable in self.hyper.items()}
+        if "augment_rotate" in numbers or "augment_scale" in numbers:
+            images = turn(images, key.fold_in(0), numbers.get("augment_rotate", 0.0), numbers.get("augment_scale", 0.0))
+        if "augment_shift" in numbers:
+            images = shift(images, key.fold_in(1), numbers["augment_shift"])
+        if "augment_cutout" in numbers:
+            images = cut_out(images, key.fold_in(2), numbers["augment_cutout"])
+        return images

@@ -1,0 +1,34 @@
+"""Randomness as a pure function of the position in the data: there is no generator, so there is nothing to save."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Key(NamedTuple):
+    """The seed of one step's randomness, and the part of the batch that it is for.
+
+    What is drawn for a part of a batch is that part of what is drawn for the whole, so it does not matter into how many
+    parts, on however many devices, a batch is cut.
+    """
+
+    seed: tf.Tensor  # int32 [2]
+    part: tf.Tensor | int = 0
+    parts: int = 1
+
+    def fold_in(self, *numbers) -> "Key":
+        """A new key from this one and some whole numbers."""
+        return self._replace(seed=fold_in(self.seed, *numbers))
+
+    def uniform(self, shape, low=0.0, high=1.0) -> tf.Tensor:
+        """float32, uniform in [low, high), for the rows of this part: `shape` is static and begins with their number."""
+        rows, *rest = shape
+        whole = tf.random.stateless_uniform([self.parts * rows, *rest], self.seed, low, high)
+        return tf.slice(whole, [self.part * rows] + [0] * len(rest), shape) if self.parts > 1 else whole
+
+
+def fold_in(seed, *numbers) -> tf.Tensor:
+    """A new int32 [2] seed from a seed and some whole numbers."""
+    for number in numbers:
+        seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32))
+    return seed
