@@ -60,8 +60,8 @@ def child(phase: str, count: int, command: list[str]) -> int:
 
     started = devices.start
 
-    def start(config):
-        found = started(config)
+    def start(*arguments):
+        found = started(*arguments)
         from tfloop import checkpoints, events, loop
 
         if phase == "anywhere":

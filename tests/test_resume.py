@@ -84,7 +84,7 @@ def test_a_stopped_run_ends_as_one_that_went_through(config, tmp_path, stopped_a
 def test_where_and_how_it_runs_may_change_and_what_it_writes(config):
     first = training.train(config(), stop=stop_after(5))[0]
     folder = Path(first["folder"])
-    new = folders.resumed(folder, dict(pipeline="host", steps_per_call="9", summaries="none", checkpoint_every="epoch"), False)
+    new = folders.resumed(folder, tfloop.Config.make(), dict(pipeline="host", steps_per_call="9", summaries="none", checkpoint_every="epoch"), False)
     again = training.train(new, resume=folder)[0]
     assert again["pipeline"] == "host" and again["state_sha256"] == training.train(config(name="w"))[0]["state_sha256"]
 
@@ -97,23 +97,23 @@ def test_where_and_how_it_runs_may_change_and_what_it_writes(config):
 def test_what_changes_the_mathematics_is_refused_by_name(config, given, message):
     folder = folders.create(config())
     with pytest.raises(tfloop.UserError) as error:
-        folders.resumed(folder, given, override=False)
+        folders.resumed(folder, tfloop.Config.make(), given, override=False)
     assert message in str(error.value)
-    folders.resumed(folder, given, override=True)
+    folders.resumed(folder, tfloop.Config.make(), given, override=True)
 
 
 def test_a_constant_rate_may_go_on_for_more_epochs(config):
     own = dict(schedule="constant")
     first = training.train(config(**own))[0]
     folder = Path(first["folder"])
-    longer = folders.resumed(folder, dict(epochs="5"), False)
+    longer = folders.resumed(folder, tfloop.Config.make(), dict(epochs="5"), False)
     assert training.train(longer, resume=folder)[0]["state_sha256"] == training.train(config(epochs=5, name="w", **own))[0]["state_sha256"]
 
 
 def test_an_override_takes_the_new_number_from_there_on(config):
     first = training.train(config(schedule="constant"), stop=stop_after(5))[0]
     folder = Path(first["folder"])
-    changed = folders.resumed(folder, dict(learning_rate="0.5"), override=True)
+    changed = folders.resumed(folder, tfloop.Config.make(), dict(learning_rate="0.5"), override=True)
     again = training.train(changed, resume=folder)[0]
     assert again["hyper"]["learning_rate"] == 0.5
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.5

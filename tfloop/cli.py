@@ -1,6 +1,6 @@
 """The command line: flags make a Config, a command runs with it, and every mistake is one line and an exit code.
 
-Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 130 interrupted, 143 terminated. Only this module knows
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is lost, 130 interrupted, 143 terminated. Only this module knows
 absl.
 """
 
@@ -11,9 +11,9 @@ from absl import flags
 from tfloop import __version__
 from tfloop.commands import COMMANDS, Command
 from tfloop.config import FIELDS, GROUPS, PRESETS, Config, kind
-from tfloop.errors import DivergenceError, UserError
+from tfloop.errors import DivergenceError, UserError, WorkerLost
 
-BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+BAD_INPUT, DIVERGED, WORKER_LOST, INTERRUPTED = 2, 3, 4, 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     except DivergenceError as error:
         print(f"tfloop: {error}", file=sys.stderr)
         return DIVERGED
+    except WorkerLost as error:
+        print(f"tfloop: {error}", file=sys.stderr)
+        return WORKER_LOST
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
             sys.stderr.close()

@@ -129,6 +129,10 @@ class Config:
     jit_compile: bool = option(False, "compile the step with XLA")
     fast: bool = option(True, "rearrange the forward pass: the same values, in another order of additions")
     shards: int = option(0, "with --fast, parts of a batch computed side by side; 0 chooses", within=(0, 4096))
+    strategy: str = option("none", "one device; a replica on each GPU (or of the CPU); several processes, by TF_CONFIG or Slurm",
+                           choices=("none", "mirrored", "multi_worker"))
+    replicas: int = option(0, "with --strategy, replicas in this process; 0: one on each GPU, or one on the CPU", within=(0, 64))
+    worker_timeout: float = option(60.0, "seconds to wait for the other workers at the start", within=(1.0, 86400.0))
     onednn: str = option("auto", "oneDNN's operations on the CPU; auto is on", choices=("auto", "on", "off"))
     eager: bool = option(False, "run the step uncompiled, op by op")
     device: str = option("auto", "auto, cpu, gpu or gpu:1")
@@ -319,6 +323,11 @@ def _check_combinations(config: Config) -> None:
     if config.checkpoint_every != "epoch" and not (every.isdecimal() and every.isascii() and int(every)):
         raise UserError(f"--checkpoint_every={config.checkpoint_every}: expected epoch, a number of steps, or of seconds with an "
                         f"s, such as 30s")
+    if config.strategy != "none" and (config.eager or config.jit_compile or config.debugger_dump or config.check_numerics):
+        other = next(name for name in ("eager", "jit_compile", "debugger_dump", "check_numerics") if getattr(config, name))
+        raise UserError(f"--strategy={config.strategy} and --{other} exclude each other: try --{other} on one device")
+    if config.strategy == "none" and config.replicas:
+        raise UserError(f"--replicas={config.replicas} counts with --strategy=mirrored or multi_worker only")
     if config.debugger_dump and config.jit_compile:
         raise UserError("--debugger_dump and --jit_compile exclude each other: XLA leaves nothing to look into")
     if config.check_numerics and (config.jit_compile or config.debugger_dump):

@@ -8,6 +8,10 @@ class UserError(ValueError):
         super().__init__(message.replace("\n", " "))  # one line, whatever the input held
 
 
+class WorkerLost(RuntimeError):
+    """Another process of the cluster is gone. The command line prints it and exits with 4."""
+
+
 class DivergenceError(ArithmeticError):
     """The loss or a gradient became NaN or infinite. The command line prints it and exits with 3.
 

@@ -73,14 +73,17 @@ def settings(folder: Path) -> dict:
     return Config.read(folder / "config.json")
 
 
-def resumed(folder: Path, given: dict, override: bool) -> Config:
-    """The settings of the run in `folder` with `given` in place of its own.
+def resumed(folder: Path, asked: Config, given: dict, override: bool) -> Config:
+    """The settings of the run in `folder` with `given` in place of its own, on the devices that are `asked` for.
 
     Raises:
       UserError: a given setting changes the mathematics of the run, unless `override`.
     """
     old = Config.make(**settings(folder))
-    new = old.replace(**given)
+    where = {name: getattr(asked, name) for name in ("strategy", "replicas")}
+    if any(getattr(old, name) != value for name, value in where.items()):
+        where |= {name: 0 for name in ("shards", "intra_op_threads", "inter_op_threads")}  # to be chosen anew
+    new = old.replace(**{**where, **given})
     if not override and (names := changed(old, new)):
         raise UserError(f"--resume={folder}: " + ", ".join(f"--{name} is {_text(getattr(old, name))} in this run, not "
                         f"{_text(getattr(new, name))}" for name in names) + "; that changes its mathematics: leave it out, "

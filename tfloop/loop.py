@@ -259,8 +259,8 @@ class Loop:
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
                  steps_per_call: int = 0, jit_compile: bool = False, eager: bool = False, fast: bool = True,
-                 shards: int = 1, accumulate: int = 1, differentiate: Callable | None = None, time_input: bool = True,
-                 check_numerics: bool = False):
+                 shards: int = 1, accumulate: int = 1, replicas=None, differentiate: Callable | None = None,
+                 time_input: bool = True, check_numerics: bool = False):
         """Args:
           state: what to train.
           data: images and labels.
@@ -272,6 +272,7 @@ class Loop:
           fast: rearrange the forward pass (see `ops`).
           shards: parts of a batch to compute side by side, with `fast`.
           accumulate: parts of a batch to compute one after the other.
+          replicas: distribution.Replicas to compute on, in whose scope the model was made; the batch is that of all together.
           differentiate: computes loss and gradients in place of `forward_and_backward`.
           time_input: measure the wait for batches, for which TensorFlow's op determinism leaves no operation.
           check_numerics: tf.debugging.enable_check_numerics() is on, which breaks off a step half done: one step a call.
@@ -292,7 +293,8 @@ class Loop:
         self.graph, self.single, self.stop_every = None, range(0), 0
         self._place, self._source = None, None
         self._warm = {"train", "evaluate"} if eager else set()  # nothing to trace
-        self.pipeline = pipelines.make(pipeline, data.train, batch_size)
+        part = (replicas.worker, replicas.workers) if replicas else (0, 1)
+        self.pipeline = pipelines.make(pipeline, data.train, batch_size, *part)
         self.steps = self.pipeline.steps
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         self.steps_per_call = 1 if check_numerics else min(steps_per_call or STEPS_PER_CALL[kind], self.steps)
@@ -304,6 +306,8 @@ class Loop:
             if batch_size % accumulate:
                 raise UserError(f"--accumulate={accumulate} does not divide --batch_size={batch_size}")
             differentiate = accumulated(differentiate, accumulate)
+        if replicas:
+            differentiate = replicas.differentiate(differentiate)
         step = lambda batch: train_step(state, batch, differentiate)
         self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile else step
         self._train = Traced(self._train_steps, "the training step", eager)

@@ -209,7 +209,8 @@ def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: t
         return tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
     gamma, beta = tf.convert_to_tensor(layer.gamma), tf.convert_to_tensor(layer.beta)
     x = cast(x, layer)
-    places, examples = x.shape[1] * x.shape[2], tf.reduce_sum(weights)
+    places, here, replicas = x.shape[1] * x.shape[2], tf.reduce_sum(weights), _replicas()
+    examples = _over_replicas(here, here)
 
     def full():
         y, mean, variance = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, epsilon=layer.epsilon, is_training=True)
@@ -220,16 +221,35 @@ def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: t
         w = tf.reshape(weights, [-1, 1, 1, 1])
         wide = tf.cast(x, w.dtype)
         n = places * tf.maximum(examples, 1.0)
-        mean = tf.reduce_sum(w * wide, axis=[0, 1, 2]) / n
-        variance = tf.reduce_sum(w * tf.square(wide - mean), axis=[0, 1, 2]) / n
+        mean = _over_replicas(tf.reduce_sum(w * wide, axis=[0, 1, 2]), here) / n
+        variance = _over_replicas(tf.reduce_sum(w * tf.square(wide - mean), axis=[0, 1, 2]), here) / n
         return tf.cast(tf.nn.batch_normalization(wide, mean, variance, beta, gamma, layer.epsilon), x.dtype), mean, variance
 
-    fused = x.dtype != tf.float64  # which the fused operation does not know
+    fused = x.dtype != tf.float64 and replicas == 1  # it knows no float64, and looks at one replica's examples alone
     y, mean, variance = tf.cond(tf.reduce_all(weights > 0), full, filled_up) if fused else filled_up()
     new = (1.0 - layer.momentum) * tf.cast(examples > 0, mean.dtype)  # a part of a batch that is all filling moves nothing
     for average, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
         average.assign(average * (1.0 - new) + value * new)
     return y
+
+
+def _replicas() -> int:
+    context = tf.distribute.get_replica_context()
+    return context.num_replicas_in_sync if context else 1
+
+
+def _over_replicas(x: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
+    """The sum of x over all replicas. On the way back each replica's gradient counts by its share of the examples, as its
+    loss does in the whole."""
+    if _replicas() == 1:
+        return x
+
+    @tf.custom_gradient
+    def add_up(x):
+        total = lambda x: tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, x)
+        return total(x), lambda dy: tf.math.divide_no_nan(total(dy * examples), examples)
+
+    return add_up(x)
 
 
 def logits(model, images, weights=None, training=False, key=None) -> tf.Tensor:

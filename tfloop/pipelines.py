@@ -44,8 +44,9 @@ class Resident:
 
     name = "resident"
 
-    def __init__(self, split: Split, batch_size: int):
+    def __init__(self, split: Split, batch_size: int, part: int = 0, parts: int = 1):
         self.size, self.batch_size = len(split), batch_size
+        self._rows, self._first = batch_size // parts, part * (batch_size // parts)
         self.steps = math.ceil(self.size / batch_size)
         self._images, self._labels = tf.constant(split.images), tf.constant(split.labels)
         self._order = tf.Variable(tf.zeros([self.steps * batch_size], tf.int64), trainable=False)
@@ -56,18 +57,18 @@ class Resident:
         return ()
 
     def take(self, source: tuple, index: tf.Tensor) -> Batch:
-        first = index * self.batch_size
-        rows = tf.slice(self._order, [first], [self.batch_size])
-        return Batch(tf.gather(self._images, rows), tf.gather(self._labels, rows),
-                     _weights(first, self.batch_size, self.size))
+        first = index * self.batch_size + self._first
+        rows = tf.slice(self._order, [first], [self._rows])
+        return Batch(tf.gather(self._images, rows), tf.gather(self._labels, rows), _weights(first, self._rows, self.size))
 
 
 class Streamed:
     """tf.data gathers the batches on the CPU, ahead of the step; `to_device` also copies them ahead to the device."""
 
-    def __init__(self, split: Split, batch_size: int, to_device: bool):
+    def __init__(self, split: Split, batch_size: int, to_device: bool, part: int = 0, parts: int = 1):
         self.name = "prefetch" if to_device else "host"
         self.size, self.batch_size = len(split), batch_size
+        self._rows, self._first = batch_size // parts, part * (batch_size // parts)
         self.steps = math.ceil(self.size / batch_size)
         self._device = (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU"))[0].name
         with tf.device("CPU"):
@@ -79,11 +80,12 @@ class Streamed:
             rows = tf.concat([rows, rows[:self.steps * self.batch_size - self.size]], axis=0)
 
         def gather(index, rows):
-            return Batch(tf.ensure_shape(tf.gather(self._images, rows), [self.batch_size, *self._images.shape[1:]]),
-                         tf.ensure_shape(tf.gather(self._labels, rows), [self.batch_size]),
-                         _weights(index * self.batch_size, self.batch_size, self.size))
+            return Batch(tf.ensure_shape(tf.gather(self._images, rows), [self._rows, *self._images.shape[1:]]),
+                         tf.ensure_shape(tf.gather(self._labels, rows), [self._rows]),
+                         _weights(index * self.batch_size + self._first, self._rows, self.size))
 
-        batches = tf.data.Dataset.from_tensor_slices(tf.reshape(rows, [self.steps, self.batch_size]))
+        own = tf.reshape(rows, [self.steps, self.batch_size])[:, self._first:self._first + self._rows]
+        batches = tf.data.Dataset.from_tensor_slices(own)
         batches = tf.data.Dataset.zip(tf.data.Dataset.range(self.steps), batches).skip(first)
         batches = batches.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         if self.name == "prefetch":
@@ -103,15 +105,18 @@ def batch_at(split: Split, batch_size: int, seed, epoch, index: int) -> Batch:
     return Batch(tf.constant(split.images[rows]), tf.constant(split.labels[rows]), _weights(first, batch_size, size))
 
 
-def make(name: str, split: Split, batch_size: int):
-    """A pipeline by name; "auto" is resident where the images fit comfortably, else prefetch."""
+def make(name: str, split: Split, batch_size: int, part: int = 0, parts: int = 1):
+    """A pipeline by name; "auto" is resident where the images fit comfortably, else prefetch.
+
+    It gives one part of every batch, of as many equal parts as there are workers.
+    """
     if name == "auto":
         name = "resident" if split.images.nbytes < comfortable_bytes() else "prefetch"
     if name not in PIPELINES:
         raise UserError(f"--pipeline={name} is unknown; choose from auto, {', '.join(PIPELINES)}")
     if name == "resident":
-        return Resident(split, batch_size)
-    return Streamed(split, batch_size, to_device=name == "prefetch")
+        return Resident(split, batch_size, part, parts)
+    return Streamed(split, batch_size, name == "prefetch", part, parts)
 
 
 def comfortable_bytes() -> int:

@@ -1,5 +1,6 @@
 """From settings to objects: data, schedule, optimizer, state and loop, for a new run or for one on disk."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,10 +44,11 @@ def _chosen(config: Config, names: tuple[str, ...]) -> dict:
 
 
 def make_state(config: Config, image_shape: tuple[int, ...], classes: int, steps: int,
-               standardizer: data.Standardizer | None = None) -> TrainState:
-    """Model, optimizer, schedule and penalties that `config` names, as one state."""
+               standardizer: data.Standardizer | None = None, replicas=None) -> TrainState:
+    """Model, optimizer, schedule and penalties that `config` names, as one state; the model on all `replicas`."""
     schedule, optimizer = make_schedule(config, steps), make_optimizer(config)
-    model = models.build(config, image_shape, classes)
+    with replicas.strategy.scope() if replicas else contextlib.nullcontext():
+        model = models.build(config, image_shape, classes)
     return TrainState(model, optimizer, schedule, l1=config.l1, l2=config.l2, penalize=config.penalize,
                       label_smoothing=config.label_smoothing, seed=config.seed, ema=config.ema,
                       scale_loss=config.precision == "mixed_float16",
@@ -56,15 +58,18 @@ def make_state(config: Config, image_shape: tuple[int, ...], classes: int, steps
                       initial_weights=lambda seed: models.initial_weights(model, seed))
 
 
-def make_loop(config: Config, dataset: data.Dataset | None = None, **options) -> Loop:
-    """Data, unless given, state and loop that `config` describes; `options` are more of Loop's."""
+def make_loop(config: Config, dataset: data.Dataset | None = None, replicas=None, **options) -> Loop:
+    """Data, unless given, state and loop that `config` describes, on distribution.Replicas; `options` are more of Loop's."""
     dataset = dataset or load_data(config)
     steps = -(-len(dataset.train) // config.batch_size)
-    state = make_state(config, dataset.image_shape, dataset.classes, steps, dataset.standardizer)
-    return Loop(state, dataset, batch_size=config.batch_size, pipeline=config.pipeline,
+    state = make_state(config, dataset.image_shape, dataset.classes, steps, dataset.standardizer, replicas)
+    loop = Loop(state, dataset, batch_size=config.batch_size, pipeline=config.pipeline,
                 steps_per_call=config.steps_per_call, jit_compile=config.jit_compile, eager=config.eager,
                 fast=config.fast, shards=max(config.shards, 1), accumulate=config.accumulate, time_input=not config.deterministic,
-                check_numerics=config.check_numerics, **options)
+                check_numerics=config.check_numerics, replicas=replicas, **options)
+    loop.single = config.profile_steps
+    loop.stop_every = int(config.checkpoint_every) if config.checkpoint_every.isdecimal() else 0
+    return loop
 
 
 def open_run(folder: str | Path, best: bool = False,

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from tfloop import __version__, checkpoints, export, folders
 from tfloop.config import Config
+from tfloop.distribution import Replicas
 from tfloop.errors import DivergenceError
 from tfloop.events import finite
 from tfloop.loop import Call, Epoch, Loop
@@ -30,8 +31,10 @@ from tfloop.summaries import Summaries
 
 
 def train(config: Config, device: str = "", started: float | None = None, stop: Callable[[], bool] = lambda: False,
-          resume: Path | None = None) -> list[dict]:
+          resume: Path | None = None, replicas: Replicas | None = None) -> list[dict]:
     """Train once for each seed in one process, each into a folder of its own; the results.
+
+    Of several workers the chief alone writes folders and has results; the others train along.
 
     Args:
       config: the settings.
@@ -39,15 +42,30 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
       started: time.perf_counter() when the program began, from which set-up is counted.
       stop: asked after every record; true ends the run with a checkpoint.
       resume: the folder of a run to go on with, in place of new ones.
+      replicas: what to train on, in place of one device.
 
     Raises:
       UserError: settings that do not go together, data that cannot be read, a folder that cannot be written, is held by
         another process, or has no checkpoint that is whole.
       DivergenceError: as Loop.run; the run's folder keeps the last good weights.
+      WorkerLost: another worker is gone.
     """
     started = time.perf_counter() if started is None else started
+    if not replicas:
+        return _train(config, device, started, stop, resume, None)
+    with replicas.watched():
+        if replicas.is_chief:
+            return _train(config, device, started, stop, resume, replicas)
+        _follow(config, stop, replicas)
+        return []
+
+
+def _train(config: Config, device: str, started: float, stop: Callable[[], bool], resume: Path | None,
+           replicas: Replicas | None) -> list[dict]:
     folders.check_writable(*(resume, "--resume") if resume else (Path(config.logdir),))
-    loop = make_loop(config)
+    loop = make_loop(config, replicas=replicas)
+    if replicas:
+        replicas.check_same(loop.data.fingerprint, "data")
     with Display(config.epochs, loop.steps, config.quiet) as display:
         display.say(f"{len(loop.data.train)} training and {len(loop.data.test)} test images of "
                     f"{'×'.join(map(str, loop.data.image_shape))}, {loop.data.classes} classes; "
@@ -60,11 +78,11 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
             own = config.replace(seed=seed, seeds=(), runs=1)
             folder = resume or folders.create(own)
             with folders.locked(folder):
-                result = Run(own, loop, folder, display, device).train(started, stop)
+                result = Run(own, loop, folder, display, device, replicas).train(started, stop)
             results.append({**result, "folder": str(folder)})
             display.say(f"{_closing_line(result)}\n{folder}")
             started = time.perf_counter()
-            if stop():
+            if not result["finished"]:
                 break
         if len(results) > 1 and all(result["epochs"] for result in results):
             final = 100 * np.array([result["epochs"][-1]["test"]["accuracy"] for result in results])
@@ -72,6 +90,34 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
                         f"{final.std(ddof=1):.2f}, from {final.min():.2f} to {final.max():.2f}; the step was traced "
                         f"{loop.traces['train']} time{'s' * (loop.traces['train'] != 1)}")
     return results
+
+
+def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> None:
+    """What a worker does that is not the chief: the same steps, with the chief's state to begin with."""
+    loop = make_loop(config, replicas=replicas)
+    replicas.check_same(loop.data.fingerprint, "data")
+    for _ in config.seeds or (config.seed,) * config.runs:
+        again = True
+        while again:
+            replicas.share(loop.state)
+            diverged, stopped = None, replicas.agree(False)
+            try:
+                for record in () if stopped else loop.run(config.epochs):
+                    if _may_end(record, loop) and (stopped := replicas.agree(stop())):
+                        break
+            except DivergenceError as error:
+                diverged = error
+            again = bool(diverged) and replicas.agree(False)
+        finished = replicas.agree(False)  # the chief has written all
+        if diverged:
+            raise diverged
+        if not finished:
+            break
+
+
+def _may_end(record: Call | Epoch, loop: Loop) -> bool:
+    """May the run stop after this record, to go on there? Not between an epoch's last call and its evaluation."""
+    return isinstance(record, Epoch) or record.batch < loop.steps
 
 
 def adopt(config: Config, path: str | Path) -> Path:
@@ -126,20 +172,21 @@ class Reached:
 class Run:
     """One run in its folder, new or resumed: `train` takes it to its end, or to where it is stopped."""
 
-    def __init__(self, config: Config, loop: Loop, folder: Path, display: Display, device: str):
+    def __init__(self, config: Config, loop: Loop, folder: Path, display: Display, device: str, replicas: Replicas | None = None):
         self._config, self._loop, self._folder, self._display, self._device = config, loop, folder, display, device
         self._checkpoints = checkpoints.Checkpoints(loop.state, folder / "checkpoints", config.keep)
         self._reached, self._saved, self._before = Reached(), None, {}
-        loop.stop_every = int(config.checkpoint_every) if config.checkpoint_every.isdecimal() else 0
+        self._replicas, self._agree = replicas, replicas.agree if replicas else bool
 
     def train(self, started: float, stop: Callable[[], bool]) -> dict:
         """The result, as written to result.json."""
         resumed = self._resume()
         self._count("setup", time.perf_counter() - started)
-        while (diverged := self._go_on(stop, resumed)) and self._may_rewind():
+        while (diverged := self._go_on(stop, resumed)) and self._agree(self._may_rewind()):
             resumed = self._rewind(diverged)
         result = self._result(diverged)
         folders.write_json(self._folder / folders.RESULT, result)
+        self._agree(result["finished"])
         if diverged:
             raise diverged
         return result
@@ -147,12 +194,14 @@ class Run:
     def _go_on(self, stop: Callable[[], bool], resumed: bool) -> DivergenceError | None:
         """Train from where the state is, until all epochs are done, `stop` says so, or the step diverges."""
         config, loop, state, diverged = self._config, self._loop, self._loop.state, None
+        if self._replicas:
+            self._replicas.share(state)
         with Summaries(self._folder, loop, config, resumed) as summaries, \
-                Profile(config, loop, self._folder, self._display.say) as profile:
+                Profile(config, self._folder, self._display.say) as profile:
             plot = LivePlot(self._folder / "curves.png", before=self._reached.epochs) if config.live_plot else None
             due = Due(config.checkpoint_every, int(state.global_step))
             try:
-                for record in () if self._has_settled() else loop.run(config.epochs):
+                for record in () if self._agree(self._has_settled()) else loop.run(config.epochs):
                     profile.write(record)
                     with self._timed("summaries"):
                         summaries.write(record)
@@ -160,12 +209,12 @@ class Run:
                     is_best = isinstance(record, Epoch) and self._add(record)
                     if plot:
                         plot.write(record)
-                    if isinstance(record, Call) and record.batch == loop.steps:
-                        continue  # the epoch's evaluation follows: stop and save after that
-                    stopped = stop()
+                    if not _may_end(record, loop):
+                        continue
+                    stopped = self._agree(stop() or self._has_settled())
                     if due(record) or stopped or is_best:
                         self.save(summaries.sync())
-                    if stopped or self._has_settled():
+                    if stopped:
                         break
             except DivergenceError as error:
                 diverged = error
@@ -309,9 +358,9 @@ class Due:
 class Profile:
     """Records a profile of the steps that `config.profile` names into the run's folder; use it in a `with` block."""
 
-    def __init__(self, config: Config, loop: Loop, folder: Path, say: Callable[[str], None]):
+    def __init__(self, config: Config, folder: Path, say: Callable[[str], None]):
         self._steps, self._folder, self._say, self._running = config.profile_steps, folder / "train", say, False
-        self._last, self._done, loop.single = 0, False, self._steps
+        self._last, self._done = 0, False
 
     def write(self, record) -> None:
         """Start or stop after this record, where it is time to."""

@@ -12,7 +12,7 @@ from typing import NamedTuple  # noqa: E402
 from tfloop.config import FIELDS, GROUPS, Config  # noqa: E402
 from tfloop.errors import UserError  # noqa: E402
 
-FAILED = 1  # exit code where a check failed
+FAILED, TERMINATED = 1, 143  # exit codes: a check failed; as after SIGTERM
 
 
 class Command(NamedTuple):
@@ -25,7 +25,9 @@ class Command(NamedTuple):
 
 WHERE = ("device", "intra_op_threads", "inter_op_threads", "memory_growth", "memory_limit", "log_device_placement",
          "tensorflow_log")
-HOW = tuple(name for name in FIELDS if name not in GROUPS["looking inside"] + GROUPS["what is written"])  # and how it learns
+MANY = ("strategy", "replicas", "worker_timeout")
+HOW = tuple(name for name in FIELDS  # and how it learns
+            if name not in (*GROUPS["looking inside"], *GROUPS["what is written"], *MANY))
 MODEL = tuple(name for group in ("start from", "data", "model") for name in GROUPS[group])
 BEST = "the checkpoint that did best on the validation images, not the newest"
 
@@ -34,7 +36,7 @@ def start(config: Config) -> tuple[Config, str]:
     """(the settings with what they leave to the machine decided, the device's name), and TensorFlow set up for them."""
     from tfloop import devices
 
-    return devices.start(config)
+    return devices.start(config)[:2]
 
 
 def warn(message: str) -> None:
@@ -69,7 +71,11 @@ class Stop:
 
     def __init__(self):
         self._signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals, again where TensorFlow took them: with several workers it watches for SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM) if not self._signal else ():
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _) -> None:

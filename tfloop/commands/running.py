@@ -4,27 +4,40 @@ import csv
 import os
 from pathlib import Path
 
-from tfloop import folders
-from tfloop.commands.command import BEST, STARTED, WHERE, Command, Stop, one, output, start, warn
+from tfloop import cluster, folders
+from tfloop.commands.command import BEST, STARTED, TERMINATED, WHERE, Command, Stop, one, output, start, warn
 from tfloop.config import FIELDS, Config
 from tfloop.errors import UserError
 
 
 def train(config: Config, options: dict, arguments: list[str]) -> int:
-    stop, folder = Stop(), None
-    if options["resume"]:
-        config, folder = _resumed(config, options)
+    stop, folder, asked = Stop(), None, config
+    place = cluster.find() if config.strategy == "multi_worker" else None
+    if options["resume"] and (not place or place.is_chief):
+        try:
+            config, folder = _resumed(config, options)
+        except UserError as error:
+            if place:
+                cluster.refuse(place, asked, str(error))
+            raise
     if folder and folders.is_finished(folder) and (config.early_stopping or folders.epochs_done(folder) >= config.epochs):
-        print(f"{folder}: is finished, after {folders.epochs_done(folder)} epochs")
+        finished = f"{folder}: is finished, after {folders.epochs_done(folder)} epochs"
+        print(finished)
+        if place:
+            cluster.refuse(place, asked, finished)
         return 0
-    config, device = start(config)
+    from tfloop import devices
+
+    config, device, replicas = devices.start(config, asked)
+    stop.listen()
     from tfloop import training
 
     if options["dry_run"]:
         training.dry_run(config, device)
         return 0
-    training.train(config, device, STARTED, stop.asked, folder)
-    return stop.code()
+    results = training.train(config, device, STARTED, stop.asked, folder, replicas)
+    stopped_by_another = bool(results) and not results[-1]["finished"]
+    return stop.code() or (TERMINATED if stopped_by_another else 0)
 
 
 def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
@@ -34,7 +47,7 @@ def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
     if options["dry_run"]:
         raise UserError("--resume and --dry_run exclude each other: one goes on with a run, the other keeps nothing")
     folder = folders.newest_unfinished(config) if options["resume"] == "auto" else Path(options["resume"])
-    return (config, None) if folder is None else (folders.resumed(folder, options["given"], options["override"]), folder)
+    return (config, None) if folder is None else (folders.resumed(folder, config, options["given"], options["override"]), folder)
 
 
 def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
