@@ -334,7 +334,7 @@ def test_help_and_version_do_not_import_tensorflow():
 
 @pytest.mark.parametrize("error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")])
 def test_out_of_memory_is_one_line_and_exit_code_2(train, capsys, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("tfloop.training.make_loop", fail)

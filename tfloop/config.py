@@ -33,7 +33,9 @@ class Config:
     preset: str = option("article2", "start from these settings; any flag overrides them")
 
     # --- data
-    dataset: str = option("mnist", "mnist, digits, or a path: a folder of IDX files or an .npz file")
+    dataset: str = option("mnist", "mnist, digits, or a path: a folder of IDX files or TFRecord shards, or an .npz file")
+    on_bad_record: str = option("stop", "where a record of a shard is damaged: stop, or leave it out and count it", choices=("stop", "skip"))
+    cache: str = option("", "with shards: a folder to keep their decoded images in, read from there from then on")
     split: str = option("standard", "the set's own test images, or all images joined, shuffled and cut again",
                         choices=("standard", "shuffled"))
     validation_size: int = option(0, "training images held out, stratified by class, for choosing anything",

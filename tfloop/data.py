@@ -26,7 +26,10 @@ DEFLATE_LIMIT = 1032  # bytes out per byte in, at most: https://zlib.net/zlib_te
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images [N, height, width, channels], uint8 or float32, and their class numbers [N], int32."""
+    """Images [N, height, width, channels], uint8 or float32, and their class numbers [N], int32.
+
+    The images of a data set that stays on disk are `records.Records`.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -35,7 +38,8 @@ class Split:
         return len(self.labels)
 
     def take(self, rows: np.ndarray | slice) -> "Split":
-        return Split(self.images[rows], self.labels[rows])
+        select = getattr(self.images, "select", self.images.__getitem__)  # records.Records reads nothing for it
+        return Split(select(rows), self.labels[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +54,16 @@ class Standardizer:
         """scikit-learn's StandardScaler over `images`; a pixel that never varies keeps scale 1."""
         from sklearn.preprocessing import StandardScaler
 
-        scaler = StandardScaler()
-        for first in range(0, len(images), 8192):  # in parts: the scaler works in float64
-            scaler.partial_fit(images[first:first + 8192].reshape(-1, images[0].size))
+        scaler, part = StandardScaler(), cls.at_once(images[0].size)
+        for first in range(0, len(images), part):
+            scaler.partial_fit(images[first:first + part].reshape(-1, images[0].size))
         shape = images.shape[1:]
         return cls(scaler.mean_.reshape(shape).astype(np.float32), scaler.scale_.reshape(shape).astype(np.float32))
+
+    @staticmethod
+    def at_once(pixels: int) -> int:
+        """How many images of so many pixels are fitted at once: the scaler works in float64."""
+        return min(8192, max(1, 2**23 // pixels))
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> "Standardizer":
@@ -71,6 +80,8 @@ class Dataset:
     test: Split
     classes: int
     standardizer: Standardizer
+    left_out: tuple[str, ...] = ()  # damaged records, where they are left out
+    digest: str = ""  # of what is on disk, where the images stay there
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -79,6 +90,8 @@ class Dataset:
     @property
     def fingerprint(self) -> int:
         """A number below 2**31 that differs, all but surely, for other training images, labels or their order."""
+        if self.digest:
+            return zlib.crc32(self.train.labels.tobytes(), zlib.crc32(self.train.images.index["crc"].tobytes())) >> 1
         return zlib.crc32(self.train.labels.tobytes(), zlib.crc32(np.ascontiguousarray(self.train.images).data)) >> 1
 
     def head(self, size: int) -> "Dataset":
@@ -89,21 +102,28 @@ class Dataset:
 
 
 def load(dataset: str = "mnist", split: str = "standard", validation_size: int = 0, standardize: bool = True,
-         seed: int = 0) -> Dataset:
+         seed: int = 0, on_bad_record: str = "stop") -> Dataset:
     """Read a data set, check it, cut it and fit the standardiser on its training images.
 
     Args:
-      dataset: "mnist", "digits", or the path of a folder with IDX files or of an .npz with x_train, y_train, x_test
-        and y_test.
+      dataset: "mnist", "digits", or the path of a folder with IDX files or TFRecord shards (see `records`), or of an .npz
+        with x_train, y_train, x_test and y_test.
       split: "standard" keeps the set's own test images; "shuffled" joins all images, shuffles them by `seed` and
         cuts off as many for the test as the set had.
       validation_size: training images to hold out, the same share of every class.
       standardize: fit a `Standardizer`; otherwise it is the identity.
       seed: of the shuffle and of the choice of validation images.
+      on_bad_record: "stop", or "skip" to leave out records of shards that are damaged.
 
     Raises:
       UserError: a missing, damaged or mislabelled file, or sizes that leave nothing to train on.
     """
+    if dataset not in (*SHIPPED, "digits") and any(Path(dataset).glob("*tfrecord*")):
+        from tfloop import records
+
+        if split != "standard":
+            raise UserError(f"--split={split}: shards keep the test images that they have; use --split=standard")
+        return records.load(dataset, validation_size, standardize, seed, on_bad_record == "skip")
     (x_train, y_train), (x_test, y_test) = _read(dataset)
     return from_arrays(x_train, y_train, x_test, y_test, f"--dataset={dataset}", split, validation_size, standardize,
                        seed)
@@ -120,12 +140,12 @@ def from_arrays(x_train, y_train, x_test, y_test, name: str = "arrays", split: s
         joined = Split(np.concatenate([train.images, test.images]), np.concatenate([train.labels, test.labels]))
         order = np.random.default_rng(seed).permutation(len(joined))
         train, test = joined.take(order[len(test):]), joined.take(order[:len(test)])
-    train, validation = _hold_out(train, validation_size, seed)
+    train, validation = hold_out(train, validation_size, seed)
     fit = Standardizer.fit(train.images) if standardize else Standardizer.identity(train.images.shape[1:])
     return Dataset(name, train, validation, test, classes, fit)
 
 
-def _hold_out(train: Split, size: int, seed: int) -> tuple[Split, Split]:
+def hold_out(train: Split, size: int, seed: int) -> tuple[Split, Split]:
     """(the rest, `size` images in the proportions of the classes)."""
     if not size:
         return train, train.take(np.arange(0))
@@ -162,7 +182,7 @@ def _read(dataset: str) -> tuple[tuple, tuple]:
         return _read_idx_folder(path, {})
     if path.suffix == ".npz" and path.is_file():
         return _read_keras_npz(path)
-    raise UserError(f"--dataset={dataset}: not mnist, digits, a folder of IDX files, or an .npz file")
+    raise UserError(f"--dataset={dataset}: not mnist, digits, a folder of IDX files or TFRecord shards, or an .npz file")
 
 
 def _read_sums(folder: Path) -> dict[str, str]:

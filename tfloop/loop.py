@@ -25,6 +25,7 @@ from tfloop.state import TrainState
 from tfloop.tracing import Traced
 
 EVALUATION_BATCH = 256
+READ_AT_ONCE = 4096  # images that evaluation reads from disk, where they do not lie in memory
 STEPS_PER_CALL = {"CPU": 50, "GPU": 500}  # chosen so that a call lasts about half a second: Ctrl-C waits for its end
 
 
@@ -410,16 +411,19 @@ class Loop:
         Raises:
           DivergenceError: the loss is not finite.
         """
-        images, labels = (tf.convert_to_tensor(array) for array in (split.images, split.labels))
         if "evaluate" not in self._warm:
-            self._time("tracing", self._evaluate, images[:1], labels[:1])
+            self._time("tracing", self._evaluate, tf.constant(split.images[:1]), tf.constant(split.labels[:1]))
             self._warm.add("evaluate")
+        at_once, found = len(split) if isinstance(split.images, np.ndarray) else READ_AT_ONCE, []
         with self.state.averaged():
-            (sums, outputs), _ = self._time("evaluation", self._evaluate, images, labels)
-        metrics = _metrics(sums)._replace(gradient_norm=None)
+            for first in range(0, len(split), at_once):
+                part = slice(first, first + at_once)
+                images, labels = tf.convert_to_tensor(split.images[part]), tf.convert_to_tensor(split.labels[part])
+                found.append(self._time("evaluation", self._evaluate, images, labels)[0])
+        metrics = _metrics(tf.add_n([sums for sums, _ in found]))._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
             raise self._held_out_divergence()
-        return metrics, outputs.numpy()
+        return metrics, np.concatenate([outputs.numpy() for _, outputs in found])
 
     def _evaluate_all(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The sums of train_step over all images, in batches of static size, and the outputs."""
@@ -485,7 +489,9 @@ class Loop:
         try:
             result = function(*arguments)
             tf.nest.flatten(result)[0].numpy()  # waits for the device: what a call returns, it returns at once
-        except tf.errors.InvalidArgumentError as error:
+        except tf.errors.OpError as error:
+            if self.pipeline.error:
+                raise self.pipeline.error from None
             operation = re.search(r'Infinity or NaN in output \d+ of .*op "(\w+)"', error.message)  # --check_numerics
             if not operation:
                 raise

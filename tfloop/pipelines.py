@@ -48,7 +48,8 @@ class Resident:
         self.size, self.batch_size = len(split), batch_size
         self._rows, self._first = batch_size // parts, part * (batch_size // parts)
         self.steps = math.ceil(self.size / batch_size)
-        self._images, self._labels = tf.constant(split.images), tf.constant(split.labels)
+        self._images, self._labels = tf.constant(split.images[:]), tf.constant(split.labels)
+        self.error = None
         self._order = tf.Variable(tf.zeros([self.steps * batch_size], tf.int64), trainable=False)
 
     def begin(self, seed, epoch, first: int) -> tuple:
@@ -63,36 +64,56 @@ class Resident:
 
 
 class Streamed:
-    """tf.data gathers the batches on the CPU, ahead of the step; `to_device` also copies them ahead to the device."""
+    """tf.data makes the batches on the CPU, ahead of the step; `to_device` also copies them ahead to the device.
+
+    Images in memory are gathered; those on disk (`records.Records`) are read and decoded, several batches at once.
+    """
 
     def __init__(self, split: Split, batch_size: int, to_device: bool, part: int = 0, parts: int = 1):
         self.name = "prefetch" if to_device else "host"
         self.size, self.batch_size = len(split), batch_size
         self._rows, self._first = batch_size // parts, part * (batch_size // parts)
         self.steps = math.ceil(self.size / batch_size)
+        self.error = None  # what a record could not be read for
         self._device = (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU"))[0].name
+        self._on_disk = not isinstance(split.images, np.ndarray)
         with tf.device("CPU"):
-            self._images, self._labels = tf.constant(split.images), tf.constant(split.labels)
+            self._images, self._labels = split.images if self._on_disk else tf.constant(split.images), tf.constant(split.labels)
 
     def begin(self, seed, epoch, first: int):
         with tf.device("CPU"):
             rows = order(seed, epoch, self.size)
             rows = tf.concat([rows, rows[:self.steps * self.batch_size - self.size]], axis=0)
 
-        def gather(index, rows):
-            return Batch(tf.ensure_shape(tf.gather(self._images, rows), [self._rows, *self._images.shape[1:]]),
-                         tf.ensure_shape(tf.gather(self._labels, rows), [self._rows]),
-                         _weights(index * self.batch_size + self._first, self._rows, self.size))
+        def batch(index, rows):
+            images, fine = self._read(rows) if self._on_disk else (tf.gather(self._images, rows), 1.0)
+            weights = _weights(index * self.batch_size + self._first, self._rows, self.size)
+            return Batch(tf.ensure_shape(images, [self._rows, *self._images.shape[1:]]),
+                         tf.ensure_shape(tf.gather(self._labels, rows), [self._rows]), weights * fine)
 
         own = tf.reshape(rows, [self.steps, self.batch_size])[:, self._first:self._first + self._rows]
         batches = tf.data.Dataset.from_tensor_slices(own)
         batches = tf.data.Dataset.zip(tf.data.Dataset.range(self.steps), batches).skip(first)
-        batches = batches.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        batches = batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         if self.name == "prefetch":
             batches = batches.apply(tf.data.experimental.prefetch_to_device(self._device, 2))
         else:
             batches = batches.prefetch(tf.data.AUTOTUNE)
         return iter(batches)
+
+    def _read(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(images, 1 or 0 for each: 0 where its record is damaged and left out)"""
+        from tfloop import records
+
+        def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            try:
+                return self._images.read(rows)
+            except UserError as error:
+                self.error = error
+                raise
+
+        examples, fine = tf.numpy_function(read, [rows], [tf.string, tf.float32])
+        return records.decode(tf.ensure_shape(examples, [self._rows]), self._images.shape[1:]), tf.ensure_shape(fine, [self._rows])
 
     def take(self, source, index: tf.Tensor) -> Batch:
         return next(source)
@@ -111,7 +132,8 @@ def make(name: str, split: Split, batch_size: int, part: int = 0, parts: int = 1
     It gives one part of every batch, of as many equal parts as there are workers.
     """
     if name == "auto":
-        name = "resident" if split.images.nbytes < comfortable_bytes() else "prefetch"
+        in_memory = isinstance(split.images, np.ndarray)
+        name = "resident" if in_memory and split.images.nbytes < comfortable_bytes() else "prefetch"
     if name not in PIPELINES:
         raise UserError(f"--pipeline={name} is unknown; choose from auto, {', '.join(PIPELINES)}")
     if name == "resident":

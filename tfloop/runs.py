@@ -18,7 +18,16 @@ from tfloop.state import TrainState
 
 def load_data(config: Config) -> data.Dataset:
     """The data set that `config` names."""
-    return data.load(config.dataset, config.split, config.validation_size, config.standardize, config.split_seed)
+    load = lambda dataset: data.load(dataset, config.split, config.validation_size, config.standardize, config.split_seed,
+                                     config.on_bad_record)
+    dataset = load(config.dataset)
+    if not config.cache:
+        return dataset
+    if not dataset.digest:
+        raise UserError(f"--cache={config.cache}: --dataset={config.dataset} has no shards; only those are cached")
+    from tfloop import pack
+
+    return load(str(pack.cached(dataset, config.cache)))
 
 
 def make_schedule(config: Config, steps: int) -> Schedule:

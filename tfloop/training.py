@@ -73,6 +73,8 @@ def _train(config: Config, device: str, started: float, stop: Callable[[], bool]
                     f"{device or 'default device'}, {loop.pipeline.name} pipeline"
                     f"{' (auto)' * (config.pipeline == 'auto')}")
         display.say(_settings_line(config, loop.state))
+        if left_out := loop.data.left_out:
+            display.warn(f"{len(left_out)} damaged records are left out; the first: {left_out[0]}")
         results = []
         for seed in config.seeds or (config.seed,) * config.runs:
             own = config.replace(seed=seed, seeds=(), runs=1)
@@ -176,6 +178,7 @@ class Run:
         self._config, self._loop, self._folder, self._display, self._device = config, loop, folder, display, device
         self._checkpoints = checkpoints.Checkpoints(loop.state, folder / "checkpoints", config.keep)
         self._reached, self._saved, self._before = Reached(), None, {}
+        self._told_of = len(loop.data.left_out)
         self._replicas, self._agree = replicas, replicas.agree if replicas else bool
 
     def train(self, started: float, stop: Callable[[], bool]) -> dict:
@@ -206,6 +209,8 @@ class Run:
                     with self._timed("summaries"):
                         summaries.write(record)
                     self._display.write(record)
+                    if isinstance(record, Epoch):
+                        self._tell_of_skipped()
                     is_best = isinstance(record, Epoch) and self._add(record)
                     if plot:
                         plot.write(record)
@@ -228,6 +233,15 @@ class Run:
             if self._is_finished(diverged) or diverged:
                 summaries.end(succeeded=not diverged)
         return diverged
+
+    def _left_out(self) -> list[str]:
+        """The damaged records that were left out: those known from the start, and those found on the way."""
+        return [*self._loop.data.left_out, *getattr(self._loop.data.train.images, "skipped", ())]
+
+    def _tell_of_skipped(self) -> None:
+        for name in self._left_out()[self._told_of:]:
+            self._display.warn(f"{name} is damaged: left out")
+        self._told_of = len(self._left_out())
 
     def _is_finished(self, diverged: DivergenceError | None) -> bool:
         return not diverged and (int(self._loop.state.epoch) >= self._config.epochs or self._has_settled())
@@ -325,7 +339,7 @@ class Run:
             "diverged": {"step": diverged.step, "layer": diverged.layer} if diverged else None,
             "steps": int(state.global_step), "steps_per_epoch": loop.steps, "resumed_at": reached.resumed_at, "rewinds": reached.rewinds,
             "epochs": reached.epochs, "final": reached.epochs[-1] if reached.epochs else None,
-            "best_by_validation": reached.best,
+            "best_by_validation": reached.best, "left_out": self._left_out(),
             "seconds": {key: round(value, 4) for key, value in seconds.items()},
             "ms_per_step": 1000 * seconds["training"] / max(int(state.global_step), 1),
             "peak_memory_mib": round(maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1),

@@ -4,6 +4,6 @@ from tfloop.commands import checking, launching, looking, running
 from tfloop.commands.command import Command
 
 _ALL = running.COMMANDS | launching.COMMANDS | looking.COMMANDS | checking.COMMANDS
-_ORDER = ("train", "launch", "evaluate", "predict", "export", "import", "model", "tensorboard", "scalars", "plot", "debug", "check_gradients",
+_ORDER = ("train", "launch", "evaluate", "predict", "export", "import", "pack", "model", "tensorboard", "scalars", "plot", "debug", "check_gradients",
           "parity", "overfit", "schedule")
 COMMANDS: dict[str, Command] = {name: _ALL[name] for name in _ORDER}

@@ -110,6 +110,22 @@ def import_(config: Config, options: dict, arguments: list[str]) -> int:
     return 0
 
 
+def pack(config: Config, options: dict, arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        raise UserError(f"pack: expected SOURCE and FOLDER, found {len(arguments)} arguments")
+    if options["format"] not in ("png", "raw"):
+        raise UserError(f"--format={options['format']} is unknown; choose from png, raw")
+    if not (options["shard_mib"].isdecimal() and 1 <= int(options["shard_mib"]) <= 2**20):
+        raise UserError(f"--shard_mib={options['shard_mib']}: expected the size of a shard, from 1 to {2**20} MiB")
+    start(config)
+    from tfloop import pack
+
+    packed = pack.pack(arguments[0], arguments[1], options["format"], int(options["shard_mib"]))
+    print(f"{len(packed.train)} training and {len(packed.test)} test images of {'×'.join(map(str, packed.image_shape))}, "
+          f"{packed.classes} classes, in {len(packed.train.images.files) + len(packed.test.images.files)} shards: {arguments[1]}")
+    return 0
+
+
 COMMANDS = {
     "train": Command(train, "train a model; the default is the article's CNN on MNIST", options={
         "dry_run": (False, "do one step of everything, keep nothing, and stop"),
@@ -125,4 +141,6 @@ COMMANDS = {
         "out": ("", "the file, or the folder of a saved_model; unset: named after the run"), "best": (False, BEST)}),
     "import": Command(import_, "a new run with the weights in a file that Keras wrote", "FILE", tuple(
         name for name in FIELDS if name not in ("seeds", "runs"))),
+    "pack": Command(pack, "TFRecord shards from pictures, a folder to each class, or from IDX or npz files", "SOURCE FOLDER", WHERE, {
+        "format": ("png", "png, or raw: larger, read faster"), "shard_mib": ("64", "size of a shard, about, in MiB")}),
 }
