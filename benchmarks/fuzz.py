@@ -38,7 +38,9 @@ def targets(folder: Path) -> dict[str, Target]:
     from hypothesis import strategies as st
 
     import tfloop
-    from tfloop import checkpoints, cli, data, events
+    import tensorflow as tf
+
+    from tfloop import checkpoints, cli, cluster, data, events, pack, records
     from tfloop.commands import command
     from tfloop.config import FIELDS, Config
     from tfloop.errors import UserError
@@ -132,6 +134,24 @@ def targets(folder: Path) -> dict[str, Target]:
     file.close()
     written = next((folder / "events").iterdir())
     found["events"] = file_target("events/x.tfevents.1", written.read_bytes(), lambda path: events.read_scalars(path.parent))
+
+    shards = folder / "shards"
+    shards.mkdir()
+    for part in ("train", "test"):
+        with tf.io.TFRecordWriter(str(shards / f"{part}-0.tfrecord")) as writer:
+            for label, image in enumerate(images[..., None]):
+                writer.write(pack._example(image, label, "png"))
+    known = {record for _, _, record, _ in records._records(shards / "train-0.tfrecord")}
+
+    def read_shards(path: Path) -> None:
+        (shards / "index.npz").unlink(missing_ok=True)
+        loaded = records.load(shards).train.images
+        if not set(loaded.read(np.arange(len(loaded)))[0]) <= known:
+            raise AssertionError("a damaged record was taken for a good one")
+
+    found["shards"] = file_target("shards/train-0.tfrecord", (shards / "train-0.tfrecord").read_bytes(), read_shards)
+    text = '{"cluster": {"chief": ["a:1"], "worker": ["b:1", "c:1"]}, "task": {"type": "worker", "index": 1}}'
+    found["TF_CONFIG"] = Target(mutated(text.encode()).map(lambda content: content.decode(errors="replace")), cluster._from_tf_config)
     return found
 
 
@@ -179,8 +199,8 @@ class Tally:
         return {**self._counts, "slowest_s": round(self._slowest, 3)}
 
 
-READERS = ("IDX", "IDX, gzip", "npz", "config.json", "events")
-INSTRUMENTED = ("tfloop.data", "tfloop.events", "tfloop.config", "zipfile", "gzip")
+READERS = ("IDX", "IDX, gzip", "npz", "config.json", "events", "shards")
+INSTRUMENTED = ("tfloop.data", "tfloop.events", "tfloop.config", "tfloop.records", "zipfile", "gzip")
 
 
 def fuzz_guided(name: str, cases: int) -> dict:

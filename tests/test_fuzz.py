@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import fuzz  # noqa: E402
 
-NAMES = ("IDX", "IDX, gzip", "npz", "config.json", "flags", "checkpoint", "events")
+NAMES = ("IDX", "IDX, gzip", "npz", "config.json", "flags", "checkpoint", "events", "shards", "TF_CONFIG")
 
 
 @pytest.fixture(scope="module")
