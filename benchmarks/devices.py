@@ -21,6 +21,7 @@ def settings(gpus: int, cores: int) -> dict[str, list[str]]:
     """label → flags of train."""
     chosen = {f"GPU {i}": [f"--device=gpu:{i}"] for i in range(gpus)}
     chosen |= {f"GPU {i}, TF32": [f"--device=gpu:{i}", "--precision=tf32"] for i in range(gpus)}
+    chosen |= {f"GPU {i}, {bits}": [f"--device=gpu:{i}", f"--precision={bits}"] for i in range(gpus) for bits in ("mixed_float16", "mixed_bfloat16")}
     chosen |= {f"GPU {i}, XLA": [f"--device=gpu:{i}", "--jit_compile"] for i in range(gpus)}
     chosen |= {f"GPU {i}, plain forward pass": [f"--device=gpu:{i}", "--nofast"] for i in range(gpus)}
     chosen |= {f"GPU {i}, host pipeline": [f"--device=gpu:{i}", "--pipeline=host"] for i in range(gpus)}
@@ -30,6 +31,7 @@ def settings(gpus: int, cores: int) -> dict[str, list[str]]:
         "CPU, plain forward pass": ["--device=cpu", "--nofast"],
         "CPU, host pipeline": ["--device=cpu", "--pipeline=host"],
         "CPU, oneDNN off": ["--device=cpu", "--onednn=off"],
+        "CPU, mixed_bfloat16": ["--device=cpu", "--precision=mixed_bfloat16"],
         "CPU, eager": ["--device=cpu", "--eager"],
         "CPU, XLA": ["--device=cpu", "--jit_compile"],
     }

@@ -55,3 +55,21 @@ def test_nothing_is_traced_again_on_a_gpu(digits):
     loop.state.reset()
     loop.fit(2)
     assert loop.traces == {"train": 1, "evaluate": 1}
+
+
+@pytest.mark.parametrize("flags", [("--precision=mixed_float16",), ("--precision=mixed_bfloat16",), ("--strategy=mirrored",),
+                                   ("--augment_shift=1", "--augment_rotate=5", "--augment_cutout=2", "--ema=0.9", "--accumulate=2", "--batch_norm")],
+                         ids=" ".join)
+def test_larger_training_learns_on_a_gpu(tmp_path, flags):
+    assert train(tmp_path, "--device=gpu", "--epochs=6", *flags)["final"]["test"]["accuracy"] > 0.85
+
+
+def test_augmentation_draws_what_it_draws_on_the_cpu(digits):
+    from tfloop import augmentation
+    from tfloop.randomness import Key
+
+    images, found = tf.cast(digits.train.images[:64], tf.float32), []
+    for device in ("GPU", "CPU"):
+        with tf.device(device):
+            found.append(augmentation.shift(images, Key(tf.constant([1, 2])), 2.0).numpy())
+    np.testing.assert_array_equal(*found)

@@ -8,6 +8,7 @@ the index, 28 bytes a record, and nothing of the images: a batch is read from it
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import resource
@@ -73,8 +74,13 @@ class Records:
         rows = np.arange(len(self))[rows]
         if not len(rows):
             return np.zeros((0, *self.shape[1:]), np.uint8)
-        return np.concatenate([decode(tf.constant([self._read(row) for row in rows[first:first + CHUNK].tolist()]),
-                                      self.shape[1:]).numpy() for first in range(0, len(rows), CHUNK)])
+        return np.concatenate([self._decode(tf.constant([self._read(row) for row in rows[first:first + CHUNK].tolist()])).numpy()
+                               for first in range(0, len(rows), CHUNK)])
+
+    @functools.cached_property
+    def _decode(self):
+        shape = self.shape[1:]
+        return tf.function(lambda examples: decode(examples, shape), autograph=False, input_signature=[tf.TensorSpec([None], tf.string)])
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the serialized examples, 1 or 0 for each): 0 where a record is damaged and another one stands in its place.

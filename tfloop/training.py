@@ -74,7 +74,7 @@ def _train(config: Config, device: str, started: float, stop: Callable[[], bool]
                     f"{' (auto)' * (config.pipeline == 'auto')}")
         display.say(_settings_line(config, loop.state))
         if left_out := loop.data.left_out:
-            display.warn(f"{len(left_out)} damaged records are left out; the first: {left_out[0]}")
+            display.warn(f"{len(left_out)} damaged record{'s are' if len(left_out) > 1 else ' is'} left out; the first: {left_out[0]}")
         results = []
         for seed in config.seeds or (config.seed,) * config.runs:
             own = config.replace(seed=seed, seeds=(), runs=1)
