@@ -40,7 +40,7 @@ def targets(folder: Path) -> dict[str, Target]:
     import tfloop
     import tensorflow as tf
 
-    from tfloop import checkpoints, cli, cluster, data, events, pack, records
+    from tfloop import checkpoints, cli, cluster, events, formats, pack, records, sources
     from tfloop.commands import command
     from tfloop.config import FIELDS, Config
     from tfloop.errors import UserError
@@ -80,9 +80,9 @@ def targets(folder: Path) -> dict[str, Target]:
     idx = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in images.shape) + images.tobytes()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x_train=images, y_train=np.array([0, 1]), x_test=images, y_test=np.array([1, 0]))
-    found = {"IDX": file_target("f-idx3-ubyte", idx, data.read_idx),
-             "IDX, gzip": file_target("f-idx3-ubyte.gz", gzip.compress(idx), data.read_idx),
-             "npz": file_target("f.npz", buffer.getvalue(), lambda path: data.load(str(path)))}
+    found = {"IDX": file_target("f-idx3-ubyte", idx, formats.read_idx),
+             "IDX, gzip": file_target("f-idx3-ubyte.gz", gzip.compress(idx), formats.read_idx),
+             "npz": file_target("f.npz", buffer.getvalue(), lambda path: sources.load(str(path)))}
 
     text = json.dumps({"l2": 0.1, "conv": [3, 4], "optimizer": "adam", "epochs": 3, "momentum": None}).encode()
     value = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
@@ -200,7 +200,7 @@ class Tally:
 
 
 READERS = ("IDX", "IDX, gzip", "npz", "config.json", "events", "shards")
-INSTRUMENTED = ("tfloop.data", "tfloop.events", "tfloop.config", "tfloop.records", "zipfile", "gzip")
+INSTRUMENTED = ("tfloop.data", "tfloop.formats", "tfloop.sources", "tfloop.events", "tfloop.config", "tfloop.records", "zipfile", "gzip")
 
 
 def fuzz_guided(name: str, cases: int) -> dict:

@@ -9,8 +9,10 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 import tfloop
-from tfloop.data import SHIPPED, Standardizer, read_idx
+from tfloop.data import Standardizer
 from tfloop.errors import UserError
+from tfloop.formats import read_idx
+from tfloop.sources import SHIPPED
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config", "PRESETS": "config", "UserError": "errors", "DivergenceError": "errors",
-    "Dataset": "data", "Split": "data", "Standardizer": "data", "load": "data", "from_arrays": "data",
+    "Dataset": "data", "Split": "data", "Standardizer": "data", "load": "sources", "from_arrays": "data",
     "Optimizer": "optimizers", "Schedule": "schedules", "TrainState": "state",
     "Batch": "pipelines", "Loop": "loop", "Call": "loop", "Epoch": "loop", "Metrics": "loop", "Loss": "loop",
     "train_step": "loop", "forward_and_backward": "loop", "losses": "loop", "example_losses": "loop",

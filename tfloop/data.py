@@ -1,27 +1,16 @@
-"""Where the images come from: the shipped MNIST, scikit-learn's digits, IDX folders and .npz files.
+"""What a data set is: images, labels and a standardiser, checked. NumPy and scikit-learn only.
 
-Everything a model must know of its data (image shape, number of classes, the standardiser) follows from the files.
-NumPy and scikit-learn only; how the images reach the step is in `pipelines`.
+Everything a model must know of its data (image shape, number of classes, the standardiser) follows from the images and
+labels. Where they come from is in `sources`, how they reach the step in `pipelines`.
 """
 
 import dataclasses
-import gzip
-import hashlib
-import io
-import math
-import os
-import struct
-import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 
 from tfloop.errors import UserError
 
-SHIPPED = {"mnist": Path(__file__).parent / "datasets" / "mnist"}
-IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-DEFLATE_LIMIT = 1032  # bytes out per byte in, at most: https://zlib.net/zlib_tech.html
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,34 +90,6 @@ class Dataset:
                                    test=self.test.take(rows))
 
 
-def load(dataset: str = "mnist", split: str = "standard", validation_size: int = 0, standardize: bool = True,
-         seed: int = 0, on_bad_record: str = "stop") -> Dataset:
-    """Read a data set, check it, cut it and fit the standardiser on its training images.
-
-    Args:
-      dataset: "mnist", "digits", or the path of a folder with IDX files or TFRecord shards (see `records`), or of an .npz
-        with x_train, y_train, x_test and y_test.
-      split: "standard" keeps the set's own test images; "shuffled" joins all images, shuffles them by `seed` and
-        cuts off as many for the test as the set had.
-      validation_size: training images to hold out, the same share of every class.
-      standardize: fit a `Standardizer`; otherwise it is the identity.
-      seed: of the shuffle and of the choice of validation images.
-      on_bad_record: "stop", or "skip" to leave out records of shards that are damaged.
-
-    Raises:
-      UserError: a missing, damaged or mislabelled file, or sizes that leave nothing to train on.
-    """
-    if dataset not in (*SHIPPED, "digits") and any(Path(dataset).glob("*tfrecord*")):
-        from tfloop import records
-
-        if split != "standard":
-            raise UserError(f"--split={split}: shards keep the test images that they have; use --split=standard")
-        return records.load(dataset, validation_size, standardize, seed, on_bad_record == "skip")
-    (x_train, y_train), (x_test, y_test) = _read(dataset)
-    return from_arrays(x_train, y_train, x_test, y_test, f"--dataset={dataset}", split, validation_size, standardize,
-                       seed)
-
-
 def from_arrays(x_train, y_train, x_test, y_test, name: str = "arrays", split: str = "standard",
                 validation_size: int = 0, standardize: bool = True, seed: int = 0) -> Dataset:
     """As `load`, from NumPy arrays: images [N, height, width] or [N, height, width, channels], labels as class
@@ -159,127 +120,6 @@ def hold_out(train: Split, size: int, seed: int) -> tuple[Split, Split]:
     except ValueError as error:
         raise UserError(f"--validation_size={size}: cannot be cut in the proportions of the classes: {error}") from None
     return train.take(np.sort(rest)), train.take(np.sort(held_out))
-
-
-# --- sources
-
-
-def _read(dataset: str) -> tuple[tuple, tuple]:
-    """((training images, labels), (test images, labels)), as they lie in the source."""
-    if dataset == "digits":
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        images = digits.images.astype(np.uint8)
-        rows, held_out = train_test_split(np.arange(len(images)), test_size=360, random_state=0,
-                                          stratify=digits.target)
-        return (images[rows], digits.target[rows]), (images[held_out], digits.target[held_out])
-    if dataset in SHIPPED:
-        return _read_idx_folder(SHIPPED[dataset], _read_sums(SHIPPED[dataset]))
-    path = Path(dataset)
-    if path.is_dir():
-        return _read_idx_folder(path, {})
-    if path.suffix == ".npz" and path.is_file():
-        return _read_keras_npz(path)
-    raise UserError(f"--dataset={dataset}: not mnist, digits, a folder of IDX files or TFRecord shards, or an .npz file")
-
-
-def _read_sums(folder: Path) -> dict[str, str]:
-    lines = (folder / "SHA256SUMS").read_text(encoding="ascii").splitlines()
-    return {name: digest for digest, name in (line.split() for line in lines)}
-
-
-def _read_idx_folder(folder: Path, sums: dict[str, str]) -> tuple[tuple, tuple]:
-    def read(name: str) -> np.ndarray:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return read_idx(path, sums.get(path.name))
-        raise UserError(f"--dataset={folder}: {name} or {name}.gz is missing")
-
-    return tuple((read(f"{part}-images-idx3-ubyte"), read(f"{part}-labels-idx1-ubyte")) for part in ("train", "t10k"))
-
-
-def read_idx(path: str | Path, sha256: str | None = None) -> np.ndarray:
-    """The array in an IDX file (http://yann.lecun.com/exdb/mnist), plain or gzipped.
-
-    Raises:
-      UserError: the file is truncated, damaged, longer than its header says, or not the one with this SHA-256 sum.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{path}: damaged: its SHA-256 sum is not the one in SHA256SUMS; fetch the file again")
-    limit = len(content)
-    if content[:2] == b"\x1f\x8b":
-        limit *= DEFLATE_LIMIT
-        content = gzip.GzipFile(fileobj=io.BytesIO(content))
-    else:
-        content = io.BytesIO(content)
-    try:
-        header = content.read(4)
-        if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in IDX_DTYPES:
-            raise UserError(f"{path}: not an IDX file: it starts with {header[:4].hex() or 'nothing'}")
-        rank, dtype = header[3], np.dtype(IDX_DTYPES[header[2]])
-        sizes = content.read(4 * rank)
-        if len(sizes) < 4 * rank:
-            raise UserError(f"{path}: truncated in its header")
-        shape = struct.unpack(f">{rank}I", sizes)
-        expected = dtype.itemsize
-        for size in shape:
-            expected *= size
-        if expected > limit:
-            raise UserError(f"{path}: truncated: its header promises {expected} bytes, more than the file can hold")
-        body = content.read(expected + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if len(body) != expected:
-        found = f"{len(body)} bytes follow" if len(body) < expected else "more follow"
-        raise UserError(f"{path}: its header promises {expected} bytes of data, {found}")
-    return np.frombuffer(body, dtype).reshape(shape)
-
-
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays in an .npz file, read without pickle.
-
-    Raises:
-      UserError: the file is damaged, promises more than it can hold, or holds Python objects.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > os.path.getsize(path) * DEFLATE_LIMIT:
-                raise UserError(f"{path}: damaged: it promises more data than the file can hold")
-            for entry in entries:
-                _check_npy(archive, entry, path)
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, struct.error, MemoryError,
-            NotImplementedError, RuntimeError, SyntaxError, TypeError) as error:
-        raise UserError(f"{path}: damaged or not an .npz of plain arrays: {error}") from None
-
-
-def _check_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str | Path) -> None:
-    """Raises UserError where an array's header promises more than its entry holds: NumPy would make room for it first."""
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    if math.prod(shape) * dtype.itemsize > entry.file_size:
-        raise UserError(f"{path}: damaged: {entry.filename} promises more data than the file can hold")
-
-
-def _read_keras_npz(path: Path) -> tuple[tuple, tuple]:
-    arrays = read_npz(path)
-    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
-    if missing:
-        raise UserError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays) or 'nothing'}")
-    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 
 # --- checks

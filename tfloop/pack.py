@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from tfloop import data, records
+from tfloop import data, records, sources
 from tfloop.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -19,7 +19,7 @@ def pack(source: str, folder: str | Path, format: str = "png", shard_mib: int = 
 
     Args:
       source: a folder of pictures, SOURCE/train/CLASS/… and SOURCE/test/CLASS/…, or SOURCE/CLASS/…, of which a share becomes
-        the test; or a data set as in data.load.
+        the test; or a data set as in sources.load.
       folder: a new one.
       format: of the images: png, or raw, which is larger and read faster. Pictures stay as they are, unless raw is asked for.
       shard_mib: size of a shard, about.
@@ -59,7 +59,7 @@ def cached(dataset: data.Dataset, folder: str | Path) -> Path:
 
 
 def _arrays(source: str) -> dict[str, Iterable]:
-    dataset = data.load(source, standardize=False)
+    dataset = sources.load(source, standardize=False)
     if dataset.train.images.dtype != np.uint8:
         raise UserError(f"{source}: pixels are {dataset.train.images.dtype}; only bytes, uint8, can be packed")
     return {"train": _rows(dataset.train), "test": _rows(dataset.test)}

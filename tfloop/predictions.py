@@ -6,8 +6,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import models
-from tfloop.data import check_images, read_npz
+from tfloop.data import check_images
 from tfloop.errors import UserError
+from tfloop.formats import read_npz
 from tfloop.state import TrainState
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")

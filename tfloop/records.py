@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from tfloop.data import Dataset, Split, Standardizer, hold_out
 from tfloop.errors import UserError
+from tfloop.formats import read_npz
 
 INDEX = "index.npz"
 FORMAT = 1
@@ -154,7 +155,7 @@ def load(folder: str | Path, validation_size: int = 0, standardize: bool = True,
     """The data set in a folder of shards.
 
     Args:
-      validation_size, standardize, seed: as data.load, but that the standardiser has seen the validation images, too.
+      validation_size, standardize, seed: as sources.load, but that the standardiser has seen the validation images, too.
       skip: leave out what is damaged, where else it is an error.
 
     Raises:
@@ -196,8 +197,6 @@ def _state(files: list[list[Path]]) -> str:
 
 def _read_index(folder: Path, state: str, files: list[list[Path]]):
     """What `_indexed` returns, or None where there is no index of these very files."""
-    from tfloop.data import read_npz
-
     if not (folder / INDEX).is_file():
         return None
     try:

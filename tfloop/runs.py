@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tfloop import checkpoints, data, folders, models
+from tfloop import checkpoints, data, folders, models, sources
 from tfloop.augmentation import Augmentation
 from tfloop.config import HYPER, Config
 from tfloop.errors import UserError
@@ -18,7 +18,7 @@ from tfloop.state import TrainState
 
 def load_data(config: Config) -> data.Dataset:
     """The data set that `config` names."""
-    load = lambda dataset: data.load(dataset, config.split, config.validation_size, config.standardize, config.split_seed,
+    load = lambda dataset: sources.load(dataset, config.split, config.validation_size, config.standardize, config.split_seed,
                                      config.on_bad_record)
     dataset = load(config.dataset)
     if not config.cache:
