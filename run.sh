@@ -56,7 +56,7 @@ case ${1:-} in
   bench)
     [[ -f $here/benchmarks/${2:-}.py && ${2:-} =~ ^(accuracy|cluster|devices|fuzz|kill|ops|overhead|peers|regress|scaling|stability|streaming)$ ]] ||
       fail 2 "'${2:-}' is no benchmark; choose from accuracy, cluster, devices, fuzz, kill, ops, overhead, peers, regress, scaling, stability, streaming"
-    case $2 in peers) install_for bench ;; fuzz) install_for fuzz ;; *) install_for "" ;; esac
+    case $2 in peers) install_for bench ;; fuzz) install_for test ;; *) install_for "" ;; esac
     exec "$python" "$here/benchmarks/$2.py" "${@:3}" ;;
   *) install_for ""; exec "$venv/bin/tfloop" "$@" ;;  # not -m: the current folder stays out of sys.path
 esac
