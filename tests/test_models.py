@@ -145,3 +145,16 @@ def test_any_keras_model_is_taken(random):
     trainable, moving = models.named_variables(model)
     assert [name.split("/")[-1] for name in trainable] == ["kernel", "bias"] and list(moving) == ["seed_generator"]
     assert models.logits(model, random.normal(size=(3, 4)).astype(np.float32)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("rows", [4, 0])
+def test_batch_norm_after_a_dense_layer_leaves_out_what_fills_up(random, rows):
+    layer, stock = (keras.layers.BatchNormalization(scale=False) for _ in range(2))
+    x = random.normal(3, 5, size=(6, 7)).astype(np.float32)
+    for each in (layer, stock):
+        each.build(x.shape)
+    y = models._batch_norm(layer, tf.constant(x), tf.cast(tf.range(6) < rows, tf.float32))
+    if rows:
+        np.testing.assert_allclose(y[:rows], stock(x[:rows], training=True), rtol=1e-3, atol=1e-4)
+    for one, other in zip(layer.non_trainable_variables, stock.non_trainable_variables):
+        np.testing.assert_allclose(one, other, rtol=1e-4)

@@ -291,3 +291,37 @@ def test_data_of_several_times_the_memory_that_is_left_are_streamed(tmp_path, ra
     done = subprocess.run([sys.executable, "-c", STREAM, tmp_path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"streamed 149 300\nin memory they have no room", done.stdout), done.stdout
+
+
+def test_a_png_that_is_just_as_long_as_its_raw_bytes_is_still_a_png(tmp_path, random):
+    """And encoded and raw images may stand in one shard."""
+    images = []
+    while len(images) < 4:  # a noisy strip makes the PNG about as long as 784 bytes
+        image = np.zeros((28, 28, 1), np.uint8)
+        image.reshape(-1)[:random.integers(640, 720)] = random.integers(0, 256, 28 * 28, dtype=np.uint8)[:1]
+        flat, count = image.reshape(-1), int(random.integers(600, 740))
+        flat[:count] = random.integers(0, 256, count)
+        if len(tf.io.encode_png(image).numpy()) == 784:
+            images.append(image)
+    for part in ("train", "test"):
+        with tf.io.TFRecordWriter(str(tmp_path / f"{part}-0.tfrecord")) as writer:
+            for label, image in enumerate(images):
+                writer.write(pack._example(image, label, "raw" if label == 2 else "png"))
+    data = tfloop.load(str(tmp_path))
+    assert data.train.images.index["raw"].tolist() == [False, False, True, False]
+    np.testing.assert_array_equal(data.train.images[:], images)
+    np.testing.assert_array_equal(next(pipelines.Streamed(data.train, 4, False).begin(0, 0, 0)).images,
+                                  np.array(images)[pipelines.order(0, 0, 4).numpy()])
+
+
+def test_a_cache_in_the_data_folder_leaves_out_what_is_damaged_and_outlives_new_dates(copy, tmp_path):
+    path, number, offset, _ = place(copy, 321)
+    damage(path, offset + 20)
+    flags = [*SMALL, "--epochs=1", "--summaries=none", f"--dataset={copy}", "--on_bad_record=skip"]
+    for name, more in (("a", []), ("b", [f"--cache={copy}/cache"])):
+        assert main(["train", *flags, *more, f"--logdir={tmp_path}/{name}"]) == 0
+    one, other = result(tmp_path / "a"), result(tmp_path / "b")
+    assert other["left_out"] == one["left_out"] and len(one["left_out"]) == 1 and other["weights_sha256"] == one["weights_sha256"]
+    os.utime(path, (1, 1))
+    assert main(["train", *flags, f"--cache={copy}/cache", f"--logdir={tmp_path}/c"]) == 0
+    assert main(["evaluate", str(tmp_path / "c" / "digits-001"), "--dataset=digits"]) == 0

@@ -294,3 +294,16 @@ def test_deterministic_runs_are_bit_equal(tmp_path):
         assert done.returncode == 0, done.stderr
         sums.append(result(max(tmp_path.iterdir()))["state_sha256"])
     assert len(set(sums)) == 1
+
+
+def test_with_early_stopping_a_finished_run_goes_on_where_it_had_not_settled(config, capsys):
+    first = training.train(config(early_stopping=5, epochs=2))[0]
+    assert main(["train", f"--resume={first['folder']}", "--epochs=4", "--override"]) == 0
+    assert len(json.loads((Path(first["folder"]) / "result.json").read_text())["epochs"]) == 4
+
+
+@pytest.mark.parametrize("given", [dict(ema=0.9), dict(clip_norm=1.0), dict(augment_shift=1), dict(precision="mixed_float16")], ids=str)
+def test_with_an_override_a_run_goes_on_with_what_it_did_not_have(config, given):
+    folder = Path(training.train(config(epochs=2, validation_size=0))[0]["folder"])
+    resumed = training.train(config(epochs=3, validation_size=0, **given), resume=folder)[0]
+    assert resumed["finished"] and resumed["resumed_at"] and resumed["epochs"][-1]["test"]["accuracy"] > 0.5

@@ -128,16 +128,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def restore(state: TrainState, path: Path) -> None:
+def restore(state: TrainState, path: Path, other_settings: bool = False) -> None:
     """Set every variable of `state` to the one in the checkpoint.
+
+    Args: `other_settings` lets numbers, averages and the loss scale be new, or be gone.
 
     Raises:
       UserError: the checkpoint is of another model or optimizer.
     """
     try:
-        _tensors(state).read(str(path / "state")).assert_consumed()
+        there = {key.partition("/.ATTRIBUTES")[0].removeprefix("state/").replace(".S", "/")
+                 for key in tf.train.load_checkpoint(str(path / "state")).get_variable_to_shape_map() if key.startswith("state/")}
+        missing, extra = set(state.named()) - there, there - set(state.named())
+        free = lambda name: other_settings and (name.startswith("hyper/") or name in ("averages", "loss_scale", "good_steps"))
+        if wrong := sorted(name for name in missing | extra if not free(name)):
+            raise UserError(f"{path}: is not of this model and optimizer: {'has no' if wrong[0] in missing else 'has also'} {wrong[0]}")
+        read = _tensors(state).read(str(path / "state"))
+        read.expect_partial() if missing or extra else read.assert_consumed()
     except (AssertionError, ValueError, tf.errors.OpError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: is not of this model and optimizer: {str(error).splitlines()[0]}") from None
+    if "averages" in missing:
+        state.restart_averages()
 
 
 def _tensors(state: TrainState) -> tf.train.Checkpoint:

@@ -71,6 +71,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"{name} takes flags only, found '{arguments[0]}'; a flag begins with --")
     given = {field: parsed[field].value for field in command.settings if parsed[field].present}
     values = Config.read(parsed["config"].value) if "config" in parsed and parsed["config"].present else {}
+    values = {name: value for name, value in values.items() if name in command.settings or name not in FIELDS}
     config = Config.make(**{**values, **given})
     return command.function(config, {option: parsed[option].value for option in command.options} | {"given": given}, arguments)
 

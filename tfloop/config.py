@@ -332,6 +332,8 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"--replicas={config.replicas} counts with --strategy=mirrored or multi_worker only")
     if config.debugger_dump and config.jit_compile:
         raise UserError("--debugger_dump and --jit_compile exclude each other: XLA leaves nothing to look into")
+    if config.check_numerics and config.precision == "mixed_float16":
+        raise UserError("--check_numerics and --precision=mixed_float16 exclude each other: there an overflow is nothing unusual")
     if config.check_numerics and (config.jit_compile or config.debugger_dump):
         other = "jit_compile" if config.jit_compile else "debugger_dump"
         raise UserError(f"--check_numerics and --{other} exclude each other: TensorFlow cannot do both")

@@ -21,7 +21,7 @@ from tfloop.pipelines import Batch
 from tfloop.state import TrainState
 
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.InternalError, tf.errors.CancelledError, tf.errors.UnknownError,
-        tf.errors.DeadlineExceededError, tf.errors.FailedPreconditionError)
+        tf.errors.DeadlineExceededError, tf.errors.FailedPreconditionError)  # what TensorFlow raises, if it is one of the others
 GRACE = 5.0  # seconds that a worker stays reachable after it lost another, for the others not to take it for the lost one
 
 
@@ -112,8 +112,10 @@ class Replicas:
             lost = self._watch and self._watch.gone or cluster.unreachable(self._place)
             if not lost and (named := re.findall(r"/task:(\d+)", error.message)):
                 lost = sorted({int(index) for index in named} - {self.worker})[:1]
+            if not lost:
+                raise
             time.sleep(GRACE)
-            who = " and ".join(map(self._place.name, lost)) or "a worker"
+            who = " and ".join(map(self._place.name, lost))
             raise WorkerLost(f"{who} {'are' if len(lost) > 1 else 'is'} gone; start the cluster again with --resume=auto to go on from the last checkpoint") from None
 
     @tf.function(autograph=False)

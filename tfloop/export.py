@@ -93,6 +93,7 @@ def import_weights(state: TrainState, path: str | Path, images: np.ndarray) -> N
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    state.restart_averages()
 
 
 def _import_h5(model: keras.Sequential, path: Path) -> None:
@@ -141,9 +142,9 @@ def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
             variable.assign(np.broadcast_to(value, variable.shape).astype(np.float32))
     raw = tf.cast(images, tf.float32)
     expected = found(raw if front else state.standardize(raw), training=False)
-    if models.output_activation(found) == "":
+    if not models.last_activation(found):
         expected = models.probabilities(state.model, expected)
-    difference = float(tf.reduce_max(tf.abs(models.probabilities(state.model, models.logits(state.model, state.standardize(raw))) - expected)))
+    difference = float(tf.reduce_max(tf.abs(plain_model(state)(raw) - expected)))
     if not difference < 1e-4:
         raise UserError(f"{path}: the weights fit, but its model computes something else (probabilities differ by {difference:.2g}): "
                         f"see --conv_activation, --dense_activation, --pool, --padding, --output, --standardize")

@@ -57,9 +57,18 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def epochs_done(folder: Path) -> int:
-    """Epochs in the result of a finished run."""
-    return len(json.loads((folder / RESULT).read_text(encoding="utf-8"))["epochs"])
+def epochs_done(folder: Path, config: Config) -> int:
+    """The epochs of a finished run that has nothing left to do with these settings; else 0."""
+    if not is_finished(folder):
+        return 0
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    done = len(result["epochs"])
+    return done if done >= config.epochs or has_settled(config, done, result["best_by_validation"]) else 0
+
+
+def has_settled(config: Config, done: int, best: dict | None) -> bool:
+    """Did the last of the epochs done, as many as --early_stopping says, bring nothing better?"""
+    return bool(config.early_stopping and best and done - best["epoch"] >= config.early_stopping)
 
 
 def settings(folder: Path) -> dict:

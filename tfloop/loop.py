@@ -175,7 +175,7 @@ def whole(total: tf.Tensor, state: TrainState) -> Pass:
 
     All means are over the examples of the whole batch, and a penalty, which every part has, counts once.
     """
-    means = total[1:] / total[0]
+    means = tf.math.divide_no_nan(total[1:], total[0])
     terms = len(Loss._fields)
     return Pass(Loss(*tf.unstack(means[:terms])), means[terms], total[0], Vector(means[terms + 1:], state.weights))
 
@@ -215,7 +215,7 @@ def train_step(state: TrainState, batch: Batch, differentiate: Callable = forwar
     it, so that the state is found as it was before: `state.diverged` tells.
 
     `differentiate` is `forward_and_backward`, or its twin `debug.forward_and_backward`, which goes layer by layer, or either
-    on parts of the batch.
+    on parts of the batch (`accumulated`, `distribution.Replicas.differentiate`), for which it takes `part` and `parts`, too.
     """
     images, labels, weights = batch
     learning_rate = state.schedule(state.schedule_step)

@@ -5,6 +5,8 @@ A model here is a keras.Model, or a tf.Module that is callable and has trainable
 sigmoid is folded into the loss; any other model is called as it is and must return logits.
 """
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -135,19 +137,20 @@ def kernels(model, which: str) -> list[tf.Variable]:
 
 def output_activation(model) -> str:
     """"softmax" or "sigmoid" where a stack of layers ends in one; "" where the model returns logits."""
-    if not isinstance(model, keras.Sequential):
-        return ""
-    if isinstance(model.layers[-1], keras.layers.Softmax):
-        return "softmax"
-    return _activation_name(model.layers[-1])
+    return last_activation(model) if isinstance(model, keras.Sequential) else ""
+
+
+def last_activation(model: keras.Model) -> str:
+    """"softmax" or "sigmoid" where the model's last layer is or ends in one, else ""."""
+    last = model.layers[-1]
+    return "softmax" if isinstance(last, keras.layers.Softmax) else _activation_name(last)
 
 
 def check_outputs(model) -> None:
     """Raises UserError for a model whose outputs would be taken for logits and are none."""
     if isinstance(model, keras.Model) and not isinstance(model, keras.Sequential) and model.layers:
-        last = model.layers[-1]
-        if isinstance(last, keras.layers.Softmax) or _activation_name(last):
-            raise UserError(f"the model ends in {_activation_name(last) or 'softmax'} ({last.name}); hand in one that "
+        if activation := last_activation(model):
+            raise UserError(f"the model ends in {activation} ({model.layers[-1].name}); hand in one that "
                             f"returns logits, or a keras.Sequential, of which the last activation is left out")
 
 
@@ -198,18 +201,18 @@ def dropout(x: tf.Tensor, rate: float, key: Key) -> tf.Tensor:
 
 
 def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """The layer in training, over the rows of x [batch, height, width, channels] with weight 1; moves its averages.
+    """The layer in training, over the rows of x [batch, …, channels] with weight 1; moves its averages.
 
     A full batch goes through TensorFlow's fused operation; one that is filled up, the last of an epoch, through
     weighted moments.
     """
-    if len(x.shape) != 4 or layer.axis not in (-1, 3) or not (layer.scale and layer.center):
+    if layer.axis not in (-1, len(x.shape) - 1):
         mask = tf.reshape(weights > 0, [-1] + [1] * (len(x.shape) - 2))
         x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
         return tf.identity(x)  # without the mask, which Keras would hand on to layers that take none
-    gamma, beta = tf.convert_to_tensor(layer.gamma), tf.convert_to_tensor(layer.beta)
-    x = cast(x, layer)
-    places, here, replicas = x.shape[1] * x.shape[2], tf.reduce_sum(weights), _replicas()
+    gamma, beta = (None if number is None else tf.convert_to_tensor(number) for number in (layer.gamma, layer.beta))
+    x, axes = cast(x, layer), list(range(len(x.shape) - 1))
+    places, here, replicas = math.prod(x.shape[1:-1]), tf.reduce_sum(weights), _replicas()
     examples = _over_replicas(here, here)
 
     def full():
@@ -218,14 +221,15 @@ def _batch_norm(layer: keras.layers.BatchNormalization, x: tf.Tensor, weights: t
         return y, mean, variance * (n - 1.0) / n  # it returns the unbiased one; Keras keeps the biased one
 
     def filled_up():
-        w = tf.reshape(weights, [-1, 1, 1, 1])
+        w = tf.reshape(weights, [-1] + [1] * len(axes))
         wide = tf.cast(x, w.dtype)
         n = places * tf.maximum(examples, 1.0)
-        mean = _over_replicas(tf.reduce_sum(w * wide, axis=[0, 1, 2]), here) / n
-        variance = _over_replicas(tf.reduce_sum(w * tf.square(wide - mean), axis=[0, 1, 2]), here) / n
+        mean = _over_replicas(tf.reduce_sum(w * wide, axis=axes), here) / n
+        variance = _over_replicas(tf.reduce_sum(w * tf.square(wide - mean), axis=axes), here) / n
         return tf.cast(tf.nn.batch_normalization(wide, mean, variance, beta, gamma, layer.epsilon), x.dtype), mean, variance
 
-    fused = x.dtype != tf.float64 and replicas == 1  # it knows no float64, and looks at one replica's examples alone
+    # The fused operation knows images alone, no float64, and the examples of one replica.
+    fused = len(axes) == 3 and layer.scale and layer.center and x.dtype != tf.float64 and replicas == 1
     y, mean, variance = tf.cond(tf.reduce_all(weights > 0), full, filled_up) if fused else filled_up()
     new = (1.0 - layer.momentum) * tf.cast(examples > 0, mean.dtype)  # a part of a batch that is all filling moves nothing
     for average, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):

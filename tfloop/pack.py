@@ -1,6 +1,7 @@
 """Writes TFRecord shards: of a folder of pictures, a folder to each class, or of any data set that can be read."""
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -31,35 +32,45 @@ def pack(source: str, folder: str | Path, format: str = "png", shard_mib: int = 
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: is there already; name a new folder")
-    partial = folder.with_name(f"{folder.name}.partial")
-    parts, classes = _pictures(Path(source), test_share) or (_arrays(source), [])
+    pictures = _pictures(Path(source), test_share)
+    parts, classes = pictures or (_arrays(sources.load(source, standardize=False), source), [])
+    _make(folder, parts, classes, format, shard_mib)
+    return records.load(folder)
+
+
+def cached(dataset: data.Dataset, folder: str | Path) -> Path:
+    """The folder, in `folder`, with the same training and test images decoded; made the first time."""
+    path = Path(folder) / dataset.digest[:16]
+    if not path.exists():
+        try:
+            _make(path, _arrays(dataset, dataset.name), [], "raw", shard_mib=64)
+        except UserError:
+            if not path.exists():  # else another process was faster
+                raise
+    return path
+
+
+def _make(folder: Path, parts: dict[str, Iterable], classes: list[str], format: str, shard_mib: int) -> None:
+    """The folder with its shards and their index, whole or not at all."""
+    partial = None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial"))
         for part, examples in parts.items():
             _write(partial, part, (_example(image, label, format) for image, label in examples), shard_mib << 20)
         if classes:
             (partial / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
         records.load(partial)  # checks what was written, and leaves the index
+        partial.chmod(0o755)
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return records.load(folder)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def cached(dataset: data.Dataset, folder: str | Path) -> Path:
-    """The folder, in `folder`, with the same data set decoded; made the first time."""
-    path = Path(folder) / dataset.digest[:16]
-    if not path.exists():
-        source = dataset.name.removeprefix("--dataset=")
-        pack(source, path, "raw")
-    return path
-
-
-def _arrays(source: str) -> dict[str, Iterable]:
-    dataset = sources.load(source, standardize=False)
+def _arrays(dataset: data.Dataset, source: str) -> dict[str, Iterable]:
     if dataset.train.images.dtype != np.uint8:
         raise UserError(f"{source}: pixels are {dataset.train.images.dtype}; only bytes, uint8, can be packed")
     return {"train": _rows(dataset.train), "test": _rows(dataset.test)}
@@ -72,7 +83,7 @@ def _rows(split: data.Split) -> Iterator[tuple[np.ndarray, int]]:
 
 def _pictures(source: Path, test_share: float) -> tuple[dict[str, list], list[str]] | None:
     """({part: [(file, class)]}, class names), or None where the source is no folder of pictures."""
-    if not source.is_dir() or not any(path.is_dir() for path in source.iterdir()):
+    if not source.is_dir() or any(source.glob("*tfrecord*")) or not any(path.is_dir() for path in source.iterdir()):
         return None
     divided = (source / "train").is_dir() and (source / "test").is_dir()
     roots = {part: source / part for part in ("train", "test")} if divided else {"train": source}
@@ -106,8 +117,9 @@ def _example(image: np.ndarray | Path, label: int, format: str) -> bytes:
         encoded = pixels.tobytes()
     elif encoded is None:
         encoded = tf.io.encode_png(pixels).numpy()
+    text = lambda value: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
     number = lambda value: tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-    features = {"image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded])), "label": number(label),
+    features = {"image": text(encoded), "label": number(label), "format": text(b"raw" if format == "raw" else b"encoded"),
                 **{name: number(size) for name, size in zip(("height", "width", "channels"), pixels.shape)}}
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
 

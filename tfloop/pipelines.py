@@ -105,15 +105,16 @@ class Streamed:
         """(images, 1 or 0 for each: 0 where its record is damaged and left out)"""
         from tfloop import records
 
-        def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             try:
                 return self._images.read(rows)
             except UserError as error:
                 self.error = error
                 raise
 
-        examples, fine = tf.numpy_function(read, [rows], [tf.string, tf.float32])
-        return records.decode(tf.ensure_shape(examples, [self._rows]), self._images.shape[1:]), tf.ensure_shape(fine, [self._rows])
+        found = tf.numpy_function(read, [rows], [tf.string, tf.bool, tf.float32])
+        examples, raw, fine = (tf.ensure_shape(part, [self._rows]) for part in found)
+        return records.decode(examples, raw, self._images.shape[1:]), fine
 
     def take(self, source, index: tf.Tensor) -> Batch:
         return next(source)
@@ -123,7 +124,14 @@ def batch_at(split: Split, batch_size: int, seed, epoch, index: int) -> Batch:
     """The batch that every pipeline gives at this place, made on its own."""
     first, size = index * batch_size, len(split)
     rows = np.resize(order(seed, epoch, size).numpy(), first + batch_size)[first:]
-    return Batch(tf.constant(split.images[rows]), tf.constant(split.labels[rows]), _weights(first, batch_size, size))
+    weights = _weights(first, batch_size, size)
+    if isinstance(split.images, np.ndarray):
+        return Batch(tf.constant(split.images[rows]), tf.constant(split.labels[rows]), weights)
+    from tfloop import records
+
+    examples, raw, fine = split.images.read(rows)
+    images = records.decode(tf.constant(examples.tolist()), tf.constant(raw), split.images.shape[1:])
+    return Batch(images, tf.constant(split.labels[rows]), weights * fine)
 
 
 def make(name: str, split: Split, batch_size: int, part: int = 0, parts: int = 1):

@@ -1,10 +1,10 @@
 """Data sets larger than memory: folders of TFRecord shards, of which any record can be read at any time.
 
-A shard is a TFRecord file of tf.train.Example with an image (PNG, JPEG, or raw bytes with height, width and channels)
-and a label. Its name begins with the part it belongs to, "train-00000-of-00004.tfrecord", "test-…", or holds it
+A shard is a TFRecord file of tf.train.Example with an image (PNG, JPEG, or raw bytes with height, width and channels, and
+best with format "raw") and a label. Its name begins with the part it belongs to, "train-00000-of-00004.tfrecord", "test-…", or holds it
 ("mnist-train.tfrecord-00000-of-00001"). The first time a folder is used every record is read once and checked, and an
 index is left there: where each record lies, its CRC-32 and label, and the mean and scale of the pixels. After that, memory holds
-the index, 28 bytes a record, and nothing of the images: a batch is read from its places in the shards.
+the index, 29 bytes a record, and nothing of the images: a batch is read from its places in the shards.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from tfloop.errors import UserError
 from tfloop.formats import read_npz
 
 INDEX = "index.npz"
-FORMAT = 1
+FORMAT = 2
 HEADER, FOOTER = 12, 4  # bytes around a record: its length and the CRC of that, and its own CRC
 CHUNK = 1024  # records that are decoded at once
 
@@ -75,21 +75,23 @@ class Records:
         rows = np.arange(len(self))[rows]
         if not len(rows):
             return np.zeros((0, *self.shape[1:]), np.uint8)
-        return np.concatenate([self._decode(tf.constant([self._read(row) for row in rows[first:first + CHUNK].tolist()])).numpy()
-                               for first in range(0, len(rows), CHUNK)])
+        parts = [rows[first:first + CHUNK] for first in range(0, len(rows), CHUNK)]
+        return np.concatenate([self._decode(tf.constant([self._read(row) for row in part.tolist()]),
+                                            tf.constant(self.index["raw"][part])).numpy() for part in parts])
 
     @functools.cached_property
     def _decode(self):
         shape = self.shape[1:]
-        return tf.function(lambda examples: decode(examples, shape), autograph=False, input_signature=[tf.TensorSpec([None], tf.string)])
+        return tf.function(lambda examples, raw: decode(examples, raw, shape), autograph=False,
+                           input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.bool)])
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the serialized examples, 1 or 0 for each): 0 where a record is damaged and another one stands in its place.
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(serialized examples, whether each is raw, 1 or 0 for each): 0 where a record is damaged and another stands there.
 
         Raises:
           UserError: a record is damaged, and none is to be left out.
         """
-        found, fine = [], np.ones(len(rows), np.float32)
+        found, raw, fine = [], self.index["raw"][rows], np.ones(len(rows), np.float32)
         for place, row in enumerate(rows.tolist()):
             try:
                 found.append(self._read(row))
@@ -99,10 +101,11 @@ class Records:
                 self.skipped[str(error).partition(" is damaged")[0]] = None
                 fine[place] = 0.0
                 found.append(None)
-        good = next((record for record in found if record is not None), None)
+        good = next((place for place, record in enumerate(found) if record is not None), None)
         if good is None:
             raise UserError(f"{self.files[0].parent}: a whole batch of records is damaged")
-        return np.array([good if record is None else record for record in found], object), fine
+        raw = np.where(fine > 0, raw, raw[good])
+        return np.array([found[good] if record is None else record for record in found], object), raw, fine
 
     def _read(self, row: int) -> bytes:
         shard, offset, length = (int(self.index[name][row]) for name in ("shard", "offset", "length"))
@@ -114,7 +117,8 @@ class Records:
         except OSError as error:
             raise UserError(f"{self.files[shard]}: cannot be read: {error.strerror}") from None
         if zlib.crc32(record) != int(self.index["crc"][row]):
-            raise UserError(f"{self.files[shard]}: record {int(self.index['number'][row])} is damaged: it is not the one that was indexed")
+            raise UserError(f"{self.files[shard]}: record {int(self.index['number'][row])} is damaged: it is not the one that was indexed; "
+                            f"remove {INDEX} to have all of them checked anew")
         return record
 
     def __del__(self):
@@ -127,13 +131,14 @@ FEATURES = {**{key: tf.io.FixedLenFeature([], tf.string, "") for key in IMAGE_KE
             **{key: tf.io.FixedLenFeature([], tf.int64, -1) for key in (*LABEL_KEYS, "height", "width", "channels")}}
 
 
-def decode(examples: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
-    """uint8 [n, *image_shape] from serialized examples [n] that were checked before."""
+def decode(examples: tf.Tensor, raw: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
+    """uint8 [n, *image_shape] from serialized examples [n] that were checked before, and whether each holds raw bytes."""
     images = _image(tf.io.parse_example(examples, FEATURES))
-    raw = tf.strings.length(images[0]) == int(np.prod(image_shape))
-    one = lambda image: tf.ensure_shape(tf.io.decode_image(image, image_shape[-1], expand_animations=False), image_shape)
-    each = lambda: tf.map_fn(one, images, fn_output_signature=tf.uint8, parallel_iterations=16)
-    return tf.cond(raw, lambda: tf.reshape(tf.io.decode_raw(images, tf.uint8), [-1, *image_shape]), each)
+    encoded = lambda image: tf.ensure_shape(tf.io.decode_image(image, image_shape[-1], expand_animations=False), image_shape)
+    plain = lambda image: tf.reshape(tf.io.decode_raw(image, tf.uint8), image_shape)
+    one = lambda each: tf.cond(each[1], lambda: plain(each[0]), lambda: encoded(each[0]))
+    return tf.cond(tf.reduce_all(raw), lambda: tf.reshape(tf.io.decode_raw(images, tf.uint8), [-1, *image_shape]),
+                   lambda: tf.map_fn(one, (images, raw), fn_output_signature=tf.uint8, parallel_iterations=16))
 
 
 def _image(parsed: dict[str, tf.Tensor]) -> tf.Tensor:
@@ -147,7 +152,7 @@ def _image(parsed: dict[str, tf.Tensor]) -> tf.Tensor:
 @dataclasses.dataclass
 class _Part:
     files: list[Path]
-    columns: dict[str, np.ndarray]  # shard, number, offset, length, crc, label
+    columns: dict[str, np.ndarray]  # as COLUMNS
     damaged: list[str]
 
 
@@ -210,7 +215,8 @@ def _read_index(folder: Path, state: str, files: list[list[Path]]):
         return None
 
 
-COLUMNS = {"shard": np.int32, "number": np.int32, "offset": np.int64, "length": np.int32, "crc": np.uint32, "label": np.int32}
+COLUMNS = {"shard": np.int32, "number": np.int32, "offset": np.int64, "length": np.int32, "crc": np.uint32, "raw": np.bool_,
+           "label": np.int32}
 
 
 def _write_index(folder: Path, state: str, parts: list[_Part], scan: "_Scan") -> None:
@@ -249,13 +255,13 @@ class _Scan:
 
         for shard, path in enumerate(files):
             for number, offset, record, problem in _records(path):
-                image, label, problem = (None, -1, problem) if problem else self._check(record)
+                image, raw, label, problem = (None, False, -1, problem) if problem else self._check(record)
                 if problem:
                     damaged.append(f"{path}: record {number} {problem}")
                     if not self._skip:
                         raise UserError(f"{damaged[-1]}; --on_bad_record=skip leaves it out")
                     continue
-                rows.append((shard, number, offset, len(record), zlib.crc32(record), label))
+                rows.append((shard, number, offset, len(record), zlib.crc32(record), raw, label))
                 waiting.append(image)
                 if len(waiting) == Standardizer.at_once(image.size):
                     flush()
@@ -265,29 +271,33 @@ class _Scan:
         columns = {name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), zip(*rows))}
         return _Part(files, columns, damaged)
 
-    def _check(self, record: bytes) -> tuple[np.ndarray | None, int, str]:
-        """(image, label, "" or what is wrong)"""
+    def _check(self, record: bytes) -> tuple[np.ndarray | None, bool, int, str]:
+        """(image, is it raw bytes, label, "" or what is wrong)"""
         try:
             features = tf.train.Example.FromString(record).features.feature
         except Exception:  # google.protobuf's DecodeError is not the only one
-            return None, -1, "is no tf.train.Example"
+            return None, False, -1, "is no tf.train.Example"
         image = next((features[key].bytes_list.value[0] for key in IMAGE_KEYS if key in features and features[key].bytes_list.value), None)
         label = next((features[key].int64_list.value[0] for key in LABEL_KEYS if key in features and features[key].int64_list.value), -1)
         if image is None or not 0 <= label < 2**31 - 1:
-            return None, -1, f"has no {' or '.join(IMAGE_KEYS) if image is None else ' or '.join(LABEL_KEYS)}; found {', '.join(features) or 'nothing'}"
+            return None, False, -1, f"has no {' or '.join(IMAGE_KEYS) if image is None else ' or '.join(LABEL_KEYS)}; found {', '.join(features) or 'nothing'}"
         sizes = [features[key].int64_list.value[0] for key in ("height", "width", "channels")
                  if key in features and features[key].int64_list.value]
-        if len(sizes) == 3 and len(image) == np.prod(sizes, dtype=np.int64) > 0:
-            pixels = np.frombuffer(image, np.uint8).reshape(sizes)
-        else:
+        may_be_raw = len(sizes) == 3 and len(image) == np.prod(sizes, dtype=np.int64) > 0
+        raw, pixels = may_be_raw and features["format"].bytes_list.value[:] == [b"raw"], None
+        if not raw:  # a PNG can be just as long as its raw bytes: decode first, then think of these
             try:
                 pixels = tf.io.decode_image(image, self.shape[-1] if self.shape else 0, expand_animations=False).numpy()
             except tf.errors.OpError:
-                return None, -1, "holds an image that is neither PNG, JPEG, GIF, BMP nor raw bytes of height × width × channels"
+                raw = may_be_raw
+        if raw:
+            pixels = np.frombuffer(image, np.uint8).reshape(sizes)
+        if pixels is None:
+            return None, False, -1, "holds an image that is neither PNG, JPEG, GIF, BMP nor raw bytes of height × width × channels"
         self.shape = self.shape or pixels.shape
         if pixels.shape != self.shape:
-            return None, -1, f"is {'×'.join(map(str, pixels.shape))}, the first record {'×'.join(map(str, self.shape))}"
-        return pixels, label, ""
+            return None, False, -1, f"is {'×'.join(map(str, pixels.shape))}, the first record {'×'.join(map(str, self.shape))}"
+        return pixels, raw, label, ""
 
 
 def _records(path: Path) -> Iterator[tuple[int, int, bytes, str]]:

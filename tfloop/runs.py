@@ -1,6 +1,7 @@
 """From settings to objects: data, schedule, optimizer, state and loop, for a new run or for one on disk."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,16 +19,16 @@ from tfloop.state import TrainState
 
 def load_data(config: Config) -> data.Dataset:
     """The data set that `config` names."""
-    load = lambda dataset: sources.load(dataset, config.split, config.validation_size, config.standardize, config.split_seed,
-                                     config.on_bad_record)
-    dataset = load(config.dataset)
+    load = lambda dataset, validation_size=config.validation_size: sources.load(
+        dataset, config.split, validation_size, config.standardize, config.split_seed, config.on_bad_record)
     if not config.cache:
-        return dataset
-    if not dataset.digest:
-        raise UserError(f"--cache={config.cache}: --dataset={config.dataset} has no shards; only those are cached")
+        return load(config.dataset)
     from tfloop import pack
 
-    return load(str(pack.cached(dataset, config.cache)))
+    whole = load(config.dataset, validation_size=0)
+    if not whole.digest:
+        raise UserError(f"--cache={config.cache}: --dataset={config.dataset} has no shards; only those are cached")
+    return dataclasses.replace(load(str(pack.cached(whole, config.cache))), left_out=whole.left_out)
 
 
 def make_schedule(config: Config, steps: int) -> Schedule:

@@ -131,8 +131,9 @@ class TrainState(tf.Module):
         if self.loss_scale is None:
             return tf.constant(False)
         overflowed = ~finite & tf.math.is_finite(loss) & (self.loss_scale > 1.0) & ~self.diverged
-        good = (self.good_steps + 1) * tf.cast(~overflowed, tf.int64)
-        grows = good >= GOOD_STEPS
+        made = finite & ~self.diverged
+        good = (self.good_steps + tf.cast(made, tf.int64)) * tf.cast(~overflowed, tf.int64)
+        grows = made & (good >= GOOD_STEPS)
         self.loss_scale.assign(self.loss_scale * tf.where(overflowed, 0.5, tf.where(grows, 2.0, 1.0)))
         self.good_steps.assign(good * tf.cast(~grows, tf.int64))
         return overflowed
@@ -169,11 +170,19 @@ class TrainState(tf.Module):
         if self.averages is not None:
             self._assign(self.averages)
 
+    def restart_averages(self) -> None:
+        """The weights as they are become their moving average, where one is kept."""
+        if self.averages is not None:
+            self.averages.assign(self._flat())
+
+    def _averaged_variables(self) -> list[tf.Variable]:
+        return [variable for variable in (*self.weights.values(), *self.moving.values()) if variable.dtype == tf.float32]
+
     def _flat(self) -> tf.Tensor:
-        return flatten([*self.weights.values(), *self.moving.values()])
+        return flatten(self._averaged_variables())
 
     def _assign(self, flat: tf.Tensor) -> None:
-        variables = [*self.weights.values(), *self.moving.values()]
+        variables = self._averaged_variables()
         for variable, part in zip(variables, tf.split(flat, [variable.shape.num_elements() for variable in variables])):
             variable.assign(tf.reshape(part, variable.shape))
 
@@ -195,8 +204,7 @@ class TrainState(tf.Module):
             values = self._initial(int(self.seed))
             for name, variable in {**self.weights, **self.moving}.items():
                 variable.assign(values[name])
-            if self.averages is not None:
-                self.averages.assign(self._flat())
+            self.restart_averages()
         if slots:
             self.optimizer.reset()
             if self.loss_scale is not None:

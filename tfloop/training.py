@@ -98,6 +98,7 @@ def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> Non
     """What a worker does that is not the chief: the same steps, with the chief's state to begin with."""
     loop = make_loop(config, replicas=replicas)
     replicas.check_same(loop.data.fingerprint, "data")
+    told = 0
     for _ in config.seeds or (config.seed,) * config.runs:
         again = True
         while again:
@@ -105,6 +106,10 @@ def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> Non
             diverged, stopped = None, replicas.agree(False)
             try:
                 for record in () if stopped else loop.run(config.epochs):
+                    if isinstance(record, Epoch):
+                        for name in list(getattr(loop.data.train.images, "skipped", ()))[told:]:
+                            print(f"tfloop: {name} is damaged: left out", file=sys.stderr)
+                            told += 1
                     if _may_end(record, loop) and (stopped := replicas.agree(stop())):
                         break
             except DivergenceError as error:
@@ -137,19 +142,19 @@ def adopt(config: Config, path: str | Path) -> Path:
     return folder
 
 
-def dry_run(config: Config, device: str = "") -> None:
+def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) -> None:
     """One step of everything, training, evaluation, summaries, checkpoint, in a folder that is removed afterwards."""
     logdir = Path(config.logdir)
     folders.check_writable(logdir)
     dataset = load_data(config).head(config.batch_size)
     own = config.replace(epochs=1, seeds=(), runs=1, profile="0:1" if config.profile else "")
-    loop = make_loop(own, dataset)
+    loop = make_loop(own, dataset, replicas)
     made = not logdir.exists()
     logdir.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=logdir, prefix="dry_run-") as folder, \
                 Display(1, loop.steps, config.quiet) as display:
-            result = Run(own, loop, Path(folder), display, device).train(time.perf_counter(), lambda: False)
+            result = Run(own, loop, Path(folder), display, device, replicas).train(time.perf_counter(), lambda: False)
             display.say(f"dry run: one step of {config.batch_size} images, evaluation, summaries and checkpoint work; "
                         f"loss {result['final']['train']['total']:.4f}; nothing is kept")
     finally:
@@ -247,9 +252,7 @@ class Run:
         return not diverged and (int(self._loop.state.epoch) >= self._config.epochs or self._has_settled())
 
     def _has_settled(self) -> bool:
-        """Did the last epochs, as many as --early_stopping says, bring nothing better?"""
-        patience, reached = self._config.early_stopping, self._reached
-        return bool(patience and reached.best and len(reached.epochs) - reached.best["epoch"] >= patience)
+        return folders.has_settled(self._config, len(self._reached.epochs), self._reached.best)
 
     def _may_rewind(self) -> bool:
         return self._config.on_nan == "rewind" and len(self._reached.rewinds) < MOST_REWINDS
@@ -274,9 +277,9 @@ class Run:
         kept = {}
         if checkpoints.all_in(folder):
             path, manifest = checkpoints.newest(folder, self._display.warn)
-            checkpoints.restore(self._loop.state, path)
+            checkpoints.restore(self._loop.state, path, self._may_change(manifest))
             self._reached = Reached(**manifest["reached"])
-            if folders.changed(Config.make(**manifest["config"]), self._config):  # with --override
+            if self._may_change(manifest):
                 self._loop.state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
             folders.write(self._folder / "config.json", self._config.to_json())
             step = int(self._loop.state.global_step)
@@ -295,6 +298,10 @@ class Run:
             else:
                 self._display.warn(f"{path}: is shorter than when the checkpoint was made: part of the curves is lost")
         return bool(kept)
+
+    def _may_change(self, manifest: dict) -> bool:
+        """Do the settings change the mathematics of what the checkpoint holds, with --override?"""
+        return bool(folders.changed(Config.make(**manifest["config"]), self._config))
 
     def _add(self, epoch: Epoch) -> bool:
         """Add an epoch to what was reached; is it the best so far?"""

@@ -15,6 +15,8 @@ def debug(config: Config, options: dict, arguments: list[str]) -> int:
         compile(options["break_if"] or "0", "--break_if", "eval")
     except (SyntaxError, ValueError) as error:
         raise UserError(f"--break_if={options['break_if']}: is no Python expression: {error}") from None
+    if config.precision == "mixed_float16":
+        raise UserError("--precision=mixed_float16: debug shows gradients without the loss scale, which 16 bits do not hold; use another")
     config, _ = start(config.replace(eager=True, fast=False, shards=1, steps_per_call=1))
     from tfloop import debug, runs
 

@@ -69,9 +69,10 @@ def output(path: str):
 class Stop:
     """Ctrl-C or SIGTERM once asks the run to end after its current call, with a checkpoint; twice ends the program."""
 
-    def __init__(self):
+    def __init__(self, listen: bool = True):
         self._signal = 0
-        self.listen()
+        if listen:
+            self.listen()
 
     def listen(self) -> None:
         """Take the signals, again where TensorFlow took them: with several workers it watches for SIGTERM."""

@@ -54,7 +54,7 @@ def _text(value) -> str:
 def _start(index: int, addresses: list[str], flags: list[str]) -> subprocess.Popen:
     place = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     return subprocess.Popen([sys.executable, "-m", "tfloop", "train", *flags], env={**os.environ, "TF_CONFIG": json.dumps(place)},
-                            stdout=None if index == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            stdout=None if index == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
                             start_new_session=True, preexec_fn=_end_with_parent)  # Ctrl-C reaches them through us, once
 
 

@@ -11,8 +11,10 @@ from tfloop.errors import UserError
 
 
 def train(config: Config, options: dict, arguments: list[str]) -> int:
-    stop, folder, asked = Stop(), None, config
+    if options["dry_run"] and config.strategy == "multi_worker":
+        raise UserError("--dry_run and --strategy=multi_worker exclude each other: try one process")
     place = cluster.find() if config.strategy == "multi_worker" else None
+    stop, folder, asked = Stop(listen=not place), None, config
     if options["resume"] and (not place or place.is_chief):
         try:
             config, folder = _resumed(config, options)
@@ -20,8 +22,8 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
             if place:
                 cluster.refuse(place, asked, str(error))
             raise
-    if folder and folders.is_finished(folder) and (config.early_stopping or folders.epochs_done(folder) >= config.epochs):
-        finished = f"{folder}: is finished, after {folders.epochs_done(folder)} epochs"
+    if folder and (done := folders.epochs_done(folder, config)):
+        finished = f"{folder}: is finished, after {done} epochs"
         print(finished)
         if place:
             cluster.refuse(place, asked, finished)
@@ -33,7 +35,7 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
     from tfloop import training
 
     if options["dry_run"]:
-        training.dry_run(config, device)
+        training.dry_run(config, device, replicas)
         return 0
     results = training.train(config, device, STARTED, stop.asked, folder, replicas)
     stopped_by_another = bool(results) and not results[-1]["finished"]
@@ -58,7 +60,7 @@ def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
 
     trained, state, manifest = runs.open_run(folder, options["best"], warn)
     if options["dataset"]:
-        trained = trained.replace(dataset=options["dataset"])
+        trained = trained.replace(dataset=options["dataset"], cache="", split="standard")
     data = runs.load_data(trained)
     runs.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
     metrics = Loop(state, data, batch_size=min(trained.batch_size, len(data.train)),
