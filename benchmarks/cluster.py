@@ -14,7 +14,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import statistics
 import subprocess
@@ -149,21 +148,21 @@ LINKS = {"10 Gbit/s Ethernet": {"bytes_per_s": 1.25e9, "latency_s": 30e-6}, "100
 def cost(rows: list[dict], cores: int) -> dict:
     """Computing and adding up, each measured on its own; their sum against the measured steps; and other links."""
     weights = 96_844
-    one_core = ["train", *SMOOTH, "--shards=1", "--intra_op_threads=1", "--inter_op_threads=1"]
-    compute = {batch: run(*one_core, f"--batch_size={batch}")[1] for batch in (64, 32, 16)}
+    compute = {count: run("train", *SMOOTH, f"--batch_size={BATCH // count}", f"--shards={max(1, cores // count)}", "--intra_op_threads=1",
+                          f"--inter_op_threads={max(1, cores // count)}")[1] for count in (1, 2, 4)}
     sizes, checked = [weights + 9, 9], []
     for count in (1, 2, 4):
         seconds = adding_up(count, sizes) if count > 1 else dict.fromkeys(sizes, 0.0)
         crowding = max(1.0, count / cores)  # workers that share a core wait for each other
-        predicted = crowding * compute[BATCH // count] + 1000 * seconds[sizes[0]]
+        predicted = crowding * compute[count] + 1000 * seconds[sizes[0]]
         measured = next(row["ms_per_step"] for row in rows if row["job"] == "smooth" and row["way"].startswith(f"{count} process"))
-        checked.append({"workers": count, "compute_ms": compute[BATCH // count], "crowding": crowding, "adding_up_ms": 1000 * seconds[sizes[0]],
+        checked.append({"workers": count, "compute_ms": compute[count], "crowding": crowding, "adding_up_ms": 1000 * seconds[sizes[0]],
                         "latency_ms": 1000 * seconds[sizes[1]], "predicted_ms": predicted, "measured_ms": measured})
         print(checked[-1], flush=True)
     size = 4 * (weights + 9)
     other = [{"link": name, "workers": count, "adding_up_ms": predict(0.0, count, size, link),
               "compute_ms_for_90_percent": 9 * predict(0.0, count, size, link)} for name, link in LINKS.items() for count in (8, 64)]
-    return {"bytes_per_step": size, "compute_ms_by_batch": compute, "checked": checked, "other_links": other}
+    return {"bytes_per_step": size, "checked": checked, "other_links": other}
 
 
 # --- failures
@@ -186,7 +185,7 @@ def failures() -> list[dict]:
                          for place in workers(3)]
             time.sleep(20)
             started = time.monotonic()
-            processes[victim].send_signal(signal.SIGKILL)
+            processes[victim].kill()
             note(f"worker {victim} is killed while it trains", processes, started, ["0", "1", "2"])
     for what, flags in (("worker 2 never comes", [[], []]), ("worker 2 has another --l2", [[], [], ["--l2=0.1"]]),
                         ("worker 0, the chief, never comes", [None, [], []])):

@@ -55,7 +55,10 @@ def start(config: Config, asked: Config | None = None) -> Machine:
         return _start(config, asked or config)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _silent_stderr():  # messages from before TensorFlow's own log level is read
-        return _start(config, asked or config)
+        machine = _start(config, asked or config)
+    if machine.replicas and machine.replicas.workers > 1:
+        _silence_cpp()
+    return machine
 
 
 def _start(config: Config, asked: Config) -> Machine:
@@ -136,6 +139,15 @@ def _set_threads(asked: Config, chosen: Config) -> Config:
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _silence_cpp() -> None:
+    """From now on stderr is Python's alone: where a worker is lost, TensorFlow's C++ says so in many lines."""
+    sys.stderr.flush()
+    own = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    sys.stderr = own
 
 
 @contextlib.contextmanager

@@ -140,13 +140,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write(path: Path, text: str) -> None:
-    """Under a temporary name first, then on the disk, then renamed: what bears the name is whole."""
+    """Under a temporary name first, then on the disk, then renamed: what bears the name is whole.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def write_json(path: Path, content: dict) -> None:
