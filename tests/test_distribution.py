@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -142,32 +143,79 @@ def worker(index, addresses, *flags):
     return tfloop("train", "--strategy=multi_worker", "--preset=digits", *flags, TF_CONFIG=json.dumps(place))
 
 
+def meet(addresses, present):
+    """What `cluster.meet` says to each of these workers, (index, settings, why the chief refuses), side by side."""
+    said = [None] * len(present)
+
+    def one(position, index, settings, refused):
+        place = cluster.Place(index, tuple(addresses))
+        config = Config.make("digits", strategy="multi_worker", **{"worker_timeout": 20.0, **settings})
+        try:
+            if refused:
+                cluster.refuse(place, config, refused)
+            else:
+                said[position] = cluster.meet(place, config, config, "CPU")
+        except UserError as error:
+            said[position] = str(error)
+
+    threads = [threading.Thread(target=one, args=(position, *worker)) for position, worker in enumerate(present)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+        assert not thread.is_alive()
+    return said
+
+
+IMPATIENT = dict(worker_timeout=3.0)
+
+
 @pytest.mark.parametrize("present, message", [
-    ([(0, []), (1, [])], "worker 2 (ADDRESS2) did not come within 10 s"),
-    ([(1, []), (2, [])], "worker 0 (ADDRESS0), the chief, did not answer within 10 s"),
-    ([(0, []), (1, []), (2, ["--l2=0.1"])], "worker 2 (ADDRESS2) has --l2=0.1 where worker 0 has 0.0"),
-    ([(0, []), (1, []), (1, [])], "worker 1 (ADDRESS1): cannot listen there: Address already in use; is there another process of this index"),
-    ([(0, ["--resume=nowhere"]), (1, ["--resume=nowhere"]), (2, ["--resume=nowhere"])], "nowhere: not a run's folder"),
-], ids=["one is missing", "the chief is missing", "other settings", "one index twice", "nothing to resume"])
-def test_a_cluster_that_does_not_come_together_says_why_on_every_worker_in_time(tmp_path, present, message):
+    ([(0, IMPATIENT, ""), (1, IMPATIENT, "")], "worker 2 (ADDRESS2) did not come within 3 s"),
+    ([(1, IMPATIENT, ""), (2, IMPATIENT, "")], "worker 0 (ADDRESS0), the chief, did not answer within 3 s"),
+    ([(0, {}, ""), (1, {}, ""), (2, dict(l2=0.1), "")], "worker 2 (ADDRESS2) has --l2=0.1 where worker 0 has 0.0"),
+    ([(0, {}, ""), (1, {}, ""), (1, {}, "")], "worker 1 (ADDRESS1): cannot listen there: Address already in use; is there another process of this index"),
+    ([(0, {}, "x: not a run's folder"), (1, {}, ""), (2, {}, "")], "worker 0 (ADDRESS0): x: not a run's folder"),
+], ids=["one is missing", "the chief is missing", "other settings", "one index twice", "the chief refuses"])
+def test_a_cluster_that_does_not_come_together_says_why_to_every_worker_in_time(present, message):
     addresses = [f"127.0.0.1:{port}" for port in ports(3)]
     for index, address in enumerate(addresses):
         message = message.replace(f"ADDRESS{index}", address)
     started = time.monotonic()
-    processes = [worker(index, addresses, *flags, "--worker_timeout=10", f"--logdir={tmp_path}/runs") for index, flags in present]
-    for process in processes:
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 2 and message in error and error.count("\n") == 1, error
-    assert time.monotonic() - started < 40
-    assert not (tmp_path / "runs").exists()
+    for (_, _, refused), said in zip(present, meet(addresses, present)):
+        assert message in said if not refused else said is None
+    assert time.monotonic() - started < 20
 
 
-def test_a_port_that_is_taken_is_named_by_its_worker_and_by_the_chief(tmp_path):
+def test_workers_that_agree_train_with_the_settings_of_the_chief():
+    found = meet([f"127.0.0.1:{port}" for port in ports(3)], [(0, dict(name="chief", quiet=True), ""), (1, dict(name="other"), ""), (2, {}, "")])
+    assert [config.name for config in found] == ["chief", "other", ""]  # which may differ
+    assert len({config.replace(name="", quiet=False) for config in found}) == 1
+
+
+def test_a_stranger_who_talks_nonsense_does_not_keep_a_cluster_from_meeting():
     addresses = [f"127.0.0.1:{port}" for port in ports(2)]
-    with socket.create_server(("127.0.0.1", int(addresses[1].split(":")[1]))):
-        for process in [worker(index, addresses, "--worker_timeout=20", f"--logdir={tmp_path}/runs") for index in range(2)]:
-            _, error = process.communicate(timeout=60)
-            assert process.returncode == 2 and f"worker 1 ({addresses[1]}): cannot listen there" in error, error
+    found = []
+    meeting = threading.Thread(target=lambda: found.extend(meet(addresses, [(0, {}, ""), (1, {}, "")])))
+    meeting.start()
+    for content in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b""):
+        try:
+            with socket.create_connection(("127.0.0.1", int(addresses[0].split(":")[1])), timeout=1) as stranger:
+                stranger.sendall(content)
+        except OSError:
+            pass  # they have met already
+    meeting.join(40)
+    assert all(isinstance(config, Config) for config in found) and len(found) == 2
+
+
+def test_processes_that_do_not_fit_end_with_the_line_and_exit_code_2_and_leave_nothing(tmp_path):
+    addresses = [f"127.0.0.1:{port}" for port in ports(2)]
+    processes = [worker(0, addresses, f"--logdir={tmp_path}/runs"), worker(1, addresses, "--l2=0.1", f"--logdir={tmp_path}/runs")]
+    for process in processes:
+        _, error = process.communicate(timeout=90)
+        assert process.returncode == 2
+        assert error == f"tfloop: the cluster cannot train: worker 1 ({addresses[1]}) has --l2=0.1 where worker 0 has 0.0\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_workers_with_other_data_are_named(tmp_path, random):

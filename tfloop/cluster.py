@@ -24,6 +24,7 @@ from tfloop.errors import UserError
 MAY_DIFFER = ("device", "shards", "onednn", "intra_op_threads", "inter_op_threads", "memory_growth", "memory_limit",
               "log_device_placement", "tensorflow_log", "logdir", "name", "quiet", "live_plot", "pipeline", "worker_timeout")
 LONGEST = 1 << 20  # bytes of one message
+LINGER = 10.0  # seconds that the chief stays to tell those who come late what is wrong
 
 
 class Place(NamedTuple):
@@ -176,6 +177,7 @@ def _gather(place: Place, own: dict, settings: Config, listener: socket.socket, 
             missing.discard(hello.get("index"))
         if wrong:
             answer({"error": f"the cluster cannot train: {wrong}"})
+            deadline = min(deadline, time.monotonic() + LINGER)
     answer({"error": f"the cluster cannot train: {wrong}"} if wrong else {"settings": dataclasses.asdict(settings)})
     if wrong:
         raise UserError(f"the cluster cannot train: {wrong}")
