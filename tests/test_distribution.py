@@ -177,7 +177,8 @@ IMPATIENT = dict(worker_timeout=3.0)
     ([(0, {}, ""), (1, {}, ""), (1, {}, "")], "worker 1 (ADDRESS1): cannot listen there: Address already in use; is there another process of this index"),
     ([(0, {}, "x: not a run's folder"), (1, {}, ""), (2, {}, "")], "worker 0 (ADDRESS0): x: not a run's folder"),
 ], ids=["one is missing", "the chief is missing", "other settings", "one index twice", "the chief refuses"])
-def test_a_cluster_that_does_not_come_together_says_why_to_every_worker_in_time(present, message):
+def test_a_cluster_that_does_not_come_together_says_why_to_every_worker_in_time(monkeypatch, present, message):
+    monkeypatch.setattr(cluster, "LINGER", 1.0)
     addresses = [f"127.0.0.1:{port}" for port in ports(3)]
     for index, address in enumerate(addresses):
         message = message.replace(f"ADDRESS{index}", address)
