@@ -179,7 +179,7 @@ def test_a_damaged_record_is_named_with_its_number_or_left_out_and_counted(copy,
     assert main(["train", *flags, f"--logdir={tmp_path}/skip", "--on_bad_record=skip"]) == 0
     assert f"1 damaged record is left out; the first: {path}: record {number}" in capsys.readouterr().err
     found = result(tmp_path / "skip")
-    assert found["left_out"] == [f"{path}: record {number} is damaged: TensorFlow finds its CRC wrong"]
+    assert found["left_out"] == [f"{path}: record {number} is damaged: its CRC is wrong"]
     assert len(tfloop.load(str(copy), on_bad_record="skip").train) == 1436
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import platform
 import socket
 import threading
 import time
@@ -107,8 +106,8 @@ def meet(place: Place, asked: Config, settings: Config, device: str) -> Config:
       UserError: a port that is taken, a worker that did not come within asked.worker_timeout seconds, two of one index, or
         workers that differ; on all workers that are there.
     """
-    hello = {"index": place.index, "workers": list(place.addresses), "tfloop": __version__, "python": platform.python_version(),
-             "tensorflow": _tensorflow(), "device": device, "settings": _to_compare(asked)}
+    hello = {"index": place.index, "workers": list(place.addresses), "tfloop": __version__,
+             "tensorflow": importlib.metadata.version("tensorflow"), "device": device, "settings": _to_compare(asked)}
     deadline = time.monotonic() + asked.worker_timeout
     try:
         with _listening(place) as listener:
@@ -260,10 +259,6 @@ def _read(connection: socket.socket) -> dict | None:
 def _to_compare(config: Config) -> dict:
     own = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER}
     return json.loads(json.dumps(own))
-
-
-def _tensorflow() -> str:
-    return importlib.metadata.version("tensorflow")
 
 
 class Watch(threading.Thread):

@@ -12,19 +12,18 @@ from tfloop import data, records, sources
 from tfloop.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg")
-FORMATS = ("png", "raw")
+TEST_SHARE = 0.1  # of each class, where pictures are not divided into train and test
 
 
-def pack(source: str, folder: str | Path, format: str = "png", shard_mib: int = 64, test_share: float = 0.1) -> data.Dataset:
+def pack(source: str, folder: str | Path, format: str = "png", shard_mib: int = 64) -> data.Dataset:
     """Shards in a new folder, whole or not at all, and what they hold.
 
     Args:
-      source: a folder of pictures, SOURCE/train/CLASS/… and SOURCE/test/CLASS/…, or SOURCE/CLASS/…, of which a share becomes
-        the test; or a data set as in sources.load.
+      source: a folder of pictures, SOURCE/train/CLASS/… and SOURCE/test/CLASS/…, or SOURCE/CLASS/…, of which the last
+        tenth by name of each class becomes the test; or a data set as in sources.load.
       folder: a new one.
       format: of the images: png, or raw, which is larger and read faster. Pictures stay as they are, unless raw is asked for.
       shard_mib: size of a shard, about.
-      test_share: of each class, the last files by name, where the pictures are not divided.
 
     Raises:
       UserError: nothing to pack, something that cannot be read, or a folder that is there already.
@@ -32,7 +31,7 @@ def pack(source: str, folder: str | Path, format: str = "png", shard_mib: int = 
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: is there already; name a new folder")
-    pictures = _pictures(Path(source), test_share)
+    pictures = _pictures(Path(source))
     parts, classes = pictures or (_arrays(sources.load(source, standardize=False), source), [])
     _make(folder, parts, classes, format, shard_mib)
     return records.load(folder)
@@ -81,7 +80,7 @@ def _rows(split: data.Split) -> Iterator[tuple[np.ndarray, int]]:
         yield from zip(split.images[first:first + records.CHUNK], split.labels[first:first + records.CHUNK].tolist())
 
 
-def _pictures(source: Path, test_share: float) -> tuple[dict[str, list], list[str]] | None:
+def _pictures(source: Path) -> tuple[dict[str, list], list[str]] | None:
     """({part: [(file, class)]}, class names), or None where the source is no folder of pictures."""
     if not source.is_dir() or any(source.glob("*tfrecord*")) or not any(path.is_dir() for path in source.iterdir()):
         return None
@@ -96,7 +95,7 @@ def _pictures(source: Path, test_share: float) -> tuple[dict[str, list], list[st
             files = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in PICTURES)
             if not files:
                 raise UserError(f"{root / name}: holds no pictures ({', '.join(PICTURES)})")
-            held = 0 if divided else max(1, round(test_share * len(files)))
+            held = 0 if divided else max(1, round(TEST_SHARE * len(files)))
             parts[part] += [(path, number) for path in files[:len(files) - held]]
             if not divided:
                 parts["test"] += [(path, number) for path in files[len(files) - held:]]

@@ -127,8 +127,7 @@ class Records:
 
 
 IMAGE_KEYS, LABEL_KEYS = ("image", "image/encoded"), ("label", "image/class/label")
-FEATURES = {**{key: tf.io.FixedLenFeature([], tf.string, "") for key in IMAGE_KEYS},
-            **{key: tf.io.FixedLenFeature([], tf.int64, -1) for key in (*LABEL_KEYS, "height", "width", "channels")}}
+FEATURES = {key: tf.io.FixedLenFeature([], tf.string, "") for key in IMAGE_KEYS}  # the index knows all else
 
 
 def decode(examples: tf.Tensor, raw: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
@@ -313,12 +312,12 @@ def _records(path: Path) -> Iterator[tuple[int, int, bytes, str]]:
             record = next(whole) if whole else _check_record(path, start)
         except StopIteration:
             return
-        except (tf.errors.DataLossError, _Damaged) as error:
+        except (tf.errors.DataLossError, _Damaged):
             length = _length(path, start)
             if length is None or start + HEADER + length + FOOTER > size:
                 yield number, start, b"", "is truncated or damaged, and with it the rest of the file"
                 return
-            yield number, start + HEADER, b"", f"is damaged: {'its CRC is wrong' if isinstance(error, _Damaged) else 'TensorFlow finds its CRC wrong'}"
+            yield number, start + HEADER, b"", "is damaged: its CRC is wrong"
             whole, start, number = None, start + HEADER + length + FOOTER, number + 1
             continue
         except tf.errors.OpError as error:
