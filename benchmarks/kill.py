@@ -65,13 +65,13 @@ def child(phase: str, count: int, command: list[str]) -> int:
         from tfloop import checkpoints, events, loop
 
         if phase == "anywhere":
-            run = loop.Loop.run
+            run = loop.Loop.ready
 
             def timed(self, epochs):
                 threading.Timer(count / 1000, die).start()
                 return run(self, epochs)
 
-            loop.Loop.run = timed
+            loop.Loop.ready = timed
         elif phase == "writing a checkpoint":  # between any two operations on files
             for name in ("fsync", "open", "rename"):
                 setattr(checkpoints.os, name, deadly(getattr(os, name)))
@@ -92,7 +92,7 @@ def child(phase: str, count: int, command: list[str]) -> int:
             events.tf.io.TFRecordWriter.write = torn
         else:
             at, name = [count], {"evaluation": "evaluation", "a training call": "training"}[phase]
-            time_it = loop.Loop._time
+            time_it = loop.Loop.timed
 
             def timed(self, what, function, *arguments):
                 if what == name:
@@ -101,7 +101,7 @@ def child(phase: str, count: int, command: list[str]) -> int:
                         threading.Timer(0.0005, die).start()
                 return time_it(self, what, function, *arguments)
 
-            loop.Loop._time = timed
+            loop.Loop.timed = timed
         return found
 
     devices.start = start

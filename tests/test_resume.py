@@ -151,7 +151,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_again(tmp_path, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--resume=/nowhere"], "/nowhere: not a run's folder"),
-    (["--resume=auto", "--seeds=1,2"], "--resume goes on with one run: leave --seeds and --runs out"),
+    (["--resume=auto", "--seeds=1,2"], "--resume goes on with one run: leave --seeds, --runs and --ensemble out"),
     (["--resume=auto", "--dry_run"], "--resume and --dry_run exclude each other"),
     (["--checkpoint_every=soon"], "--checkpoint_every=soon: expected epoch, a number of steps, or of seconds"),
     (["--checkpoint_every=0"], "--checkpoint_every=0: expected epoch"),
@@ -270,16 +270,16 @@ def test_a_run_rewound_to_a_checkpoint_goes_on_from_there(config, monkeypatch, c
     """The rate is spoiled once, after the first checkpoint, so that the next step diverges."""
     from tfloop.loop import Loop
 
-    spoilt, run = [], Loop.run
+    spoilt, ready = [], Loop.ready
 
     def spoiling(self, epochs):
-        for record in run(self, epochs):
+        for record in ready(self, epochs):
             yield record
-            if record.step >= 10 and not spoilt:
+            if getattr(record, "step", 0) >= 10 and not spoilt:
                 spoilt.append(record.step)
                 self.state.hyper["learning_rate"].assign(1e30)
 
-    monkeypatch.setattr(Loop, "run", spoiling)
+    monkeypatch.setattr(Loop, "ready", spoiling)
     done = training.train(config(schedule="constant", on_nan="rewind"))[0]
     assert done["finished"] and len(done["rewinds"]) == 1 and done["hyper"]["learning_rate"] == pytest.approx(0.0005)
     assert "back to step 10, with 0.5 times the rate (1 of at most 3 times)" in capsys.readouterr().err

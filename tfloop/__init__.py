@@ -22,6 +22,7 @@ _HOME = {
     "Batch": "pipelines", "Loop": "loop", "Call": "loop", "Epoch": "loop", "Metrics": "loop", "Loss": "loop",
     "train_step": "loop", "forward_and_backward": "loop", "losses": "loop", "example_losses": "loop",
     "LivePlot": "plots", "make_loop": "runs", "make_state": "runs", "train": "training", "open_run": "runs",
+    "predict": "predictions",
 }
 __all__ = sorted(_HOME)
 

@@ -22,6 +22,14 @@ def shift(images: tf.Tensor, key: Key, pixels) -> tf.Tensor:
     return found * tf.cast(inside, images.dtype)[..., None]
 
 
+def shifted(images: tf.Tensor, pixels: int) -> list[tf.Tensor]:
+    """The images, and all of them by so many pixels down, up, right and left."""
+    height, width = images.shape[1:3]
+    wide = tf.pad(images, [[0, 0], [pixels, pixels], [pixels, pixels], [0, 0]])
+    corners = [(pixels, pixels), (0, pixels), (2 * pixels, pixels), (pixels, 0), (pixels, 2 * pixels)]
+    return [wide[:, top:top + height, left:left + width] for top, left in corners]
+
+
 def turn(images: tf.Tensor, key: Key, degrees, factor) -> tf.Tensor:
     """Each image about its middle, by an angle in ±degrees, and by a size in 1 ± factor; bilinear."""
     batch, height, width, _ = images.shape

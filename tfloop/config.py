@@ -61,6 +61,7 @@ class Config:
     output: str = option("softmax", "softmax with cross-entropy, or sigmoid with binary cross-entropy",
                          choices=("softmax", "sigmoid"))
     batch_norm: bool = option(False, "batch normalisation between each convolution and its activation")
+    pool_first: bool = option(False, "pool before batch normalisation and activation, not after")
     dropout: float = option(0.0, "share of units dropped after each hidden dense layer", within=(0.0, 0.999))
 
     # --- loss
@@ -87,6 +88,9 @@ class Config:
     clip_norm: float | None = option(None, "limit of the norm of each weight's gradient", within=POSITIVE)
     clip_global_norm: float | None = option(None, "limit of the norm of the whole gradient", within=POSITIVE)
     ema: float | None = option(None, "decay of a moving average of the weights, which then is what is evaluated", within=UNIT)
+
+    average_shifts: int = option(0, "evaluate the mean prediction over each image and it shifted by so many pixels in 4 directions",
+                                 within=(0, 2**15))
 
     # --- schedule
     schedule: str = option("constant", "rate as a function of the step",
@@ -122,6 +126,8 @@ class Config:
     seed: int = option(0, "of weights, data order, augmentation and dropout", within=(0, 2**31 - 1))
     seeds: tuple[int, ...] = option((), "train once for each of these, in one process", within=(0, 2**31 - 1))
     runs: int = option(1, "train this often with the same seed, in one process", within=COUNT)
+
+    ensemble: int = option(1, "train so many models side by side, with seeds from --seed on, or those of --seeds", within=(1, 64))
 
     # --- where and how it runs: the result does not depend on these, but for the order of float operations
     pipeline: str = option("auto", "host: tf.data; prefetch: tf.data, copied ahead to the device; resident: the "
@@ -345,6 +351,12 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"--accumulate={config.accumulate} does not divide --batch_size={config.batch_size}")
     if config.jit_compile and (config.augment_rotate or config.augment_scale):
         raise UserError("--jit_compile and --augment_rotate or --augment_scale exclude each other: XLA knows no bilinear warp")
+    if config.ensemble > 1:
+        for name in ("runs", "strategy", "eager", "check_numerics", "debugger_dump", "profile"):
+            if getattr(config, name) != getattr(Config, name):
+                raise UserError(f"--ensemble={config.ensemble} and --{name} exclude each other: try --{name} on one model")
+        if config.on_nan == "rewind":
+            raise UserError(f"--ensemble={config.ensemble} and --on_nan=rewind exclude each other: a model that diverges ends, the others go on")
     if config.eager and config.jit_compile:
         raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
     if config.seeds and config.seed:

@@ -83,6 +83,10 @@ class Dataset:
             return zlib.crc32(self.train.labels.tobytes(), zlib.crc32(self.train.images.index["crc"].tobytes())) >> 1
         return zlib.crc32(self.train.labels.tobytes(), zlib.crc32(np.ascontiguousarray(self.train.images).data)) >> 1
 
+    def without_test(self) -> "Dataset":
+        """The same without test images, for choices that are not to be made on them."""
+        return dataclasses.replace(self, test=self.test.take(slice(0)))
+
     def head(self, size: int) -> "Dataset":
         """The first `size` images of each part."""
         rows = slice(size)

@@ -34,6 +34,19 @@ def create(config: Config) -> Path:
     return folder
 
 
+def make(folder: Path, config: Config) -> None:
+    """This very folder, for a run with these settings.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # it is there where making it was interrupted
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}") from None
+    write(folder / "config.json", config.to_json())
+
+
 def _name(config: Config) -> str:
     name = config.name or config.preset
     if Path(name).name != name:

@@ -4,6 +4,7 @@ One step function serves every mode: compiled, under XLA, eager in a debugger, b
 touches nothing but the state; what is not the story (files, plots, checkpoints) consumes the records that `run` yields.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -76,12 +77,30 @@ class Epoch:
     epoch: int
     step: int
     train: Metrics
-    test: Metrics
+    test: Metrics | None  # None where the data have no test images
     validation: Metrics | None
     rate: float
     seconds: float  # of training alone, for `steps` steps
     steps: int  # fewer than the epoch has where the state came from a checkpoint inside it
-    outputs: np.ndarray = dataclasses.field(compare=False, repr=False)  # [test images, classes], the logits
+    outputs: np.ndarray | None = dataclasses.field(compare=False, repr=False)  # [test images, classes], the logits
+
+
+@dataclasses.dataclass(eq=False)
+class Ready:
+    """Steps that a loop is ready to make in one compiled call: by `make`, or side by side with those of other loops."""
+
+    loop: "Loop"
+    source: object  # what the loop's pipeline takes batches from
+    count: int
+    last: "Step | None" = None  # of the steps made, with the sums of all
+    waited: float = 0.0  # seconds, of these
+    seconds: float = 0.0
+
+    def make(self) -> None:
+        """Make the steps, in a compiled call of their own."""
+        self.loop.warm_up()
+        (self.last, waited), self.seconds = self.loop.timed("training", self.loop.compiled, self.source, tf.constant(self.count))
+        self.waited = float(waited)
 
 
 def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
@@ -256,6 +275,7 @@ class Loop:
       graph: that of the compiled step, for TensorBoard; None where nothing is compiled yet, or ever.
       single: steps, by the global_step before each, that get a compiled call of their own.
       stop_every: calls end at every multiple of this global_step, for a checkpoint say; 0: no such places.
+      beside: ensemble.SideBySide, where this loop's calls are made together with those of others.
     """
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
@@ -291,7 +311,7 @@ class Loop:
             raise UserError(f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data have "
                             f"{data.classes} classes")
         self.state, self.data, self._output_shape = state, data, outputs.shape[1:]
-        self.graph, self.single, self.stop_every = None, range(0), 0
+        self.graph, self.single, self.stop_every, self.beside = None, range(0), 0, None
         self._place, self._source = None, None
         self._warm = {"train", "evaluate"} if eager else set()  # nothing to trace
         part = (replicas.worker, replicas.workers) if replicas else (0, 1)
@@ -311,15 +331,15 @@ class Loop:
             differentiate = replicas.differentiate(differentiate)
         step = lambda batch: train_step(state, batch, differentiate)
         self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile else step
-        self._train = Traced(self._train_steps, "the training step", eager)
+        self.compiled = Traced(self.train_steps, "the training step", eager)
         self._evaluate = Traced(self._evaluate_all, "the evaluation", eager, input_signature=[
             tf.TensorSpec([None, *data.image_shape], data.train.images.dtype), tf.TensorSpec([None], tf.int32)])
 
     @property
     def traces(self) -> dict[str, int]:
-        return {"train": self._train.traces, "evaluate": self._evaluate.traces}
+        return {"train": (self.beside or self).compiled.traces, "evaluate": self._evaluate.traces}
 
-    def _train_steps(self, source, steps: tf.Tensor) -> tuple[Step, tf.Tensor]:
+    def train_steps(self, source, steps: tf.Tensor) -> tuple[Step, tf.Tensor]:
         """`steps` steps in one call, and the seconds spent waiting for batches: the last step, with the sums of all.
 
         A count that is a tensor keeps one trace for all counts.
@@ -352,18 +372,22 @@ class Loop:
 
     def train_epoch(self) -> Iterator[Call]:
         """The rest of the epoch that the state is in, a record per compiled call."""
+        return _alone(self._epoch())
+
+    def _epoch(self) -> Iterator[Ready | Call]:
+        """`train_epoch`, where each call is made by whoever takes what is ready."""
         state = self.state
         while (batch := int(state.batch)) < self.steps:
-            source = self._source_at(batch)
-            count = self._call_length(batch)
+            ready = Ready(self, self._source_at(batch), self._call_length(batch))
             with tf.profiler.experimental.Trace("train", step_num=int(state.global_step), _r=1):  # marks it in a profile
-                (last, waited), seconds = self._time("training", self._train, source, tf.constant(count))
+                yield ready
             if state.diverged:
                 raise self._divergence()
+            last, count = ready.last, ready.count
             state.totals.assign_add(tf.cast(last.sums, tf.float64))
             self._place = self._position()
             yield Call(int(state.epoch) + 1, int(state.global_step), batch + count, count, _metrics(last.sums),
-                       float(last.learning_rate), seconds, float(waited), Vector(last.gradient, state.weights),
+                       float(last.learning_rate), ready.seconds, ready.waited, Vector(last.gradient, state.weights),
                        Vector(last.update, state.weights))
 
     def _call_length(self, batch: int) -> int:
@@ -379,23 +403,31 @@ class Loop:
     def _source_at(self, batch: int):
         """What the pipeline takes batches from: the last one, unless the state was moved to another place."""
         if self._place != self._position():
-            if "train" not in self._warm:
-                self._warm_up()
             self._source, self._place = self.pipeline.begin(self.state.seed, self.state.epoch, batch), self._position()
         return self._source
 
     def _position(self) -> tuple[int, int, int]:
         return int(self.state.seed), int(self.state.epoch), int(self.state.batch)
 
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
         """Trace and compile, by one step that is then taken back, so that later calls do nothing but steps."""
+        if "train" in self._warm:
+            return
+        source = self.pipeline.begin(self.state.seed, self.state.epoch, int(self.state.batch))
+        with self.taken_back():
+            self.timed("tracing", self.compiled, source, tf.constant(1))
+        self._warm.add("train")
+
+    @contextlib.contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """After this block the state is what it was before."""
         variables = list(self.state.named().values())
         before = [variable.numpy() for variable in variables]
-        source = self.pipeline.begin(self.state.seed, self.state.epoch, int(self.state.batch))
-        self._time("tracing", self._train, source, tf.constant(1))
-        for variable, value in zip(variables, before):
-            variable.assign(value)
-        self._warm.add("train")
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, before):
+                variable.assign(value)
 
     def evaluate(self, split: Split) -> Metrics:
         """Means over all of `split`, with the moving average of the weights where one is kept.
@@ -412,14 +444,14 @@ class Loop:
           DivergenceError: the loss is not finite.
         """
         if "evaluate" not in self._warm:
-            self._time("tracing", self._evaluate, tf.constant(split.images[:1]), tf.constant(split.labels[:1]))
+            self.timed("tracing", self._evaluate, tf.constant(split.images[:1]), tf.constant(split.labels[:1]))
             self._warm.add("evaluate")
         at_once, found = len(split) if isinstance(split.images, np.ndarray) else READ_AT_ONCE, []
         with self.state.averaged():
             for first in range(0, len(split), at_once):
                 part = slice(first, first + at_once)
                 images, labels = tf.convert_to_tensor(split.images[part]), tf.convert_to_tensor(split.labels[part])
-                found.append(self._time("evaluation", self._evaluate, images, labels)[0])
+                found.append(self.timed("evaluation", self._evaluate, images, labels)[0])
         metrics = _metrics(tf.add_n([sums for sums, _ in found]))._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
             raise self._held_out_divergence()
@@ -434,7 +466,7 @@ class Loop:
             first = i * EVALUATION_BATCH
             rows = first + tf.range(EVALUATION_BATCH)
             weights, rows = tf.cast(rows < size, tf.float32), tf.minimum(rows, size - 1)
-            logits = self.forward(state.model, state.standardize(tf.gather(images, rows)))
+            logits = state.predict(tf.gather(images, rows), self.forward)
             truth = tf.gather(labels, rows)
             means = tf.stack([example_losses(state, truth, logits), _hits(logits, truth),
                               tf.fill([EVALUATION_BATCH], model_losses(state))])
@@ -458,16 +490,20 @@ class Loop:
         Raises:
           DivergenceError: the loss or a gradient is NaN or infinite; the state is that before the step.
         """
+        return _alone(self.ready(epochs))
+
+    def ready(self, epochs: int) -> Iterator[Ready | Call | Epoch]:
+        """As `run`, but each compiled call is made by whoever takes what is Ready, before taking more."""
         state = self.state
         state.diverged.assign(False)
         rate = float(state.schedule(tf.maximum(state.schedule_step - 1, 0)))
         while int(state.epoch) < epochs:
             before, first = self.seconds["training"], int(state.batch)
-            for call in self.train_epoch():
-                rate = call.rate
-                yield call
+            for record in self._epoch():
+                rate = record.rate if isinstance(record, Call) else rate
+                yield record
             train = _metrics(state.totals)
-            test, outputs = self.evaluate_with_outputs(self.data.test)
+            test, outputs = self.evaluate_with_outputs(self.data.test) if len(self.data.test) else (None, None)
             validation = self.evaluate(self.data.validation) if len(self.data.validation) else None
             state.epoch.assign_add(1)
             state.batch.assign(0)
@@ -482,7 +518,7 @@ class Loop:
             pass
         return record
 
-    def _time(self, what: str, function, *arguments):
+    def timed(self, what: str, function, *arguments):
         """(result, seconds): the call, and the wait for the device to finish it."""
         averages = [variable.numpy() for variable in self.state.moving.values()] if self._check_numerics else []
         started = time.perf_counter()
@@ -530,6 +566,15 @@ class Loop:
         return DivergenceError(f"step {step}: {where} became NaN or infinite{operation}, at rate "
                                f"{float(state.schedule(state.schedule_step)):.4g}; the weights are those before this "
                                f"step. Try a lower --learning_rate", step, layer)
+
+
+def _alone(records: Iterator) -> Iterator[Call | Epoch]:
+    """The records, where every call is made on its own."""
+    for record in records:
+        if isinstance(record, Ready):
+            record.make()
+        else:
+            yield record
 
 
 def _metrics(sums: tf.Tensor) -> Metrics:

@@ -21,6 +21,8 @@ OUTPUTS = ("softmax", "sigmoid")
 def build(config: Config, image_shape: tuple[int, int, int], classes: int) -> keras.Sequential:
     """The CNN that `config` describes: (conv, batch norm, activation, pool)*, flatten, (dense, dropout)*, output.
 
+    With `pool_first` the order is conv, pool, batch norm, activation: the last two then work on a quarter of the values.
+
     The weights are those of `initial_weights(model, config.seed)`. With mixed precision all layers but the output
     compute in 16 bits; weights stay float32.
 
@@ -28,18 +30,22 @@ def build(config: Config, image_shape: tuple[int, int, int], classes: int) -> ke
       UserError: a kernel or a pool is larger than what is left of the image at that depth.
     """
     layers = keras.layers
-    _check_sizes(config, image_shape)
+    check_sizes(config, image_shape)
     dtype = config.precision if config.precision.startswith("mixed") else "float32"
     model = keras.Sequential([keras.Input(image_shape)], name="cnn")
     kernels = config.kernel * len(config.conv) if len(config.kernel) == 1 else config.kernel
     pools = config.pool + (1,) * len(config.conv)
     for i, (filters, kernel, pool) in enumerate(zip(config.conv, kernels, pools), start=1):
-        fused = None if config.batch_norm else config.conv_activation
+        early = config.pool_first and pool > 1
+        fused = None if config.batch_norm or early else config.conv_activation
         model.add(layers.Conv2D(filters, kernel, padding=config.padding, activation=fused, dtype=dtype, name=f"conv{i}"))
+        if early:
+            model.add(layers.MaxPooling2D(pool, dtype=dtype, name=f"pool{i}"))
         if config.batch_norm:
             model.add(layers.BatchNormalization(dtype=dtype, name=f"norm{i}"))
+        if not fused:
             model.add(layers.Activation(config.conv_activation, dtype=dtype, name=f"activation{i}"))
-        if pool > 1:
+        if pool > 1 and not early:
             model.add(layers.MaxPooling2D(pool, dtype=dtype, name=f"pool{i}"))
     model.add(layers.Flatten(dtype=dtype, name="flatten"))
     for i, units in enumerate(config.dense, start=1):
@@ -54,7 +60,8 @@ def build(config: Config, image_shape: tuple[int, int, int], classes: int) -> ke
     return model
 
 
-def _check_sizes(config: Config, image_shape: tuple[int, int, int]) -> None:
+def check_sizes(config: Config, image_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where a kernel or a pool is larger than what is left of the image at that depth."""
     size = list(image_shape[:2])
     kernels = config.kernel * len(config.conv) if len(config.kernel) == 1 else config.kernel
     for i, kernel in enumerate(kernels[:len(config.conv)]):

@@ -25,6 +25,20 @@ def schedule(rate_at, steps: int, total: int, title: str, path: str | Path) -> N
     save(figure, path)
 
 
+def range_test(found, title: str, path: str | Path) -> None:
+    """The loss over the rate, from a `range_test.RangeTest`, with what it suggests."""
+    figure, axes = _figure()
+    axes.plot(found.rates, found.losses, color=COLOURS[0], linewidth=0.6, alpha=0.4, label="loss of each step's batch")
+    axes.plot(found.rates, found.smoothed, color=COLOURS[0], linewidth=1.8, label="smoothed")
+    for rate, what, side in ((found.suggestion, "falls fastest", "right"), (found.least, "least", "left")):
+        axes.axvline(rate, color=COLOURS[1], linewidth=1, linestyle=":" if what == "least" else "--")
+        axes.annotate(f"{what}: {rate:.2g}", (rate, 1), xycoords=("data", "axes fraction"), xytext=(-4 if side == "right" else 4, -12), ha=side,
+                      textcoords="offset points", color=COLOURS[1])
+    axes.set(title=title, xlabel="learning rate", ylabel="loss", xscale="log", ylim=(0, 1.3 * found.smoothed[:10].max()))
+    axes.legend(loc="lower left", fontsize=8)
+    save(figure, path)
+
+
 def curves(runs: Mapping[str, Mapping[str, tuple[list[float], list[float]]]], reference: float | None = None,
            along: str = "epoch"):
     """Accuracy and loss over epochs, side by side, several runs overlaid: the article's figure, as a matplotlib Figure.
@@ -107,10 +121,10 @@ class LivePlot:
         if path is None and not importlib.util.find_spec("IPython"):
             raise UserError("LivePlot without a path redraws in a notebook, and IPython is not installed; give it a path")
         for epoch in before:
-            self._add(epoch["epoch"], epoch["train"], epoch["test"])
+            self._add(epoch["epoch"], epoch["train"], epoch.get("test"))
 
-    def _add(self, epoch: int, train: dict, test: dict) -> None:
-        for part, metrics in (("train", train), ("test", test)):
+    def _add(self, epoch: int, train: dict, test: dict | None) -> None:
+        for part, metrics in (("train", train), ("test", test)) if test else (("train", train),):
             for what, value in (("accuracy", metrics["accuracy"]), ("loss", metrics["total"])):
                 x, y = self._found.setdefault(f"{part}/{what}", ([], []))
                 x.append(epoch)
@@ -120,7 +134,7 @@ class LivePlot:
         """An Epoch is drawn; any other record is let pass."""
         if not hasattr(record, "test"):
             return
-        self._add(record.epoch, record.train._asdict(), record.test._asdict())
+        self._add(record.epoch, record.train._asdict(), record.test and record.test._asdict())
         figure = curves({"": self._found}, self._reference)
         if self._path:
             save(figure, self._path)
@@ -164,6 +178,60 @@ def misclassified(images: np.ndarray, labels: np.ndarray, guesses: np.ndarray) -
         axes.text((i % columns + 0.5) * (width + 2), i // columns * (height + gap) + gap / 2, f"{label}, taken for {guess}",
                   ha="center", va="center", fontsize=9, color="white")
     return _png(figure)
+
+
+def report(rows: Sequence):
+    """Mean test accuracy by epoch, and every seed by protocol, as a matplotlib Figure; from `reports.Row`s."""
+    figure, (left, right) = _figure(2, (11, 4.2))
+    presets = list(dict.fromkeys(row.preset for row in rows))
+    labels = []
+    for place, row in enumerate(rows):
+        colour = COLOURS[presets.index(row.preset) % len(COLOURS)]
+        epochs, each = np.arange(1, row.epochs + 1), 100 * np.array(row.by_epoch)
+        if row.protocol == "clean":
+            left.plot(epochs, each.mean(axis=0), color=colour, linewidth=1.8, marker="o" if row.epochs < 12 else None, markersize=3, label=row.preset)
+            left.fill_between(epochs, each.min(axis=0), each.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        claimed = 100 * np.array(row.claimed)
+        right.plot(claimed, np.full(len(claimed), -place), "o", color=colour, alpha=0.6, markersize=5)
+        right.plot([claimed.mean()] * 2, [-place - 0.3, -place + 0.3], color=colour, linewidth=2)
+        right.annotate(f"{claimed.mean():.2f}", (claimed.mean(), -place + 0.32), ha="center", va="bottom", fontsize=8, color=colour)
+        labels.append(f"{row.preset}\n{'last epoch' if row.protocol == 'clean' else 'best epoch, shuffled'}")
+    low = min(100 * value for row in rows for epochs in row.by_epoch for value in epochs[min(1, len(epochs) - 1):])
+    left.set(title="test accuracy, %, mean and range over seeds", xlabel="epoch", ylim=(max(low - 0.1, 97), None))
+    left.legend(loc="lower right", fontsize=8)
+    right.set(title="every seed, and the mean", xlabel="test accuracy, %", ylim=(-len(rows) + 0.3, 0.8))
+    right.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)
+    for claim, what in ((99.0, "99.0: article, 5 epochs"), (99.35, "99.35: article, mean of 80 epochs")):
+        right.axvline(claim, color="#888888", linewidth=1, linestyle=":")
+        right.annotate(what, (claim, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4), textcoords="offset points", rotation=90,
+                       ha="right", fontsize=7, color="#666666")
+    return figure
+
+
+def evaluation(calibration, images: np.ndarray, labels: np.ndarray, guesses: np.ndarray, confidence: np.ndarray):
+    """Calibration beside the most confident mistakes, as a matplotlib Figure; from an `evaluation.Calibration`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    axes, there = left.subplots(), calibration.images > 0
+    axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":")
+    axes.plot(calibration.confidence[there], calibration.accuracy[there], "o-", color=COLOURS[0])
+    low = min(calibration.confidence[there].min(), calibration.accuracy[there].min())
+    for x, y, count in zip(calibration.confidence[there], calibration.accuracy[there], calibration.images[there]):
+        axes.annotate(f"{count}", (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7, color="#666666")
+    axes.set(title=f"calibration error {100 * calibration.error:.2f} %", xlabel="confidence", ylabel="accuracy (and images)",
+             xlim=(max(low - 0.05, 0), 1.02), ylim=(max(low - 0.05, 0), 1.02))
+    axes.grid(alpha=0.3)
+    if len(images):
+        tiles = right.subplots(2, 5)
+        for axes in tiles.flat:
+            axes.axis("off")
+        for axes, image, label, guess, share in zip(tiles.flat, _visible(images), labels, guesses, confidence):
+            axes.imshow(image, cmap="gray")
+            axes.set_title(f"{label}, taken for {guess}\n{100 * share:.1f} % sure", fontsize=8)
+        right.suptitle("most confident mistakes", fontsize=11)
+    return figure
 
 
 def filters(kernel: np.ndarray) -> bytes:

@@ -53,6 +53,6 @@ def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
     """Probabilities [N, classes] of images [N, height, width, channels] as they lie in the data: not standardised."""
-    parts = [models.probabilities(state.model, models.logits(state.model, state.standardize(images[i:i + BATCH])))
+    parts = [models.probabilities(state.model, state.predict(images[i:i + BATCH]))
              for i in range(0, len(images), BATCH)]
     return np.concatenate([part.numpy() for part in parts])

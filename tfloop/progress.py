@@ -24,15 +24,16 @@ class Display:
         """Say it even when quiet, on standard error."""
         self._errors.print(f"tfloop: {line}", soft_wrap=True, markup=False, highlight=False)
 
-    def write(self, record: Call | Epoch) -> None:
+    def write(self, record: Call | Epoch, label: str = "") -> None:
+        """Args: the record; which of several runs it is of."""
         if isinstance(record, Call):
             train = record.train
-            self._bar.update(self._task, completed=record.batch, description=f"epoch {record.epoch}/{self._epochs}",
+            self._bar.update(self._task, completed=record.batch, description=f"{label}  " * bool(label) + f"epoch {record.epoch}/{self._epochs}",
                              text=f"loss {train.total:.4f}  accuracy {100 * train.accuracy:.2f} %  rate "
                                   f"{record.rate:.3g}  step {record.step}  {1000 * record.seconds / record.steps:.1f} ms/step")
             self._bar.refresh()
             return
-        self.say(epoch_line(record, self._epochs))
+        self.say(f"{label}  " * bool(label) + epoch_line(record, self._epochs))
         self._bar.reset(self._task, total=self._steps, text="")
 
     def __enter__(self) -> "Display":
@@ -46,8 +47,9 @@ class Display:
 def epoch_line(record: Epoch, epochs: int) -> str:
     """One epoch in one line."""
     parts = [f"epoch {record.epoch}/{epochs}", f"loss {record.train.total:.4f}",
-             f"accuracy {100 * record.train.accuracy:.2f} %", f"test loss {record.test.total:.4f}",
-             f"test accuracy {100 * record.test.accuracy:.2f} %"]
+             f"accuracy {100 * record.train.accuracy:.2f} %"]
+    if record.test:
+        parts += [f"test loss {record.test.total:.4f}", f"test accuracy {100 * record.test.accuracy:.2f} %"]
     if record.validation:
         parts.append(f"validation accuracy {100 * record.validation.accuracy:.2f} %")
     speed = [f"{1000 * record.seconds / record.steps:.1f} ms/step"] * (record.steps > 0)

@@ -47,6 +47,26 @@ def make_optimizer(config: Config) -> Optimizer:
     return Optimizer(config.optimizer, **_chosen(config, HYPER["optimizer"] + tuple(CLIPS)))
 
 
+def make_augmentation(config: Config) -> Augmentation:
+    """The augmentation that `config` names."""
+    return Augmentation(config.augment_shift, config.augment_rotate, config.augment_scale, config.augment_cutout)
+
+
+def settle(loop: Loop, config: Config) -> None:
+    """Make the numbers of `config` those that the loop's state begins with, as if it had been made with them.
+
+    Raises:
+      UserError: the loop was made without a variable that `config` needs, or with one that it does not have.
+    """
+    parts = make_schedule(config, loop.steps), make_optimizer(config), make_augmentation(config)
+    numbers = {name: variable.numpy() for part in parts for name, variable in part.hyper.items()}
+    numbers |= {name: np.float32(getattr(config, name)) for name in ("l1", "l2", "label_smoothing")}
+    numbers |= {"ema": config.ema} if config.ema is not None else {}
+    if numbers.keys() != loop.state.hyper.keys():
+        raise UserError(f"--{min(numbers.keys() ^ loop.state.hyper.keys())} needs a loop of its own")
+    loop.state.initial_hyper = numbers
+
+
 def _chosen(config: Config, names: tuple[str, ...]) -> dict:
     """The settings of `names` that differ from their default, which leaves the choice to the rule or schedule."""
     default = Config()
@@ -61,9 +81,9 @@ def make_state(config: Config, image_shape: tuple[int, ...], classes: int, steps
         model = models.build(config, image_shape, classes)
     return TrainState(model, optimizer, schedule, l1=config.l1, l2=config.l2, penalize=config.penalize,
                       label_smoothing=config.label_smoothing, seed=config.seed, ema=config.ema,
+                      average_shifts=config.average_shifts,
                       scale_loss=config.precision == "mixed_float16",
-                      augmentation=Augmentation(config.augment_shift, config.augment_rotate, config.augment_scale,
-                                                config.augment_cutout),
+                      augmentation=make_augmentation(config),
                       standardizer=standardizer or data.Standardizer.identity(image_shape),
                       initial_weights=lambda seed: models.initial_weights(model, seed))
 

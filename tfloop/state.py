@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import models
-from tfloop.augmentation import Augmentation
+from tfloop.augmentation import Augmentation, shifted
 from tfloop.data import Standardizer
 from tfloop.errors import UserError
 from tfloop.optimizers import KerasOptimizer, Optimizer, f32, flatten
@@ -50,7 +50,7 @@ class TrainState(tf.Module):
                  l2: float = 0.0, penalize: str | Sequence[tf.Variable] = "all",
                  penalties: Sequence[Callable] = (), label_smoothing: float = 0.0, loss: Callable | None = None,
                  standardizer: Standardizer | None = None, augmentation: Augmentation | None = None,
-                 ema: float | None = None, scale_loss: bool = False, seed: int = 0,
+                 ema: float | None = None, average_shifts: int = 0, scale_loss: bool = False, seed: int = 0,
                  initial_weights: Callable[[int], dict[str, np.ndarray]] | None = None):
         """Args:
           model: a keras.Model, or a tf.Module that is callable and has trainable variables.
@@ -64,6 +64,7 @@ class TrainState(tf.Module):
           standardizer: of the pixels; belongs to the trained model.
           augmentation: of the images, in training alone.
           ema: decay of the moving average of the weights, which is then what is evaluated; None keeps none.
+          average_shifts: where not 0, `predict` takes the mean over each image and it shifted by so many pixels.
           scale_loss: keep small gradients from becoming 0 in float16: they are computed from loss_scale times the loss.
             Where they overflow, the step makes no update and the scale is halved; after 2000 steps it is doubled.
           seed: of the data order and dropout, and of the weights where `initial_weights` is given.
@@ -98,7 +99,7 @@ class TrainState(tf.Module):
         self.seed = tf.Variable(seed, dtype=tf.int64, trainable=False, name="seed")
         self.totals = tf.Variable(tf.zeros([10], tf.float64), trainable=False, name="totals")
         self.diverged = tf.Variable(False, trainable=False, name="diverged")
-        self.augmentation = augmentation or Augmentation()
+        self.augmentation, self._average_shifts = augmentation or Augmentation(), average_shifts
         self.averages = tf.Variable(self._flat(), trainable=False, name="averages") if ema is not None else None
         self.loss_scale = number(LOSS_SCALE, "loss_scale") if scale_loss else None
         self.good_steps = counter("good_steps") if scale_loss else None
@@ -121,6 +122,19 @@ class TrainState(tf.Module):
     def inputs(self, images: tf.Tensor, key: Key) -> tf.Tensor:
         """What the model is trained on: images augmented and standardised, float32."""
         return self.standardize(self.augmentation(tf.cast(images, tf.float32), key.fold_in(-1)))
+
+    def predict(self, images: tf.Tensor, forward: Callable = models.logits) -> tf.Tensor:
+        """[batch, outputs] logits of images as they lie in the data.
+
+        With `average_shifts` they are the logarithm of the mean of five predictions' probabilities: of the image, and of it
+        shifted up, down, left and right.
+        """
+        if not self._average_shifts:
+            return forward(self.model, self.standardize(images))
+        views = shifted(tf.cast(images, tf.float32), self._average_shifts)
+        found = [models.probabilities(self.model, forward(self.model, self.standardize(view))) for view in views]
+        mean = tf.maximum(tf.add_n(found) / len(found), 1e-30)
+        return tf.math.log(mean) - tf.math.log1p(-mean) if models.output_activation(self.model) == "sigmoid" else tf.math.log(mean)
 
     def key(self, part: tf.Tensor | int = 0, parts: int = 1) -> Key:
         """The key of this step's randomness, for one part of its batch: a pure function of (seed, epoch, batch)."""

@@ -69,18 +69,20 @@ class Summaries:
             return
         self._last_epoch = record
         self._write("train", record.step, _scalars({"epoch_accuracy": record.train.accuracy, "epoch_loss": record.train.total}))
-        self._write("test", record.step, _scalars(_tagged(record.test)))
+        if record.test:
+            self._write("test", record.step, _scalars(_tagged(record.test)))
         if record.validation:
             self._write("validation", record.step, _scalars(_tagged(record.validation)))
         if self._histograms:
             self._write("train", record.step, *self._weight_histograms())
+        if self._histograms and record.test:
             self._write("test", record.step, *self._activation_histograms())
-        if self._every_epoch:
+        if self._every_epoch and record.test:
             self._pictures(record.step, record.outputs)
 
     def finish(self) -> None:
         """What is written once, after the last epoch."""
-        if self._config.summaries == "none":
+        if self._config.summaries == "none" or not len(self._loop.data.test):
             return
         split, step = self._loop.data.test, int(self._loop.state.global_step)
         outputs = self._last_epoch.outputs if self._last_epoch else self._loop.evaluate_with_outputs(split)[1]
@@ -245,6 +247,7 @@ def _hparams(config: Config, state, run: str) -> list[Summary]:
     values = {name: ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
               for name, value in values.items() if value not in (None, "", (), [])}
     metrics = [Metric("accuracy", "test", display_name="test accuracy"), Metric("loss/data", "test", display_name="test loss"),
+               Metric("accuracy", "validation", display_name="validation accuracy"),
                Metric("accuracy", "train", display_name="train accuracy"), Metric("loss/total", "train", display_name="train loss"),
                Metric("speed/ms_per_step", "train", display_name="ms per step")]
     names = dict.fromkeys([*HYPER_FIELDS, *HYPER["optimizer"], *HYPER["schedule"], *values])  # TensorBoard takes one run's list

@@ -2,32 +2,23 @@
 stopped, by whatever, goes on where its newest checkpoint is."""
 
 import contextlib
-import dataclasses
-import importlib.util
-import os
-import platform
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import keras
 import numpy as np
-import tensorflow as tf
 
-from tfloop import __version__, checkpoints, export, folders
+from tfloop import ensemble, export, folders
 from tfloop.config import Config
 from tfloop.distribution import Replicas
 from tfloop.errors import DivergenceError
-from tfloop.events import finite
-from tfloop.loop import Call, Epoch, Loop
-from tfloop.plots import LivePlot
+from tfloop.loop import Epoch, Loop
 from tfloop.progress import Display
+from tfloop.run import Run, may_end
 from tfloop.runs import load_data, make_loop
 from tfloop.state import TrainState
-from tfloop.summaries import Summaries
 
 
 def train(config: Config, device: str = "", started: float | None = None, stop: Callable[[], bool] = lambda: False,
@@ -75,23 +66,54 @@ def _train(config: Config, device: str, started: float, stop: Callable[[], bool]
         display.say(_settings_line(config, loop.state))
         if left_out := loop.data.left_out:
             display.warn(f"{len(left_out)} damaged record{'s are' if len(left_out) > 1 else ' is'} left out; the first: {left_out[0]}")
-        results = []
-        for seed in config.seeds or (config.seed,) * config.runs:
-            own = config.replace(seed=seed, seeds=(), runs=1)
-            folder = resume or folders.create(own)
-            with folders.locked(folder):
-                result = Run(own, loop, folder, display, device, replicas).train(started, stop)
-            results.append({**result, "folder": str(folder)})
-            display.say(f"{_closing_line(result)}\n{folder}")
-            started = time.perf_counter()
-            if not result["finished"]:
-                break
+        results = _train_all(config, loop, display, device, started, stop, resume, replicas)
         if len(results) > 1 and all(result["epochs"] for result in results):
             final = 100 * np.array([result["epochs"][-1]["test"]["accuracy"] for result in results])
             display.say(f"{len(results)} runs: test accuracy {final.mean():.2f} % on average, standard deviation "
                         f"{final.std(ddof=1):.2f}, from {final.min():.2f} to {final.max():.2f}; the step was traced "
                         f"{loop.traces['train']} time{'s' * (loop.traces['train'] != 1)}")
     return results
+
+
+def _train_all(config: Config, loop: Loop, display: Display, device: str, started: float, stop: Callable[[], bool],
+               resume: Path | None, replicas: Replicas | None) -> list[dict]:
+    """The results of all runs that `config` asks for, as many at a time as the ensemble has members."""
+    members = config.ensemble
+    seeds = config.seeds or (range(config.seed, config.seed + members) if members > 1 else (config.seed,) * config.runs)
+    loops = [loop, *(make_loop(config, loop.data) for _ in range(members - 1))]
+    make, results = ensemble.SideBySide(loops).make if members > 1 else ensemble.alone, []
+    for first in range(0, len(seeds), members):
+        group = [config.replace(seed=seed, seeds=(), runs=1, ensemble=1) for seed in seeds[first:first + members]]
+        with contextlib.ExitStack() as locks:
+            places = [resume or folders.create(own) for own in group]
+            for folder in places:
+                locks.enter_context(folders.locked(folder))
+            made = [Run(own, one, folder, display, device, replicas, f"seed {own.seed}" if members > 1 else "")
+                    for own, one, folder in zip(group, loops, places)]
+            ends = ensemble.finish([run.train(started, stop) for run in made], make)
+            together = _together(loops, made)
+            for run, folder, end in zip(made, places, ends):
+                if isinstance(end, dict):
+                    results.append({**end, "folder": str(folder)})
+                    display.say(f"{_closing_line(end)}\n{folder}")
+            if together is not None:
+                display.say(f"{len(group)} together: test accuracy {100 * together:.2f} %, by the mean of their probabilities")
+                for folder, end in zip(places, ends):
+                    folders.write_json(folder / folders.RESULT, {**end, "together": {"test_accuracy": together, "folders": [p.name for p in places]}})
+        if diverged := next((end for end in ends if isinstance(end, DivergenceError)), None):
+            raise diverged
+        started = time.perf_counter()
+        if not all(end["finished"] for end in ends):
+            break
+    return results
+
+
+def _together(loops: list[Loop], runs: list[Run]) -> float | None:
+    """The accuracy of several models' mean probabilities on the test images; None where a model has not come so far."""
+    if len(runs) < 2 or any(run.outputs is None for run in runs):
+        return None
+    probabilities = ensemble.mean_probabilities(loops, [run.outputs for run in runs])
+    return float(np.mean(probabilities.argmax(axis=1) == loops[0].data.test.labels))
 
 
 def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> None:
@@ -110,7 +132,7 @@ def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> Non
                         for name in list(getattr(loop.data.train.images, "skipped", ()))[told:]:
                             print(f"tfloop: {name} is damaged: left out", file=sys.stderr)
                             told += 1
-                    if _may_end(record, loop) and (stopped := replicas.agree(stop())):
+                    if may_end(record, loop) and (stopped := replicas.agree(stop())):
                         break
             except DivergenceError as error:
                 diverged = error
@@ -120,11 +142,6 @@ def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> Non
             raise diverged
         if not finished:
             break
-
-
-def _may_end(record: Call | Epoch, loop: Loop) -> bool:
-    """May the run stop after this record, to go on there? Not between an epoch's last call and its evaluation."""
-    return isinstance(record, Epoch) or record.batch < loop.steps
 
 
 def adopt(config: Config, path: str | Path) -> Path:
@@ -154,264 +171,15 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
     try:
         with tempfile.TemporaryDirectory(dir=logdir, prefix="dry_run-") as folder, \
                 Display(1, loop.steps, config.quiet) as display:
-            result = Run(own, loop, Path(folder), display, device, replicas).train(time.perf_counter(), lambda: False)
+            run = Run(own, loop, Path(folder), display, device, replicas)
+            [result] = ensemble.finish([run.train(time.perf_counter(), lambda: False)], ensemble.alone)
+            if isinstance(result, DivergenceError):
+                raise result
             display.say(f"dry run: one step of {config.batch_size} images, evaluation, summaries and checkpoint work; "
                         f"loss {result['final']['train']['total']:.4f}; nothing is kept")
     finally:
         if made:
             logdir.rmdir()
-
-
-MOST_REWINDS = 3
-
-
-@dataclasses.dataclass
-class Reached:
-    """What a run has reached beside its state; saved in the manifest of every checkpoint, and restored with it."""
-
-    epochs: list[dict] = dataclasses.field(default_factory=list)  # an entry of result.json for each
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: dict | None = None  # epoch, validation accuracy and checkpoint of the best so far
-    resumed_at: list[int] = dataclasses.field(default_factory=list)  # global steps
-    rewinds: list[int] = dataclasses.field(default_factory=list)  # global steps that diverged, with --on_nan=rewind
-
-
-class Run:
-    """One run in its folder, new or resumed: `train` takes it to its end, or to where it is stopped."""
-
-    def __init__(self, config: Config, loop: Loop, folder: Path, display: Display, device: str, replicas: Replicas | None = None):
-        self._config, self._loop, self._folder, self._display, self._device = config, loop, folder, display, device
-        self._checkpoints = checkpoints.Checkpoints(loop.state, folder / "checkpoints", config.keep)
-        self._reached, self._saved, self._before = Reached(), None, {}
-        self._told_of = len(loop.data.left_out)
-        self._replicas, self._agree = replicas, replicas.agree if replicas else bool
-
-    def train(self, started: float, stop: Callable[[], bool]) -> dict:
-        """The result, as written to result.json."""
-        resumed = self._resume()
-        self._count("setup", time.perf_counter() - started)
-        while (diverged := self._go_on(stop, resumed)) and self._agree(self._may_rewind()):
-            resumed = self._rewind(diverged)
-        result = self._result(diverged)
-        folders.write_json(self._folder / folders.RESULT, result)
-        self._agree(result["finished"])
-        if diverged:
-            raise diverged
-        return result
-
-    def _go_on(self, stop: Callable[[], bool], resumed: bool) -> DivergenceError | None:
-        """Train from where the state is, until all epochs are done, `stop` says so, or the step diverges."""
-        config, loop, state, diverged = self._config, self._loop, self._loop.state, None
-        if self._replicas:
-            self._replicas.share(state)
-        with Summaries(self._folder, loop, config, resumed) as summaries, \
-                Profile(config, self._folder, self._display.say) as profile:
-            plot = LivePlot(self._folder / "curves.png", before=self._reached.epochs) if config.live_plot else None
-            due = Due(config.checkpoint_every, int(state.global_step))
-            try:
-                for record in () if self._agree(self._has_settled()) else loop.run(config.epochs):
-                    profile.write(record)
-                    with self._timed("summaries"):
-                        summaries.write(record)
-                    self._display.write(record)
-                    if isinstance(record, Epoch):
-                        self._tell_of_skipped()
-                    is_best = isinstance(record, Epoch) and self._add(record)
-                    if plot:
-                        plot.write(record)
-                    if not _may_end(record, loop):
-                        continue
-                    stopped = self._agree(stop() or self._has_settled())
-                    if due(record) or stopped or is_best:
-                        self.save(summaries.sync())
-                    if stopped:
-                        break
-            except DivergenceError as error:
-                diverged = error
-                if self._may_rewind():
-                    return diverged
-            if diverged or self._saved != int(state.global_step):
-                self.save(summaries.sync())
-            if self._is_finished(diverged):
-                with self._timed("pictures"):
-                    summaries.finish()
-            if self._is_finished(diverged) or diverged:
-                summaries.end(succeeded=not diverged)
-        return diverged
-
-    def _left_out(self) -> list[str]:
-        """The damaged records that were left out: those known from the start, and those found on the way."""
-        return [*self._loop.data.left_out, *getattr(self._loop.data.train.images, "skipped", ())]
-
-    def _tell_of_skipped(self) -> None:
-        for name in self._left_out()[self._told_of:]:
-            self._display.warn(f"{name} is damaged: left out")
-        self._told_of = len(self._left_out())
-
-    def _is_finished(self, diverged: DivergenceError | None) -> bool:
-        return not diverged and (int(self._loop.state.epoch) >= self._config.epochs or self._has_settled())
-
-    def _has_settled(self) -> bool:
-        return folders.has_settled(self._config, len(self._reached.epochs), self._reached.best)
-
-    def _may_rewind(self) -> bool:
-        return self._config.on_nan == "rewind" and len(self._reached.rewinds) < MOST_REWINDS
-
-    def _rewind(self, diverged: DivergenceError) -> bool:
-        """Go back to the newest checkpoint, or to the start where there is none, with half the rate of before."""
-        rewinds = [*self._reached.rewinds, diverged.step]
-        resumed = self._resume()
-        factor = 0.5 ** len(rewinds)
-        for name in {"learning_rate", "rates"} & set(self._loop.state.schedule.hyper):
-            self._loop.state.hyper[name].assign(factor * self._loop.state.initial_hyper[name])
-        self._reached.rewinds = rewinds
-        self._display.warn(f"{str(diverged).partition(';')[0]}; back to step {int(self._loop.state.global_step)}, with {factor:g} times the rate "
-                           f"({len(rewinds)} of at most {MOST_REWINDS} times)")
-        return resumed
-
-    def _resume(self) -> bool:
-        """Go to the newest checkpoint, if there is one; were summaries written before it?"""
-        self._loop.state.begin(self._config.seed)
-        self._reached, self._saved, self._before = Reached(), None, dict(self._loop.seconds)
-        folder = self._folder / "checkpoints"
-        kept = {}
-        if checkpoints.all_in(folder):
-            path, manifest = checkpoints.newest(folder, self._display.warn)
-            checkpoints.restore(self._loop.state, path, self._may_change(manifest))
-            self._reached = Reached(**manifest["reached"])
-            if self._may_change(manifest):
-                self._loop.state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
-            folders.write(self._folder / "config.json", self._config.to_json())
-            step = int(self._loop.state.global_step)
-            self._saved = step
-            kept = manifest["events"]
-            self._reached.resumed_at.append(step)
-            self._display.say(f"resumed at step {step}, in epoch {min(int(self._loop.state.epoch) + 1, self._config.epochs)}, "
-                              f"from {path}")
-        (self._folder / folders.RESULT).unlink(missing_ok=True)
-        for path in self._folder.rglob("*tfevents*"):  # what was written after that checkpoint will be written again
-            size = kept.get(str(path.relative_to(self._folder)), 0)
-            if not size:
-                path.unlink()
-            elif size <= path.stat().st_size:
-                os.truncate(path, size)
-            else:
-                self._display.warn(f"{path}: is shorter than when the checkpoint was made: part of the curves is lost")
-        return bool(kept)
-
-    def _may_change(self, manifest: dict) -> bool:
-        """Do the settings change the mathematics of what the checkpoint holds, with --override?"""
-        return bool(folders.changed(Config.make(**manifest["config"]), self._config))
-
-    def _add(self, epoch: Epoch) -> bool:
-        """Add an epoch to what was reached; is it the best so far?"""
-        self._reached.epochs.append(_epoch_json(epoch))
-        if not epoch.validation or self._reached.best and epoch.validation.accuracy <= self._reached.best["accuracy"]:
-            return False
-        self._reached.best = {"epoch": epoch.epoch, "accuracy": epoch.validation.accuracy,
-                              "checkpoint": self._checkpoints.next_name()}
-        return True
-
-    def save(self, events: dict[str, int]) -> None:
-        """Make a checkpoint; `events` are the sizes of the event files at this moment."""
-        state, loop = self._loop.state, self._loop
-        reached = {**dataclasses.asdict(self._reached), "seconds": self._seconds()}
-        self._checkpoints.save({
-            "tfloop": __version__, "config": dataclasses.asdict(self._config), "image_shape": loop.data.image_shape,
-            "pixels": loop.data.train.images.dtype.name, "classes": loop.data.classes, "steps_per_epoch": loop.steps,
-            "reached": reached, "best": self._reached.best, "events": events},
-            self._reached.best["checkpoint"] if self._reached.best else None)
-        self._saved = int(state.global_step)
-
-    def _count(self, what: str, seconds: float) -> None:
-        self._reached.seconds[what] = self._reached.seconds.get(what, 0.0) + seconds
-
-    @contextlib.contextmanager
-    def _timed(self, what: str):
-        started = time.perf_counter()
-        yield
-        self._count(what, time.perf_counter() - started)
-
-    def _seconds(self) -> dict[str, float]:
-        """All seconds of the run, those before it was resumed included."""
-        spent = {key: self._reached.seconds.get(key, 0.0) + self._loop.seconds[key] - self._before[key] for key in self._before}
-        return {"setup": 0.0, "summaries": 0.0, "pictures": 0.0} | self._reached.seconds | spent
-
-    def _result(self, diverged: DivergenceError | None) -> dict:
-        config, loop, state, reached = self._config, self._loop, self._loop.state, self._reached
-        seconds = self._seconds()
-        maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {
-            "config": dataclasses.asdict(config), "hyper": _numbers(state), "finished": self._is_finished(diverged),
-            "diverged": {"step": diverged.step, "layer": diverged.layer} if diverged else None,
-            "steps": int(state.global_step), "steps_per_epoch": loop.steps, "resumed_at": reached.resumed_at, "rewinds": reached.rewinds,
-            "epochs": reached.epochs, "final": reached.epochs[-1] if reached.epochs else None,
-            "best_by_validation": reached.best, "left_out": self._left_out(),
-            "seconds": {key: round(value, 4) for key, value in seconds.items()},
-            "ms_per_step": 1000 * seconds["training"] / max(int(state.global_step), 1),
-            "peak_memory_mib": round(maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1),
-            "traces": loop.traces, "pipeline": loop.pipeline.name, "steps_per_call": loop.steps_per_call,
-            "device": self._device, "cores": os.cpu_count(),
-            "versions": {"tfloop": __version__, "python": platform.python_version(), "tensorflow": tf.__version__,
-                         "keras": keras.__version__, "numpy": np.__version__},
-            "weights_sha256": state.digest("weights", "moving"), "state_sha256": state.digest(),
-        }
-
-
-class Due:
-    """Is it time for a checkpoint? `every` is "epoch", a number of steps, "1000", or of seconds, "30s"."""
-
-    def __init__(self, every: str, step: int):
-        self._every, self._step, self._time = every, step, time.monotonic()
-
-    def __call__(self, record: Call | Epoch) -> bool:
-        if self._every == "epoch":
-            return isinstance(record, Epoch)
-        if self._every.endswith("s"):
-            due = time.monotonic() - self._time >= float(self._every[:-1])
-        else:
-            due = record.step // int(self._every) > self._step // int(self._every)
-        if due:
-            self._step, self._time = record.step, time.monotonic()
-        return due
-
-
-class Profile:
-    """Records a profile of the steps that `config.profile` names into the run's folder; use it in a `with` block."""
-
-    def __init__(self, config: Config, folder: Path, say: Callable[[str], None]):
-        self._steps, self._folder, self._say, self._running = config.profile_steps, folder / "train", say, False
-        self._last, self._done = 0, False
-
-    def write(self, record) -> None:
-        """Start or stop after this record, where it is time to."""
-        self._last = record.step
-        self._move_to(record.step)
-
-    def _move_to(self, step: int) -> None:
-        if step in self._steps and not self._running:
-            tf.profiler.experimental.start(str(self._folder))
-            self._running = True
-        elif self._running and step not in self._steps:
-            tf.profiler.experimental.stop()
-            self._running, self._done = False, True
-            installed = any(importlib.util.find_spec(name) for name in ("xprof", "tensorboard_plugin_profile"))
-            self._say(f"profile of steps {self._steps.start} to {min(self._last, self._steps.stop) - 1} written" + (
-                "" if installed else "; TensorBoard shows it with its plugin: pip install xprof"))
-
-    def __enter__(self) -> "Profile":
-        self._move_to(0)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._move_to(-1)
-        if self._steps and not self._done:
-            self._say(f"--profile={self._steps.start}:{self._steps.stop}: no such step was made; nothing is profiled")
-
-
-def _numbers(state: TrainState) -> dict:
-    """The numbers that the run really had, defaults included."""
-    return {name: variable.numpy().tolist() for name, variable in state.hyper.items()}
 
 
 def _settings_line(config: Config, state: TrainState) -> str:
@@ -423,15 +191,10 @@ def _settings_line(config: Config, state: TrainState) -> str:
             f"{config.epochs} epochs")
 
 
-def _epoch_json(epoch: Epoch) -> dict:
-    parts = {part: {name: None if value is None else finite(value) for name, value in getattr(epoch, part)._asdict().items()}
-             for part in ("train", "test", "validation") if getattr(epoch, part)}
-    return {"epoch": epoch.epoch, "step": epoch.step, "rate": epoch.rate, "seconds": epoch.seconds, "steps": epoch.steps, **parts}
-
-
 def _closing_line(result: dict) -> str:
     seconds, final = result["seconds"], result["final"]
-    reached = f"test accuracy {100 * final['test']['accuracy']:.2f} %" if final else "no epoch finished"
+    tested = final and next(part for part in ("test", "validation", "train") if part in final)
+    reached = f"{tested} accuracy {100 * final[tested]['accuracy']:.2f} %" if final else "no epoch finished"
     return (f"{reached} after {result['steps']} steps: {seconds['training']:.1f} s of training "
             f"({result['ms_per_step']:.1f} ms/step), {seconds['setup']:.1f} s set-up, {seconds['tracing']:.1f} s tracing, "
             f"{seconds['evaluation']:.1f} s evaluation, {seconds['summaries'] + seconds['pictures']:.1f} s summaries")

@@ -44,8 +44,8 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
 
 def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
     """(settings, folder) of the run that --resume names; with auto, of the newest that is not finished, or of a new one."""
-    if config.seeds or config.runs > 1:
-        raise UserError("--resume goes on with one run: leave --seeds and --runs out")
+    if config.seeds or config.runs > 1 or config.ensemble > 1:
+        raise UserError("--resume goes on with one run: leave --seeds, --runs and --ensemble out")
     if options["dry_run"]:
         raise UserError("--resume and --dry_run exclude each other: one goes on with a run, the other keeps nothing")
     folder = folders.newest_unfinished(config) if options["resume"] == "auto" else Path(options["resume"])
@@ -53,20 +53,44 @@ def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
 
 
 def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
-    folder = one(arguments, "RUN", "the folder of a finished run")
+    if not arguments or "" in arguments:
+        raise UserError("expected RUN, the folder of a finished run, or several, whose predictions are averaged; found none")
     config, _ = start(config)
-    from tfloop import runs
+    import numpy as np
+
+    from tfloop import ensemble, evaluation, plots, runs
     from tfloop.loop import Loop
 
-    trained, state, manifest = runs.open_run(folder, options["best"], warn)
-    if options["dataset"]:
-        trained = trained.replace(dataset=options["dataset"], cache="", split="standard")
-    data = runs.load_data(trained)
-    runs.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
-    metrics = Loop(state, data, batch_size=min(trained.batch_size, len(data.train)),
-                   shards=config.shards).evaluate(data.test)
-    print(f"{len(data.test)} test images of {trained.dataset}: loss {metrics.total:.4f} (data {metrics.data:.4f}, "
-          f"l1 {metrics.l1:.4f}, l2 {metrics.l2:.4f})  accuracy {100 * metrics.accuracy:.2f} %")
+    loops, outputs = [], []
+    for folder in arguments:
+        trained, state, manifest = runs.open_run(folder, options["best"], warn)
+        if options["dataset"]:
+            trained = trained.replace(dataset=options["dataset"], cache="", split="standard")
+        data = runs.load_data(trained)
+        if loops and not np.array_equal(data.test.labels, loops[0].data.test.labels):
+            raise UserError(f"{folder}: has other test images than {arguments[0]}; name runs of the same data, or give --dataset")
+        runs.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
+        loops.append(Loop(state, data, batch_size=min(trained.batch_size, len(data.train)), shards=config.shards))
+        metrics, found = loops[-1].evaluate_with_outputs(data.test)
+        outputs.append(found)
+        print(f"{f'{folder}: ' * (len(arguments) > 1)}{len(data.test)} test images of {trained.dataset}: loss {metrics.total:.4f} "
+              f"(data {metrics.data:.4f}, l1 {metrics.l1:.4f}, l2 {metrics.l2:.4f})  accuracy {100 * metrics.accuracy:.2f} %")
+    labels, probabilities = data.test.labels, ensemble.mean_probabilities(loops, outputs)
+    if len(loops) > 1:
+        print(f"{len(loops)} together, by the mean of their probabilities: accuracy {100 * np.mean(probabilities.argmax(axis=1) == labels):.2f} %")
+    print(f"\n{'class':>7}  precision     recall  images")
+    for label, (precision, recall, images) in enumerate(zip(*evaluation.by_class(labels, probabilities))):
+        print(f"{label:7d}  {100 * precision:7.2f} %  {100 * recall:7.2f} %  {images:6d}")
+    calibration, mistakes = evaluation.calibration(labels, probabilities), evaluation.confident_mistakes(labels, probabilities)
+    print(f"\nexpected calibration error {100 * calibration.error:.2f} %, over {len(calibration.images)} bins")
+    guesses, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    print("\nmost confident mistakes" if len(mistakes) else "\nno mistakes")
+    for row in mistakes:
+        print(f"image {row:6d}: is {labels[row]}, taken for {guesses[row]} with {100 * confidence[row]:.1f} %")
+    if options["plot"]:
+        pictures = np.stack([data.test.images[row:row + 1][0] for row in mistakes]) if len(mistakes) else data.test.images[:0]
+        plots.save(plots.evaluation(calibration, pictures, labels[mistakes], guesses[mistakes], confidence[mistakes]), options["plot"])
+        print(options["plot"])
     return 0
 
 
@@ -133,7 +157,8 @@ COMMANDS = {
         "dry_run": (False, "do one step of everything, keep nothing, and stop"),
         "resume": ("", "go on with a run: its folder; auto: the newest unfinished one of its name, or a new one"),
         "override": (False, "with --resume: allow settings that change the mathematics of the run")}),
-    "evaluate": Command(evaluate, "loss and accuracy of a finished run on its test images", "RUN", WHERE, {
+    "evaluate": Command(evaluate, "a run on its test images: loss, accuracy, by class, calibration, mistakes; several runs: averaged", "RUN…", WHERE, {
+        "plot": ("", "draw calibration and the ten most confident mistakes into this PNG file"),
         "dataset": ("", "other data than the run's own: its test images"),
         "best": (False, BEST)}),
     "predict": Command(predict, "class and probabilities of each image, as CSV", "RUN IMAGES", WHERE, {

@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfloop
+from tfloop import ensemble, training
+from tfloop.cli import main
+
+SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, shards=1, quiet=True, summaries="none")
+
+
+def results(folder):
+    return [json.loads((path / "result.json").read_text()) for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(batch_norm=True, dropout=0.2, augment_shift=1, ema=0.9), dict(pipeline="prefetch")], ids=str)
+def test_each_of_several_models_side_by_side_ends_as_it_does_alone(tmp_path, settings):
+    for name, members in (("alone", 1), ("beside", 3)):
+        training.train(tfloop.Config.make(**SMALL, **settings, epochs=3, seeds=(3, 4, 5), ensemble=members, logdir=str(tmp_path / name)))
+    alone, beside = results(tmp_path / "alone"), results(tmp_path / "beside")
+    assert len(alone) == len(beside) == 3
+    for one, other in zip(alone, beside):
+        assert one["state_sha256"] == other["state_sha256"] and one["final"]["test"] == other["final"]["test"]
+    assert len({one["weights_sha256"] for one in beside}) == 3
+    assert all(one["traces"]["train"] == 1 for one in beside)
+
+
+def test_members_have_seeds_of_their_own_and_the_mean_of_their_probabilities_is_judged(tmp_path, capsys, digits):
+    config = tfloop.Config.make(**SMALL | dict(quiet=False), epochs=6, seed=7, ensemble=2, logdir=str(tmp_path))
+    trained = training.train(config)
+    assert [one["config"]["seed"] for one in trained] == [7, 8] and all(one["config"]["ensemble"] == 1 for one in trained)
+    found = results(tmp_path)[0]["together"]
+    assert found["folders"] == ["digits-001", "digits-002"]
+    capsys.readouterr()
+    assert main(["evaluate", *(str(tmp_path / name) for name in found["folders"])]) == 0
+    said = capsys.readouterr().out
+    assert f"2 together, by the mean of their probabilities: accuracy {100 * found['test_accuracy']:.2f} %" in said
+    mean = np.mean([tfloop.predict(tfloop.open_run(tmp_path / name)[1], digits.test.images) for name in found["folders"]], axis=0)
+    assert np.mean(mean.argmax(axis=1) == digits.test.labels) == found["test_accuracy"]
+
+
+def test_more_seeds_than_members_go_in_turns_with_one_trace(tmp_path):
+    trained = training.train(tfloop.Config.make(**SMALL, epochs=1, seeds=(0, 1, 2), ensemble=2, logdir=str(tmp_path)))
+    assert [one["config"]["seed"] for one in trained] == [0, 1, 2] and trained[2]["traces"]["train"] == 1
+
+
+def test_a_member_that_diverges_ends_and_the_others_go_on(tmp_path, loop):
+    loops = [loop(seed=1, shards=1), loop(seed=2, shards=1)]
+    alone = loop(seed=2, shards=1).fit(2)
+    loops[0].state.hyper["learning_rate"].assign(1e30)
+    beside, seen = ensemble.SideBySide(loops), {}
+
+    def train(one):
+        for record in one.ready(2):
+            if isinstance(record, tfloop.loop.Ready):
+                yield record
+        return record
+
+    ends = ensemble.finish([train(one) for one in loops], beside.make)
+    assert isinstance(ends[0], tfloop.DivergenceError) and ends[1].test == alone.test
+
+
+def test_what_fails_in_a_call_is_raised_in_the_training_that_waits_for_it(loop):
+    closed = []
+
+    def train(one):
+        try:
+            yield from one.ready(1)
+        finally:
+            closed.append(one)
+
+    def fail(calls):
+        raise tfloop.UserError("no such image")
+
+    one = loop()
+    with pytest.raises(tfloop.UserError, match="no such image"):
+        ensemble.finish([train(one)], fail)
+    assert closed == [one]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ensemble=2", "--runs=2"], "--ensemble=2 and --runs exclude each other"),
+    (["--ensemble=2", "--on_nan=rewind"], "a model that diverges ends"),
+    (["--ensemble=2", "--eager"], "--ensemble=2 and --eager exclude each other"),
+    (["--ensemble=2", "--resume=auto"], "--resume goes on with one run"),
+])
+def test_what_an_ensemble_cannot_do_is_said(flags, message, capsys, tmp_path):
+    assert main(["train", "--preset=digits", *flags, f"--logdir={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err
