@@ -54,8 +54,8 @@ install_for() {  # install_for EXTRA: the package with its pinned dependencies, 
 case ${1:-} in
   test) install_for test; shift; cd -- "$here"; exec "$python" -m pytest "$@" ;;
   bench)
-    [[ -f $here/benchmarks/${2:-}.py && ${2:-} =~ ^(accuracy|cluster|devices|fuzz|kill|ops|overhead|peers|regress|scaling|stability|streaming)$ ]] ||
-      fail 2 "'${2:-}' is no benchmark; choose from accuracy, cluster, devices, fuzz, kill, ops, overhead, peers, regress, scaling, stability, streaming"
+    [[ -f $here/benchmarks/${2:-}.py && ${2:-} =~ ^(accuracy|cluster|devices|ensemble|fuzz|kill|ops|overhead|peers|regress|scaling|stability|streaming|sweep)$ ]] ||
+      fail 2 "'${2:-}' is no benchmark; choose from accuracy, cluster, devices, ensemble, fuzz, kill, ops, overhead, peers, regress, scaling, stability, streaming, sweep"
     case $2 in peers) install_for bench ;; fuzz) install_for test ;; *) install_for "" ;; esac
     exec "$python" "$here/benchmarks/$2.py" "${@:3}" ;;
   *) install_for ""; exec "$venv/bin/tfloop" "$@" ;;  # not -m: the current folder stays out of sys.path

@@ -76,6 +76,36 @@ def tfloop(job: Job):
     return loss, run, min(loop.steps_per_call, loop.steps)
 
 
+def side_by_side(job: Job):
+    """As many models as the settings' ensemble, in one compiled call; N steps are N of each."""
+    set_up(job.config, None, None)
+    import tfloop
+    from tfloop.ensemble import SideBySide
+    from tfloop.pipelines import batch_at
+
+    first = tfloop.make_loop(job.config)
+    loops = [first, *(tfloop.make_loop(job.config.replace(seed=seed), first.data) for seed in range(1, job.config.ensemble))]
+    batch = batch_at(first.data.train, job.config.batch_size, job.config.seed, 0, 0)
+    loss = float(tfloop.forward_and_backward(first.state, batch, first.forward).loss.total)
+    make = SideBySide(loops).make if len(loops) > 1 else lambda calls: calls[0].make()
+
+    def endless(loop):
+        while True:
+            yield from (item for item in loop.ready_epoch() if isinstance(item, tfloop.loop.Ready))
+            loop.state.epoch.assign_add(1)
+            loop.state.batch.assign(0)
+
+    trainings = [endless(loop) for loop in loops]
+
+    def run(steps):
+        while steps > 0:
+            calls = [next(training) for training in trainings]
+            make(calls)
+            steps -= calls[0].count
+
+    return loss, run, min(first.steps_per_call, first.steps)
+
+
 def keras_fit(job: Job, onednn=None, intra=0, inter=0, **compile_options):
     """model.fit on arrays in memory."""
     if onednn is not None:
@@ -290,7 +320,7 @@ def flop_per_image(model) -> float:
 
 
 CONTENDERS = {
-    "tfloop": tfloop, "floor": floor, "keras fit": keras_fit,
+    "tfloop": tfloop, "side by side": side_by_side, "floor": floor, "keras fit": keras_fit,
     "keras fit, 50 steps": lambda job: keras_fit(job, steps_per_execution=50),
     "keras fit, 50 steps, one thread an op": lambda job: keras_fit(job, intra=1, inter=2, steps_per_execution=50),
     "keras fit, 50 steps, oneDNN off": lambda job: keras_fit(job, onednn="0", steps_per_execution=50),

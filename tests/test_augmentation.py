@@ -18,6 +18,12 @@ def images(random):
     return tf.constant(random.uniform(1, 9, (300, 9, 7, 2)).astype(np.float32))
 
 
+def test_views_are_the_image_and_it_moved_by_so_many_pixels_in_four_directions(images):
+    found = augmentation.shifted(images, 2)
+    for view, by in zip(found, [(0, 0), (2, 0), (-2, 0), (0, 2), (0, -2)], strict=True):
+        np.testing.assert_array_equal(view, [ndimage.shift(image, (*by, 0), order=0) for image in images.numpy()])
+
+
 def test_a_shift_is_by_whole_pixels_all_equally_likely_and_fills_with_0(images):
     found, seen = augmentation.shift(images, key(), 1.0).numpy(), []
     for image, moved in zip(images.numpy(), found):

@@ -158,3 +158,13 @@ def test_batch_norm_after_a_dense_layer_leaves_out_what_fills_up(random, rows):
         np.testing.assert_allclose(y[:rows], stock(x[:rows], training=True), rtol=1e-3, atol=1e-4)
     for one, other in zip(layer.non_trainable_variables, stock.non_trainable_variables):
         np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_pooling_before_a_rising_activation_changes_nothing_and_before_batch_norm_it_does(random):
+    images = random.normal(size=(4, 28, 28, 1)).astype(np.float32)
+    first, after = (models.build(Config.make(pool_first=early), (28, 28, 1), 10) for early in (True, False))
+    first.set_weights(after.get_weights())
+    np.testing.assert_array_equal(models.logits(first, images), models.logits(after, images))
+    model = models.build(Config.make(pool_first=True, batch_norm=True), (28, 28, 1), 10)
+    assert [layer.name for layer in model.layers][:5] == ["conv1", "pool1", "norm1", "activation1", "conv2"]
+    assert model.get_layer("norm1").input.shape[1:3] == (13, 13)

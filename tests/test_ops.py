@@ -16,6 +16,7 @@ CASES = {
     "5×5": (dict(kernel=(5, 3, 3)), (32, 32, 3)), "same": (dict(padding="same", pool=(2, 2, 2)), (28, 28, 1)),
     "sigmoid": (dict(conv_activation="sigmoid", output="sigmoid"), (28, 28, 1)),
     "elu, tanh, dropout": (dict(conv_activation="elu", dense_activation="tanh", dropout=0.5), (28, 28, 1)),
+    "pool first": (dict(pool_first=True, batch_norm=True, kernel=(5, 3, 3)), (28, 28, 1)), "pool first, plain": (dict(pool_first=True), (27, 28, 1)),
     "no pool": (dict(conv=(3, 4), pool=()), (9, 10, 1)), "dense": (dict(conv=(), pool=()), (6, 5, 1)),
 }
 
@@ -96,7 +97,8 @@ def test_strides_dilation_and_functional_models_are_left_to_keras(random):
 
 @pytest.mark.parametrize("settings, cores, shards, threads", [
     (dict(), 2, 2, (1, 2)), (dict(), 1, 1, (0, 0)), (dict(), 16, 4, (4, 4)), (dict(batch_size=1024), 16, 16, (1, 16)),
-    (dict(batch_size=16), 2, 1, (0, 0)), (dict(batch_norm=True), 2, 1, (0, 0)), (dict(fast=False), 2, 1, (0, 0)),
+    (dict(batch_size=16), 2, 1, (0, 0)), (dict(batch_norm=True), 2, 1, (0, 0)), (dict(batch_norm=True, pool_first=True), 2, 2, (1, 2)),
+    (dict(ensemble=2), 2, 1, (1, 2)), (dict(ensemble=8), 2, 1, (1, 2)), (dict(ensemble=2), 8, 4, (1, 8)), (dict(fast=False), 2, 1, (0, 0)),
     (dict(eager=True), 2, 1, (0, 0)), (dict(device="gpu"), 2, 1, (0, 0)), (dict(shards=1), 2, 1, (0, 0)),
     (dict(shards=2, intra_op_threads=2), 2, 2, (2, 2))], ids=str)
 def test_shards_and_threads_are_chosen_once_and_can_be_set(settings, cores, shards, threads):

@@ -372,9 +372,9 @@ class Loop:
 
     def train_epoch(self) -> Iterator[Call]:
         """The rest of the epoch that the state is in, a record per compiled call."""
-        return _alone(self._epoch())
+        return _alone(self.ready_epoch())
 
-    def _epoch(self) -> Iterator[Ready | Call]:
+    def ready_epoch(self) -> Iterator[Ready | Call]:
         """`train_epoch`, where each call is made by whoever takes what is ready."""
         state = self.state
         while (batch := int(state.batch)) < self.steps:
@@ -499,7 +499,7 @@ class Loop:
         rate = float(state.schedule(tf.maximum(state.schedule_step - 1, 0)))
         while int(state.epoch) < epochs:
             before, first = self.seconds["training"], int(state.batch)
-            for record in self._epoch():
+            for record in self.ready_epoch():
                 rate = record.rate if isinstance(record, Call) else rate
                 yield record
             train = _metrics(state.totals)

@@ -150,6 +150,7 @@ def adopt(config: Config, path: str | Path) -> Path:
     Raises:
       UserError: as `train`, and as `export.import_weights`.
     """
+    config = config.replace(ensemble=1)
     folders.check_writable(Path(config.logdir))
     loop = make_loop(config)
     export.import_weights(loop.state, path, loop.data.test.images[:64])
@@ -164,7 +165,7 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
     logdir = Path(config.logdir)
     folders.check_writable(logdir)
     dataset = load_data(config).head(config.batch_size)
-    own = config.replace(epochs=1, seeds=(), runs=1, profile="0:1" if config.profile else "")
+    own = config.replace(epochs=1, seeds=(), runs=1, ensemble=1, profile="0:1" if config.profile else "")
     loop = make_loop(own, dataset, replicas)
     made = not logdir.exists()
     logdir.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Step through the training, and check that all is wired up right."""
 
-from tfloop.commands.command import FAILED, HOW, MODEL, WHERE, Command, start
+from tfloop.commands.command import ALONE, FAILED, HOW, MODEL, WHERE, Command, start
 from tfloop.config import Config
 from tfloop.errors import UserError
 
@@ -17,7 +17,7 @@ def debug(config: Config, options: dict, arguments: list[str]) -> int:
         raise UserError(f"--break_if={options['break_if']}: is no Python expression: {error}") from None
     if config.precision == "mixed_float16":
         raise UserError("--precision=mixed_float16: debug shows gradients without the loss scale, which 16 bits do not hold; use another")
-    config, _ = start(config.replace(eager=True, fast=False, shards=1, steps_per_call=1))
+    config, _ = start(config.replace(eager=True, fast=False, shards=1, steps_per_call=1, ensemble=1))
     from tfloop import debug, runs
 
     if debug.under_another_debugger():
@@ -52,6 +52,7 @@ def parity(config: Config, options: dict, arguments: list[str]) -> int:
     steps = options["steps"]
     if not (steps.isdecimal() and int(steps)):
         raise UserError(f"--steps={steps}: expected a number of steps, 1 or more")
+    config = config.replace(ensemble=1)
     start(config)
     from tfloop import checks
 
@@ -67,7 +68,7 @@ def overfit(config: Config, options: dict, arguments: list[str]) -> int:
     most = options["steps"]
     if not (most.isdecimal() and int(most)):
         raise UserError(f"--steps={most}: expected a number of steps, 1 or more")
-    config, _ = start(config)
+    config, _ = start(config.replace(ensemble=1))
     from tfloop import checks
 
     for record in checks.overfit(config, int(most)):
@@ -80,14 +81,14 @@ def overfit(config: Config, options: dict, arguments: list[str]) -> int:
 
 COMMANDS = {
     "debug": Command(debug, "train eagerly and stop in pdb at the step", "", tuple(
-        name for name in HOW if name not in ("eager", "jit_compile", "fast", "shards", "steps_per_call", "accumulate", "seeds", "runs", "on_nan")), {
+        name for name in HOW if name not in ("eager", "jit_compile", "fast", "shards", "steps_per_call", "accumulate", "seeds", "runs", "ensemble", "on_nan")), {
         "break_at": ("", "stop at this step only"),
         "break_if": ("", "stop before the update where this holds: 'gradients.norm > 10'"),
         "break_on_nan": (False, "stop before the update where a value is not finite")}),
     "check_gradients": Command(check_gradients, "GradientTape against central differences in float64",
                                settings=MODEL + ("seed",) + WHERE),
-    "parity": Command(parity, "the first steps in every mode: where do they differ first, and by how much?", "", HOW, {
+    "parity": Command(parity, "the first steps in every mode: where do they differ first, and by how much?", "", ALONE, {
         "steps": ("5", "how many steps")}),
-    "overfit": Command(overfit, "train on one batch until it is memorised", "", HOW, {
+    "overfit": Command(overfit, "train on one batch until it is memorised", "", ALONE, {
         "steps": ("1000", "give up after so many")}),
 }

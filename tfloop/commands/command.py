@@ -28,6 +28,7 @@ WHERE = ("device", "intra_op_threads", "inter_op_threads", "memory_growth", "mem
 MANY = ("strategy", "replicas", "worker_timeout")
 HOW = tuple(name for name in FIELDS  # and how it learns
             if name not in (*GROUPS["looking inside"], *GROUPS["what is written"], *MANY))
+ALONE = tuple(name for name in HOW if name != "ensemble")
 MODEL = tuple(name for group in ("start from", "data", "model") for name in GROUPS[group])
 BEST = "the checkpoint that did best on the validation images, not the newest"
 

@@ -167,7 +167,7 @@ COMMANDS = {
         "format": ("keras", "keras, saved_model, tflite, or weights: the layers' weights alone"),
         "out": ("", "the file, or the folder of a saved_model; unset: named after the run"), "best": (False, BEST)}),
     "import": Command(import_, "a new run with the weights in a file that Keras wrote", "FILE", tuple(
-        name for name in FIELDS if name not in ("seeds", "runs"))),
+        name for name in FIELDS if name not in ("seeds", "runs", "ensemble"))),
     "pack": Command(pack, "TFRecord shards from pictures, a folder to each class, or from IDX or npz files", "SOURCE FOLDER", WHERE, {
         "format": ("png", "png, or raw: larger, read faster"), "shard_mib": ("64", "size of a shard, about, in MiB")}),
 }

@@ -129,7 +129,7 @@ def lr_find(config: Config, options: dict, arguments: list[str]) -> int:
     if low >= high:
         raise UserError(f"--low={options['low']} must lie below --high={options['high']}")
     unset = {name: getattr(Config, name) for name in HYPER["schedule"]}
-    config, _ = start(config.replace(**unset, schedule="constant", warmup_steps=0.0))
+    config, _ = start(config.replace(**unset, schedule="constant", warmup_steps=0.0, ensemble=1))
     from tfloop import plots, range_test, runs
 
     loop = runs.make_loop(config)
