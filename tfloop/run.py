@@ -222,6 +222,7 @@ class Run:
         return {
             "config": dataclasses.asdict(config), "hyper": _numbers(state), "finished": self._is_finished(diverged),
             "diverged": {"step": diverged.step, "layer": diverged.layer} if diverged else None,
+            "weights": sum(weight.shape.num_elements() for weight in state.weights.values()),
             "steps": int(state.global_step), "steps_per_epoch": loop.steps, "resumed_at": reached.resumed_at, "rewinds": reached.rewinds,
             "epochs": reached.epochs, "final": reached.epochs[-1] if reached.epochs else None,
             "best_by_validation": reached.best, "left_out": self._left_out(),
