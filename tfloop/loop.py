@@ -85,24 +85,6 @@ class Epoch:
     outputs: np.ndarray | None = dataclasses.field(compare=False, repr=False)  # [test images, classes], the logits
 
 
-@dataclasses.dataclass(eq=False)
-class Ready:
-    """Steps that a loop is ready to make in one compiled call: by `make`, or side by side with those of other loops."""
-
-    loop: "Loop"
-    source: object  # what the loop's pipeline takes batches from
-    count: int
-    last: "Step | None" = None  # of the steps made, with the sums of all
-    waited: float = 0.0  # seconds, of these
-    seconds: float = 0.0
-
-    def make(self) -> None:
-        """Make the steps, in a compiled call of their own."""
-        self.loop.warm_up()
-        (self.last, waited), self.seconds = self.loop.timed("training", self.loop.compiled, self.source, tf.constant(self.count))
-        self.waited = float(waited)
-
-
 def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """[batch] float32: the loss of each example, from the model's outputs."""
     if state.loss is not None:
@@ -257,6 +239,24 @@ def train_step(state: TrainState, batch: Batch, differentiate: Callable = forwar
 
 def _hits(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.equal(tf.argmax(logits, axis=-1, output_type=tf.int32), labels), tf.float32)
+
+
+@dataclasses.dataclass(eq=False)
+class Ready:
+    """Steps that a loop is ready to make in one compiled call: by `make`, or side by side with those of other loops."""
+
+    loop: "Loop"
+    source: object  # what the loop's pipeline takes batches from
+    count: int
+    last: Step | None = None  # of the steps made, with the sums of all
+    waited: float = 0.0  # seconds, of these
+    seconds: float = 0.0
+
+    def make(self) -> None:
+        """Make the steps, in a compiled call of their own."""
+        self.loop.warm_up()
+        (self.last, waited), self.seconds = self.loop.timed("training", self.loop.compiled, self.source, tf.constant(self.count))
+        self.waited = float(waited)
 
 
 class Loop:

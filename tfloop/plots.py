@@ -26,7 +26,7 @@ def schedule(rate_at, steps: int, total: int, title: str, path: str | Path) -> N
 
 
 def range_test(found, title: str, path: str | Path) -> None:
-    """The loss over the rate, from a `range_test.RangeTest`, with what it suggests."""
+    """The loss over the rate, from a `lr_find.RangeTest`, with what it suggests."""
     figure, axes = _figure()
     axes.plot(found.rates, found.losses, color=COLOURS[0], linewidth=0.6, alpha=0.4, label="loss of each step's batch")
     axes.plot(found.rates, found.smoothed, color=COLOURS[0], linewidth=1.8, label="smoothed")

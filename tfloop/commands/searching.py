@@ -130,11 +130,12 @@ def lr_find(config: Config, options: dict, arguments: list[str]) -> int:
         raise UserError(f"--low={options['low']} must lie below --high={options['high']}")
     unset = {name: getattr(Config, name) for name in HYPER["schedule"]}
     config, _ = start(config.replace(**unset, schedule="constant", warmup_steps=0.0, ensemble=1))
-    from tfloop import plots, range_test, runs
+    from tfloop import plots, runs
+    from tfloop.lr_find import range_test
 
     loop = runs.make_loop(config)
     before = loop.state.digest()
-    found = range_test.range_test(loop, low, high, steps)
+    found = range_test(loop, low, high, steps)
     print(f"{len(found.rates)} steps of {config.batch_size} images at rates from {low:g} to {found.rates[-1]:.3g}, {config.optimizer}; the state is "
           f"{'as it was' if loop.state.digest() == before else 'CHANGED'}")
     print(f"{'rate':>10}  loss, smoothed")

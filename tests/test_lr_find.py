@@ -3,7 +3,7 @@ import pytest
 
 import tfloop
 from tfloop.cli import main
-from tfloop.range_test import range_test, smooth
+from tfloop.lr_find import range_test, smooth
 
 
 def test_the_state_is_afterwards_what_it_was_before_and_trains_on_as_if_nothing_had_been(loop):
