@@ -28,3 +28,9 @@ def test_a_second_trace_names_the_argument_that_changed(argument, change):
 def test_eager_is_never_traced():
     double = Traced(lambda x: 2 * x, "doubling", eager=True)
     assert double(3) == 6 and double.traces == 0
+
+
+def test_many_functions_that_are_traced_once_each_are_no_reason_to_warn(caplog):
+    for number in range(12):
+        Traced(lambda x: x + number, f"function {number}")(tf.constant(1))
+    assert not caplog.records

@@ -1,5 +1,6 @@
 """tf.function that counts its traces, and says which argument changed when it is traced a second time."""
 
+import functools
 import warnings
 
 import tensorflow as tf
@@ -17,7 +18,8 @@ class Traced:
     def __init__(self, function, name: str, eager: bool = False, **options):
         self.name, self.traces, self._seen = name, 0, None
         self._function = function
-        self._call = function if eager else tf.function(self._trace, autograph=False, **options)
+        # TensorFlow's own warning counts traces by code, whatever object they are of: a partial has none.
+        self._call = function if eager else tf.function(functools.partial(self._trace), autograph=False, **options)
 
     def __call__(self, *arguments):
         return self._call(*arguments)
