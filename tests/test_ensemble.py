@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import tfloop
 from tfloop import ensemble, training
@@ -50,7 +49,7 @@ def test_a_member_that_diverges_ends_and_the_others_go_on(tmp_path, loop):
     loops = [loop(seed=1, shards=1), loop(seed=2, shards=1)]
     alone = loop(seed=2, shards=1).fit(2)
     loops[0].state.hyper["learning_rate"].assign(1e30)
-    beside, seen = ensemble.SideBySide(loops), {}
+    beside = ensemble.SideBySide(loops)
 
     def train(one):
         for record in one.ready(2):
@@ -60,6 +59,26 @@ def test_a_member_that_diverges_ends_and_the_others_go_on(tmp_path, loop):
 
     ends = ensemble.finish([train(one) for one in loops], beside.make)
     assert isinstance(ends[0], tfloop.DivergenceError) and ends[1].test == alone.test
+
+
+def test_a_member_that_diverges_in_a_later_epoch_ends_the_program_with_3_when_the_others_are_done(tmp_path, capsys):
+    code = main(["train", "--preset=digits", "--conv=4,6", "--pool=2", "--dense=8", "--batch_size=100", "--epochs=4", "--ensemble=2", "--summaries=none",
+                 "--schedule=piecewise", "--boundaries=20", "--rates=1e30", f"--logdir={tmp_path}", "--quiet"])
+    err = capsys.readouterr().err
+    assert code == 3 and err.startswith("tfloop: step 2") and err.count("\n") == 1
+    assert [bool(one["diverged"]) for one in results(tmp_path)] == [True, True] and "together" not in results(tmp_path)[0]
+
+
+def test_side_by_side_begins_a_pipeline_once_an_epoch(tmp_path, monkeypatch):
+    begun, begin = [], tfloop.pipelines.Resident.begin
+    monkeypatch.setattr(tfloop.pipelines.Resident, "begin", lambda self, *where: begun.append(self) or begin(self, *where))
+    training.train(tfloop.Config.make(**SMALL, epochs=3, ensemble=2, steps_per_call=2, logdir=str(tmp_path)))
+    assert len(begun) == 2 * (3 + 1)  # and once to warm up
+
+
+def test_members_share_one_copy_of_the_images(loop, digits):
+    one, other = (tfloop.make_loop(tfloop.Config.make("digits", seed=seed), digits) for seed in (1, 2))
+    assert one.pipeline._images is other.pipeline._images
 
 
 def test_what_fails_in_a_call_is_raised_in_the_training_that_waits_for_it(loop):

@@ -66,3 +66,16 @@ def test_predictions_averaged_over_shifts_are_the_mean_of_five(loop, digits):
     np.testing.assert_allclose(tfloop.predict(one.state, digits.test.images[:20]), expected, rtol=1e-5, atol=1e-7)
     loss = -np.log(np.mean([plain(view) for view in views], axis=0)[np.arange(20), digits.test.labels[:20]]).mean()
     assert one.evaluate(tfloop.data.Split(digits.test.images[:20], digits.test.labels[:20])).data == pytest.approx(loss, rel=1e-4)
+
+
+def test_with_sigmoid_outputs_that_are_all_sure_the_averaged_loss_is_finite(loop, digits):
+    one = loop(average_shifts=1, output="sigmoid")
+    one.state.weights["output/bias"].assign([40.0, *[-40.0] * 9])
+    assert np.isfinite(one.evaluate(digits.test).data)
+
+
+def test_runs_on_other_images_are_not_averaged(tmp_path, capsys):
+    for split in ("standard", "shuffled"):
+        main(["train", "--preset=digits", "--epochs=1", f"--split={split}", f"--logdir={tmp_path}", "--quiet", "--summaries=none"])
+    assert main(["evaluate", str(tmp_path / "digits-001"), str(tmp_path / "digits-002")]) == 2
+    assert "digits-002: has other test images than" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_the_command_prints_a_suggestion_and_writes_the_plot(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--low=0"], "--low=0: expected a rate above 0"), (["--low=1", "--high=0.1"], "--low=1 must lie below --high=0.1"),
-    (["--steps=3"], "--steps=3: expected a whole number, 10 or more"), (["--learning_rate=1"], "learning_rate"),
+    (["--precision=mixed_float16"], "a step that overflows has no loss"), (["--steps=3"], "--steps=3: expected a whole number, 10 or more"), (["--learning_rate=1"], "learning_rate"),
     (["--low=1e-9", "--high=1e-8"], "the loss does not fall anywhere"),
 ])
 def test_bad_input_is_one_line(flags, message, capsys):

@@ -37,7 +37,7 @@ def test_the_command_trains_reports_and_does_not_train_again(tmp_path, capsys, m
     assert main(flags) == 0 and "epochs-seed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, message", [(["--experiments=article9"], "'article9' is none"), ([f"--out={__file__}/x"], "test_reports.py is not a folder")])
+@pytest.mark.parametrize("flags, message", [(["--experiments=article9"], "'article9' is none"), (["--seeds=0,0"], "comes twice"), ([f"--out={__file__}/x"], "test_reports.py is not a folder")])
 def test_bad_input_is_one_line(flags, message, capsys):
     assert main(["report", *flags]) == 2
     err = capsys.readouterr().err

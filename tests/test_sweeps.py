@@ -31,7 +31,7 @@ def result(folder):
 
 
 def test_a_grid_is_every_combination_in_order():
-    assert sweeps.grid("l2=0,0.1 conv=32-64,8") == [
+    assert sweeps.grid("l2=0,0.1 conv=32/64,8") == [
         {"l2": "0", "conv": "32,64"}, {"l2": "0", "conv": "8"}, {"l2": "0.1", "conv": "32,64"}, {"l2": "0.1", "conv": "8"}]
 
 
@@ -78,7 +78,7 @@ def test_another_architecture_or_batch_is_traced_anew_once_and_says_so(sweep, ca
     code, _ = sweep("--epochs=1", "--grid=l1=0,0.001 dense=8,16 batch_size=50,100")
     assert code == 0
     said = capsys.readouterr().out
-    assert "8 trials of 1 epochs, 4 graphs to trace" in said and "the training step was traced 4 times" in said
+    assert "8 trials of 1 epoch, 4 graphs to trace" in said and "the training step was traced 4 times" in said
 
 
 def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(sweep, capsys):
@@ -129,14 +129,17 @@ def test_an_interrupted_sweep_goes_on_where_it_was_finished_trials_untouched(tmp
 
 @pytest.mark.parametrize("flags, message", [
     ([], "choose --grid"), (["--grid=l2=1", "--random=2"], "choose --grid"), (["--grid=nothing=1"], "--grid: there is no setting 'nothing'"),
-    (["--grid=optimizer=sgd,adam"], "--optimizer is not a number"), (["--grid=keep=1,2"], "--keep cannot differ between trials"),
+    (["--grid=optimizer=sgd,adam"], "--optimizer is not a number"), (["--grid=l2=,1"], "--l2: expected a number, found ''"), (["--grid=dense=-32"], "--dense=-32 is out of range"), (["--random=2", "l2=,"], "--l2: expected a number"),
+    (["--random=2", "l2=lin:-1e308:1e308"], "expected l2=lin:LOW:HIGH"), (["--optimizer=adam", "--grid=momentum=0.1,0.9"], "momentum"),
+    (["--grid=l2=0", "--name=../out"], "expected a plain name"), (["--grid=l2=0", "--halving=10"], "--halving=10: 1 epochs are too few"),
+    (["--grid=keep=1,2"], "--keep cannot differ between trials"),
     (["--grid=validation_size=1,2"], "would not be compared on the same images"), (["--grid=l2"], "'l2': expected NAME=VALUES"),
     (["--grid=l2=0,x"], "--l2: expected a number, found 'x'"), (["--grid=l2=0,-1"], "--l2=-1.0 is out of range"), (["--grid=l2=1 l2=2"], "l2 comes twice"),
     (["--grid=l2=1", "l1=2"], "'l1=2' goes with --random"), (["--random=0", "l2=1,2"], "--random=0: expected a whole number, 1 or more"),
     (["--random=3"], "expected what to draw"), (["--random=3", "l2=log:0:1"], "l2=log:0:1: expected l2=log:LOW:HIGH"),
     (["--random=3", "l2=lin:1:x"], "expected l2=lin:LOW:HIGH"), (["--grid=kernel=3,9"], "--kernel: conv1 has a 9×9 kernel"),
     (["--grid=batch_size=100,5000"], "--batch_size=5000 is larger than"), (["--grid=l2=0", "--halving=x"], "--halving=x: expected a whole number"),
-    (["--grid=epochs=1,2", "--halving=2"], "exclude each other"), (["--grid=l2=0", "--resume=auto"], "there is no unfinished digits-sweep"),
+    (["--epochs=4", "--grid=epochs=1,2", "--halving=2"], "exclude each other"), (["--grid=l2=0", "--resume=auto"], "there is no unfinished digits-sweep"),
     (["--grid=l2=0", "--resume=/nowhere"], "/nowhere"),
 ], ids=str)
 def test_bad_input_is_one_line_before_the_first_trial(sweep, flags, message, capsys):
@@ -153,6 +156,68 @@ def test_a_sweep_with_other_settings_is_not_continued(sweep, capsys):
     assert sweep("--epochs=1", "--l1=0.5", "--grid=l2=0,0.1", f"--resume={folder}")[0] == 2
     assert "--l1 was 0.0, is 0.5" in capsys.readouterr().err
     assert sweep("--epochs=1", "--grid=l2=0,0.1", f"--resume={folder}", "--keep=3")[0] == 0
+
+
+def test_of_trials_of_different_lengths_the_more_accurate_is_better(sweep):
+    """A rate at which nothing is learnt, for longer, is not better than a good one, for shorter."""
+    _, folder = sweep("--grid=epochs=2,3 learning_rate=0.01,1e-9")
+    ranking = json.loads((folder / "ranking.json").read_text())["ranking"]
+    assert [row["values"]["learning_rate"] for row in ranking] == [0.01, 0.01, 1e-9, 1e-9]
+
+
+def test_a_trial_that_settled_early_is_compared_by_its_accuracy_and_one_that_halving_cut_off_comes_after_it(tmp_path):
+    config = tfloop.Config.make("digits", epochs=9, validation_size=100)
+    found = sweeps.trials(config, sweeps.grid("l2=0,1,2,3"), tmp_path)
+    epoch = lambda accuracy: {"validation": {"accuracy": accuracy, "data": 1.0}}
+    for trial, finished, accuracies, diverged in zip(found, (True, True, False, False), ([0.8, 0.7], [0.5] * 9, [0.9] * 3, [0.9] * 4), (0, 0, 0, 1)):
+        trial.folder.mkdir()
+        (trial.folder / "result.json").write_text(json.dumps({"finished": finished, "diverged": diverged and {"step": 7}, "seconds": {"training": 1.0},
+                                                              "epochs": [epoch(accuracy) for accuracy in accuracies]}))
+    order = lambda *until: [standing.trials[0].number for standing in sweeps.standings(found, *until)]
+    assert order() == [1, 2, 3, 4]
+    assert order(3) == [3, 4, 1, 2]  # as it was then: the fourth had not diverged yet
+
+
+def test_equal_values_are_one_trial_and_unset_ones_can_be_searched(sweep, capsys):
+    code, folder = sweep("--epochs=1", "--grid=l2=0,0.0 clip_norm=,1 ema=,0,0.5")
+    said = capsys.readouterr().out
+    assert code == 0 and "6 trials of 1 epoch, 4 graphs to trace; 6 left out that repeat another" in said and "traced 4 times" in said
+    hyper = [sorted({"clip_norm", "ema"} & set(result(folder / f"trial-{number:03d}")["hyper"])) for number in range(1, 7)]
+    assert hyper == [[], ["ema"], ["ema"], ["clip_norm"], ["clip_norm", "ema"], ["clip_norm", "ema"]]
+
+
+@pytest.mark.parametrize("pipeline", ["host", "prefetch"])
+def test_after_a_trial_that_diverged_a_streamed_one_begins_at_its_first_batch(sweep, pipeline):
+    code, folder = sweep("--epochs=1", f"--pipeline={pipeline}", "--grid=learning_rate=1e30,0.001")
+    _, alone = sweep("--epochs=1", f"--pipeline={pipeline}", "--grid=learning_rate=0.001", number=2)
+    assert code == 0 and result(folder / "trial-002")["state_sha256"] == result(alone / "trial-001")["state_sha256"]
+
+
+def test_halving_traces_each_structure_once_and_quiet_says_nothing(sweep, capsys):
+    code, folder = sweep("--epochs=4", "--halving=2", "--grid=dense=8,16 learning_rate=0.001,0.01", "--quiet")
+    assert code == 0 and json.loads((folder / "ranking.json").read_text())["traces"] == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_trials_folder_with_other_settings_is_not_taken_for_it(sweep, capsys):
+    _, folder = sweep("--epochs=1", "--grid=l2=0")
+    settings = json.loads((folder / "trial-001" / "config.json").read_text())
+    (folder / "trial-001" / "config.json").write_text(json.dumps(settings | {"l1": 0.5}))
+    assert sweep("--epochs=1", "--grid=l2=0", f"--resume={folder}")[0] == 2
+    assert "trial-001: is a run with other settings: --l1" in capsys.readouterr().err
+
+
+def test_a_killed_sweep_goes_on(tmp_path):
+    command = [sys.executable, "-m", "tfloop", "sweep", *SMALL, f"--logdir={tmp_path}", "--epochs=30", "--grid=learning_rate=0.001,0.002"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "digits-sweep-001"
+    while running.poll() is None and not list((folder / "trial-002").glob("checkpoints/*")):
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert not (folder / "ranking.json").exists()
+    done = subprocess.run([*command, "--resume=auto"], check=True, capture_output=True, text=True)
+    assert "1 trial in" in done.stdout and all(result(folder / f"trial-{number:03d}")["finished"] for number in (1, 2))
 
 
 def test_each_trial_is_a_run_of_its_own_in_hparams(sweep):

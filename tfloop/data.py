@@ -5,6 +5,7 @@ labels. Where they come from is in `sources`, how they reach the step in `pipeli
 """
 
 import dataclasses
+import functools
 import zlib
 
 import numpy as np
@@ -25,6 +26,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def tensors(self) -> tuple:
+        """(images, labels) as tensors on the device, one copy for all who ask."""
+        import tensorflow as tf
+
+        return tf.constant(self.images[:]), tf.constant(self.labels)
 
     def take(self, rows: np.ndarray | slice) -> "Split":
         select = getattr(self.images, "select", self.images.__getitem__)  # records.Records reads nothing for it

@@ -5,6 +5,7 @@ graph that results nothing of one model waits for another: TensorFlow computes t
 more than one core, so no operation is cut into parts and no part is waited for (`benchmarks/ensemble.py`).
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 
@@ -43,8 +44,9 @@ class SideBySide:
             call.loop.seconds["training"] += call.seconds
 
     def _call(self, counts: list[int]) -> tuple[list, float]:
-        for loop in self.loops:  # one that took no part yet
-            self._sources.setdefault(loop, loop.pipeline.begin(loop.state.seed, loop.state.epoch, 0))
+        for loop in self.loops:
+            if loop not in self._sources:  # it took no part yet
+                self._sources[loop] = loop.pipeline.begin(loop.state.seed, loop.state.epoch, 0)
         started = time.perf_counter()
         try:
             found = self.compiled([self._sources[loop] for loop in self.loops], tf.constant(counts))
@@ -58,9 +60,14 @@ class SideBySide:
         return found, time.perf_counter() - started
 
     def _warm_up(self) -> None:
-        """Trace and compile; no step is made."""
-        self._warm = True
-        _, seconds = self._call([0] * len(self.loops))
+        """Trace and compile, by a step of each that is then taken back."""
+        self._warm, sources = True, self._sources
+        self._sources = {loop: loop.pipeline.begin(loop.state.seed, loop.state.epoch, int(loop.state.batch)) for loop in self.loops}
+        with contextlib.ExitStack() as kept:
+            for loop in self.loops:
+                kept.enter_context(loop.taken_back())
+            _, seconds = self._call([1] * len(self.loops))
+        self._sources = sources
         for loop in self.loops:
             loop.seconds["tracing"] += seconds / len(self.loops)
 

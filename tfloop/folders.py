@@ -20,18 +20,27 @@ FREE = {name for group in ("where and how it runs", "looking inside", "what is w
 
 def create(config: Config) -> Path:
     """A new folder in config.logdir, never one that was there: "article2-001", "article2-002" …"""
-    logdir, number = Path(config.logdir), 1
+    folder = numbered(Path(config.logdir), name_of(config))
+    write(folder / "config.json", config.to_json())
+    return folder
+
+
+def numbered(logdir: Path, name: str) -> Path:
+    """A new folder NAME-001, NAME-002 …, the first that is not there.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    number = 1
     while True:
-        folder = logdir / f"{_name(config)}-{number:03d}"
+        folder = logdir / f"{name}-{number:03d}"
         try:
             folder.mkdir(parents=True)
-            break
+            return folder
         except FileExistsError:
             number += 1
         except OSError as error:
             raise UserError(f"--logdir={logdir}: cannot make {folder}: {error.strerror}") from None
-    write(folder / "config.json", config.to_json())
-    return folder
 
 
 def make(folder: Path, config: Config) -> None:
@@ -47,7 +56,12 @@ def make(folder: Path, config: Config) -> None:
     write(folder / "config.json", config.to_json())
 
 
-def _name(config: Config) -> str:
+def name_of(config: Config) -> str:
+    """The name that its runs' folders begin with.
+
+    Raises:
+      UserError: it is no plain name.
+    """
     name = config.name or config.preset
     if Path(name).name != name:
         raise UserError(f"--name={name}: expected a plain name, not a path; --logdir chooses the folder")
@@ -56,7 +70,7 @@ def _name(config: Config) -> str:
 
 def newest_unfinished(config: Config) -> Path | None:
     """The newest of the folders that `create` made for these settings, unless it is finished or there is none."""
-    name = _name(config)
+    name = name_of(config)
     made = [path for path in Path(config.logdir).glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal()]
     newest = max(made, key=lambda path: int(path.name.removeprefix(f"{name}-")), default=None)
     return newest if newest and (newest / "config.json").is_file() and not is_finished(newest) else None

@@ -379,6 +379,7 @@ class Loop:
         state = self.state
         while (batch := int(state.batch)) < self.steps:
             ready = Ready(self, self._source_at(batch), self._call_length(batch))
+            self._place = None  # until the call has gone well: what it took of the source is not to be taken for granted
             with tf.profiler.experimental.Trace("train", step_num=int(state.global_step), _r=1):  # marks it in a profile
                 yield ready
             if state.diverged:

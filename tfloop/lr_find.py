@@ -55,8 +55,9 @@ def range_test(loop: Loop, low: float = 1e-6, high: float = 1.0, steps: int = 30
     lowest = int(smoothed.argmin()) if len(smoothed) else 0
     if lowest < 2:
         raise UserError(f"the loss does not fall anywhere from rate {low:g} to {high:g}; try --low and --high further down")
-    slope = np.gradient(smoothed[:lowest + 1], np.log(made[:lowest + 1]))
-    return RangeTest(made, losses, smoothed, float(made[slope.argmin()]), float(made[lowest]), bool(diverged))
+    settled = min(round(1 / (1 - SMOOTHING)), lowest // 2)  # the first means are of a few losses, and jump
+    slope = np.gradient(smoothed[:lowest + 1], np.log(made[:lowest + 1]))[settled:]
+    return RangeTest(made, losses, smoothed, float(made[settled + slope.argmin()]), float(made[lowest]), bool(diverged))
 
 
 def smooth(losses) -> np.ndarray:

@@ -21,7 +21,7 @@ OUTPUTS = ("softmax", "sigmoid")
 def build(config: Config, image_shape: tuple[int, int, int], classes: int) -> keras.Sequential:
     """The CNN that `config` describes: (conv, batch norm, activation, pool)*, flatten, (dense, dropout)*, output.
 
-    With `pool_first` the order is conv, pool, batch norm, activation: the last two then work on a quarter of the values.
+    With `pool_first` the order is conv, pool, batch norm, activation: the last two then work on the pooled values.
 
     The weights are those of `initial_weights(model, config.seed)`. With mixed precision all layers but the output
     compute in 16 bits; weights stay float32.

@@ -48,7 +48,7 @@ class Resident:
         self.size, self.batch_size = len(split), batch_size
         self._rows, self._first = batch_size // parts, part * (batch_size // parts)
         self.steps = math.ceil(self.size / batch_size)
-        self._images, self._labels = tf.constant(split.images[:]), tf.constant(split.labels)
+        self._images, self._labels = split.tensors
         self.error = None
         self._order = tf.Variable(tf.zeros([self.steps * batch_size], tf.int64), trainable=False)
 

@@ -197,7 +197,7 @@ def report(rows: Sequence):
         right.annotate(f"{claimed.mean():.2f}", (claimed.mean(), -place + 0.32), ha="center", va="bottom", fontsize=8, color=colour)
         labels.append(f"{row.preset}\n{'last epoch' if row.protocol == 'clean' else 'best epoch, shuffled'}")
     low = min(100 * value for row in rows for epochs in row.by_epoch for value in epochs[min(1, len(epochs) - 1):])
-    left.set(title="test accuracy, %, mean and range over seeds", xlabel="epoch", ylim=(max(low - 0.1, 97), None))
+    left.set(title="test accuracy, %, mean and range over seeds", xlabel="epoch", ylim=(max(low - 0.1, 100 * max(max(epochs) for row in rows for epochs in row.by_epoch) - 3), None))
     left.legend(loc="lower right", fontsize=8)
     right.set(title="every seed, and the mean", xlabel="test accuracy, %", ylim=(-len(rows) + 0.3, 0.8))
     right.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)

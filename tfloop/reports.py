@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tfloop.config import Config
+from tfloop.errors import DivergenceError
 from tfloop.sweeps import Sweep, Trial
 
 EXPERIMENTS = {  # preset → what it is, what the article says of it
@@ -49,7 +50,7 @@ def planned(config: Config, presets: list[str], seeds: tuple[int, ...], folder: 
                 split = dict(split="standard") if protocol == CLEAN else dict(split="shuffled", split_seed=seed)
                 own = Config.make(preset, **{"epochs": config.epochs, "seed": seed, "summaries": config.summaries, **split,
                                              "name": f"{preset}-{protocol}", "logdir": str(folder)})
-                own = own.replace(**{name: getattr(config, name) for name in ("shards", "intra_op_threads", "inter_op_threads", "onednn")})
+                own = own.replace(**{name: getattr(config, name) for name in ("device", "shards", "intra_op_threads", "inter_op_threads", "onednn")})
                 found.append(Trial(len(found) + 1, {"preset": preset, "protocol": protocol, "seed": seed}, own,
                                    folder / f"{preset}-{protocol}-{config.epochs}-epochs-seed-{seed}"))
     return found
@@ -67,6 +68,10 @@ def train(config: Config, trials: list[Trial], device: str, stop: Callable[[], b
             continue
         if not Sweep(config, same, runs.load_data(same[0].config), device, say).run(1, stop):
             return False
+    for trial in trials:
+        if diverged := trial.result["diverged"]:
+            raise DivergenceError(f"{trial.folder}: diverged at step {diverged['step']}, in {diverged['layer']}; there is nothing to report",
+                                  diverged["step"], diverged["layer"])
     return True
 
 

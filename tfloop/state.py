@@ -133,7 +133,7 @@ class TrainState(tf.Module):
             return forward(self.model, self.standardize(images))
         views = shifted(tf.cast(images, tf.float32), self._average_shifts)
         found = [models.probabilities(self.model, forward(self.model, self.standardize(view))) for view in views]
-        mean = tf.maximum(tf.add_n(found) / len(found), 1e-30)
+        mean = tf.clip_by_value(tf.add_n(found) / len(found), 1e-30, 1.0 - 2.0**-24)
         return tf.math.log(mean) - tf.math.log1p(-mean) if models.output_activation(self.model) == "sigmoid" else tf.math.log(mean)
 
     def key(self, part: tf.Tensor | int = 0, parts: int = 1) -> Key:

@@ -23,10 +23,11 @@ from tfloop.errors import UserError
 FILE, RESULT = "sweep.json", "ranking.json"
 ALIASES = {"rate": "learning_rate"}
 SEARCHED = [name for group in ("augmentation", "model", "loss", "optimizer", "schedule") for name in GROUPS[group]] + [
-    "seed", "epochs", "batch_size", "accumulate"]
+    "seed", "epochs", "early_stopping", "batch_size", "accumulate"]
 BUILT_IN = (*GROUPS["model"], "penalize", "optimizer", "nesterov", "centered", "schedule", "staircase", "restarts", "average_shifts",
             "batch_size", "accumulate")  # shape the graph
-MAY_BE_ABSENT = (*GROUPS["augmentation"], "clip_value", "clip_norm", "clip_global_norm", "ema")  # variables, where they are there
+MAY_BE_UNSET = ("clip_value", "clip_norm", "clip_global_norm", "ema")  # variables, where they are set
+MAY_BE_0 = GROUPS["augmentation"]  # variables, where they are not 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +47,14 @@ class Trial:
 
 
 def grid(text: str) -> list[dict[str, str]]:
-    """Every combination of "NAME=VALUE,VALUE… NAME=…"; a list such as --conv is written 32-64-64."""
+    """Every combination of "NAME=VALUE,VALUE… NAME=…"; a list such as --conv is written 32/64/64, an unset value as nothing: "ema=,0.9"."""
     names, choices = [], []
     for part in text.split():
         name, value = _name(part, "--grid")
-        values = [choice for choice in value.split(",") if choice]
-        if not values:
-            raise UserError(f"--grid: {name} has no values; expected {name}=VALUE,VALUE")
         if name in names:
             raise UserError(f"--grid: {name} comes twice; give all its values at once")
         names.append(name)
-        choices.append(dict.fromkeys(_listed(name, choice) for choice in values))
+        choices.append(_choices(name, value))
     if not names:
         raise UserError("--grid: expected NAME=VALUE,VALUE and more of them, found nothing")
     return [dict(zip(names, values)) for values in itertools.product(*choices)]
@@ -71,14 +69,14 @@ def random(count: int, spaces: list[str], seed: int = 0) -> list[dict[str, str]]
             raise UserError(f"--random: {name} comes twice")
         scale, _, bounds = value.partition(":")
         if scale not in ("log", "lin"):
-            choices = [_listed(name, choice) for choice in value.split(",") if choice]
+            choices = _choices(name, value)
             found[name] = [choices[i] for i in draw.integers(len(choices), size=count)]
             continue
         try:
             low, high = map(float, bounds.split(":"))
         except ValueError:
             low = high = math.nan
-        if not (math.isfinite(low) and math.isfinite(high) and low < high and (scale == "lin" or low > 0)):
+        if not (math.isfinite(high - low) and low < high and (scale == "lin" or low > 0)):
             raise UserError(f"--random: {part}: expected {name}={scale}:LOW:HIGH, two numbers that rise"
                             + ", both above 0" * (scale == "log"))
         drawn = np.exp(draw.uniform(math.log(low), math.log(high), count)) if scale == "log" else draw.uniform(low, high, count)
@@ -105,27 +103,28 @@ def _name(part: str, flag: str) -> tuple[str, str]:
     return name, value
 
 
-def _listed(name: str, value: str) -> str:
-    return value.replace("-", ",") if kind(name)[1] else value
+def _choices(name: str, text: str) -> list[str]:
+    return [choice.replace("/", ",") if kind(name)[1] else choice for choice in text.split(",")]
 
 
 def structure(config: Config) -> tuple:
     """What the graph is made for: two trials that agree in it share one trace."""
-    return (*(getattr(config, name) for name in BUILT_IN), *(bool(getattr(config, name)) for name in MAY_BE_ABSENT),
-            len(config.boundaries), len(config.rates))
+    return (*(getattr(config, name) for name in BUILT_IN), *(getattr(config, name) is not None for name in MAY_BE_UNSET),
+            *(bool(getattr(config, name)) for name in MAY_BE_0), len(config.boundaries), len(config.rates))
 
 
 def trials(config: Config, values: list[dict[str, str]], folder: Path) -> list[Trial]:
-    """A trial for each, checked.
+    """A trial for each, checked; one that is the same as one before is left out.
 
     Raises:
       UserError: a value of the wrong type, out of range, or that goes with no other.
     """
-    made = []
-    for number, chosen in enumerate(values, start=1):
+    made = {}
+    for chosen in values:
         own = config.replace(**chosen, name="trial", ensemble=1)
-        made.append(Trial(number, {name: getattr(own, name) for name in chosen}, own, folder / f"trial-{number:03d}"))
-    return made
+        found = {name: getattr(own, name) for name in chosen}
+        made.setdefault(tuple(found.values()), Trial(len(made) + 1, found, own, folder / f"trial-{len(made) + 1:03d}"))
+    return list(made.values())
 
 
 def rungs(epochs: int, factor: int) -> list[int]:
@@ -148,21 +147,24 @@ class Standing:
     spread: float = 0.0  # standard deviation of the accuracy over seeds
     seconds: float = 0.0  # of training
     diverged: bool = False
+    cut_off: bool = False  # by successive halving, before its last epoch
 
     @property
     def key(self) -> tuple:
-        return (self.diverged, -self.epochs, -self.accuracy, self.loss, self.trials[0].number)
+        """Sorts from best to worst. What was cut off comes after what was not, what got further first."""
+        return (self.diverged, self.cut_off, -self.epochs if self.cut_off else 0, -self.accuracy, self.loss, self.trials[0].number)
 
 
 def standings(found: list[Trial], until: int | None = None) -> list[Standing]:
-    """From best to worst by the validation images, after `until` epochs or all; those that got further come first."""
+    """From best to worst by the validation images; with `until`, as it was after so many epochs."""
     together = {}
     for trial in found:
         values = {name: value for name, value in trial.values.items() if name != "seed"}
         together.setdefault(tuple(values.items()), Standing(values, [])).trials.append(trial)
     for standing in together.values():
         results = [trial.result for trial in standing.trials]
-        standing.diverged = any(result and result["diverged"] for result in results)
+        standing.diverged = any(result and result["diverged"] and (until is None or len(result["epochs"]) < until) for result in results)
+        standing.cut_off = until is None and not all(result and result["finished"] for result in results)
         standing.seconds = sum(result["seconds"]["training"] for result in results if result)
         done = [result["epochs"][:until] for result in results if result and result["epochs"]]
         if len(done) == len(results):
@@ -205,19 +207,27 @@ def opened(folder: Path, config: Config, search: dict, resume: bool) -> None:
 class Sweep:
     """The trials of a sweep, trained one after the other or side by side.
 
-    Attributes: `traced`, how often a training step was traced; `trained`, numbers of the trials worked on in this process; `seconds`.
+    Attributes: `trained`, numbers of the trials worked on in this process; `seconds`.
     """
 
     def __init__(self, config: Config, found: list[Trial], data, device: str, say: Callable[[str], None]):
-        """Args: settings; the trials; the images to train on and to choose by; the device's name; who is told of progress."""
-        self.trained, self.seconds, self._traced_before = set(), 0.0, 0
-        self._config, self._trials, self._device, self._say = config, found, device, say
-        self._data = data
-        self._structure, self._loops, self._make = None, [], None
+        """Args: settings; the trials; the images to train on and to choose by; the device's name; who is told of progress.
+
+        Raises:
+          UserError: a trial's folder holds a run with other settings.
+        """
+        self.trained, self.seconds = set(), 0.0
+        self._config, self._trials, self._device, self._say, self._data = config, found, device, say, data
+        self._loops, self._makes = {}, {}  # by structure
+        for trial in found:
+            if (trial.folder / "config.json").is_file():
+                if names := folders.changed(Config.make(**folders.settings(trial.folder)), trial.config):
+                    raise UserError(f"{trial.folder}: is a run with other settings: --{', --'.join(names)}; choose another folder")
 
     @property
     def traced(self) -> int:
-        return self._traced_before + (self._loops[0].traces["train"] if self._loops else 0)
+        """How often a training step was traced."""
+        return sum(loops[0].traces["train"] for loops in self._loops.values())
 
     def run(self, factor: int, stop: Callable[[], bool]) -> bool:
         """Train all trials, with successive halving by `factor` (1: none); false where `stop` was true before the end."""
@@ -258,22 +268,22 @@ class Sweep:
         group = [trial for trial in group if not ended(trial)]
         if not group:
             return
-        if structure(group[0].config) != self._structure:
-            self._traced_before = self.traced
-            self._structure = structure(group[0].config)
-            self._loops = [runs.make_loop(group[0].config, self._data) for _ in range(self._config.ensemble)]
-            self._make = ensemble.SideBySide(self._loops).make if len(self._loops) > 1 else ensemble.alone
+        key = structure(group[0].config)
+        if key not in self._loops:
+            members = min(self._config.ensemble, sum(structure(trial.config) == key for trial in self._trials))
+            self._loops[key] = [runs.make_loop(group[0].config, self._data) for _ in range(members)]
+            self._makes[key] = ensemble.SideBySide(self._loops[key]).make if members > 1 else ensemble.alone
         started, quiet = time.perf_counter(), Display(1, 1, quiet=True)
         with contextlib.ExitStack() as locks:
             trainings = []
-            for trial, loop in zip(group, self._loops):
+            for trial, loop in zip(group, self._loops[key]):
                 if not (trial.folder / "config.json").is_file():
                     folders.make(trial.folder, trial.config)
                 locks.enter_context(folders.locked(trial.folder))
                 runs.settle(loop, trial.config)
                 reached = (lambda loop=loop: stop() or int(loop.state.epoch) >= until) if until else stop
                 trainings.append(Run(trial.config, loop, trial.folder, quiet, self._device).train(started, reached))
-            ensemble.finish(trainings, self._make)
+            ensemble.finish(trainings, self._makes[key])
         for trial in group:
             self.trained.add(trial.number)
             self._say(f"{trial.folder.name} (of {len(self._trials)}): {described(trial.values)}: {outcome(trial)}")
@@ -281,7 +291,9 @@ class Sweep:
 
 def shown(value) -> str:
     """A value as one would type it in a grid."""
-    return "-".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        return "/".join(map(shown, value))
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def described(values: dict) -> str:

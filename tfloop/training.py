@@ -78,8 +78,8 @@ def _train(config: Config, device: str, started: float, stop: Callable[[], bool]
 def _train_all(config: Config, loop: Loop, display: Display, device: str, started: float, stop: Callable[[], bool],
                resume: Path | None, replicas: Replicas | None) -> list[dict]:
     """The results of all runs that `config` asks for, as many at a time as the ensemble has members."""
-    members = config.ensemble
-    seeds = config.seeds or (range(config.seed, config.seed + members) if members > 1 else (config.seed,) * config.runs)
+    seeds = config.seeds or (range(config.seed, config.seed + config.ensemble) if config.ensemble > 1 else (config.seed,) * config.runs)
+    members = min(config.ensemble, len(seeds))
     loops = [loop, *(make_loop(config, loop.data) for _ in range(members - 1))]
     make, results = ensemble.SideBySide(loops).make if members > 1 else ensemble.alone, []
     for first in range(0, len(seeds), members):
@@ -91,7 +91,8 @@ def _train_all(config: Config, loop: Loop, display: Display, device: str, starte
             made = [Run(own, one, folder, display, device, replicas, f"seed {own.seed}" if members > 1 else "")
                     for own, one, folder in zip(group, loops, places)]
             ends = ensemble.finish([run.train(started, stop) for run in made], make)
-            together = _together(loops, made)
+            finished = all(isinstance(end, dict) and end["finished"] for end in ends)
+            together = _together(loops, made) if finished and len(made) > 1 else None
             for run, folder, end in zip(made, places, ends):
                 if isinstance(end, dict):
                     results.append({**end, "folder": str(folder)})
@@ -108,10 +109,8 @@ def _train_all(config: Config, loop: Loop, display: Display, device: str, starte
     return results
 
 
-def _together(loops: list[Loop], runs: list[Run]) -> float | None:
-    """The accuracy of several models' mean probabilities on the test images; None where a model has not come so far."""
-    if len(runs) < 2 or any(run.outputs is None for run in runs):
-        return None
+def _together(loops: list[Loop], runs: list[Run]) -> float:
+    """The accuracy of several models' mean probabilities on the test images, after their last epoch."""
     probabilities = ensemble.mean_probabilities(loops, [run.outputs for run in runs])
     return float(np.mean(probabilities.argmax(axis=1) == loops[0].data.test.labels))
 

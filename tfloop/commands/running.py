@@ -45,7 +45,7 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
 def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
     """(settings, folder) of the run that --resume names; with auto, of the newest that is not finished, or of a new one."""
     if config.seeds or config.runs > 1 or config.ensemble > 1:
-        raise UserError("--resume goes on with one run: leave --seeds, --runs and --ensemble out")
+        raise UserError("--resume goes on with one run: leave --seeds, --runs and --ensemble out (or --ensemble=1)")
     if options["dry_run"]:
         raise UserError("--resume and --dry_run exclude each other: one goes on with a run, the other keeps nothing")
     folder = folders.newest_unfinished(config) if options["resume"] == "auto" else Path(options["resume"])
@@ -67,7 +67,7 @@ def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
         if options["dataset"]:
             trained = trained.replace(dataset=options["dataset"], cache="", split="standard")
         data = runs.load_data(trained)
-        if loops and not np.array_equal(data.test.labels, loops[0].data.test.labels):
+        if loops and not _same_test(data, loops[0].data):
             raise UserError(f"{folder}: has other test images than {arguments[0]}; name runs of the same data, or give --dataset")
         runs.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
         loops.append(Loop(state, data, batch_size=min(trained.batch_size, len(data.train)), shards=config.shards))
@@ -92,6 +92,15 @@ def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
         plots.save(plots.evaluation(calibration, pictures, labels[mistakes], guesses[mistakes], confidence[mistakes]), options["plot"])
         print(options["plot"])
     return 0
+
+
+def _same_test(one, other) -> bool:
+    """Are the test images of two data sets the same, and their classes?"""
+    import numpy as np
+
+    if one.classes != other.classes or not np.array_equal(one.test.labels, other.test.labels):
+        return False
+    return one.digest == other.digest if one.digest or other.digest else np.array_equal(one.test.images, other.test.images)
 
 
 def predict(config: Config, options: dict, arguments: list[str]) -> int:

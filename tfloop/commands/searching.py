@@ -13,42 +13,45 @@ SHARE_HELD_OUT, MOST_HELD_OUT = 1 / 6, 10000  # of the training images, to choos
 
 
 def sweep(config: Config, options: dict, arguments: list[str]) -> int:
-    stop = Stop()
+    stop, say = Stop(), _saying(config)
     values = _values(options, arguments)
     halving = _whole(options, "halving", 1)
     if halving > 1 and any("epochs" in chosen for chosen in values):
         raise UserError(f"--halving={halving} and epochs in the search exclude each other: it compares trials after the same epochs")
-    if "summaries" not in options["given"]:
-        config = config.replace(summaries="scalars")
-    name = f"{config.name or config.preset}-sweep"
-    folder = _folder(config, name, options["resume"])
-    sweeps.trials(config, values, folder)  # says what is wrong before TensorFlow is there
-    folders.check_writable(folder)
+    if halving > 1 and sweeps.rungs(config.epochs, halving) == [config.epochs]:
+        raise UserError(f"--halving={halving}: {config.epochs} epochs are too few for it")
+    config, name = _briefly(config, options), f"{folders.name_of(config)}-sweep"
+    folder = _resumed(config, name, options["resume"])
+    sweeps.trials(config, values, Path())  # says what is wrong before TensorFlow is there
+    folders.check_writable(folder or Path(config.logdir))
     config, device = start(config)
     from tfloop import models, runs
 
     data = runs.load_data(config)
     if not config.validation_size:
-        size = min(MOST_HELD_OUT, int(SHARE_HELD_OUT * len(data.train)))
+        size = max(1, min(MOST_HELD_OUT, int(SHARE_HELD_OUT * len(data.train))))
         config = config.replace(validation_size=size)
         data = runs.load_data(config)
-        print(f"--validation_size={size}: so many training images are held out to choose by")
-    found = sweeps.trials(config, values, folder)
-    for trial in found:
+        say(f"--validation_size={size}: so many training images are held out to choose by")
+    for trial in sweeps.trials(config, values, Path()):
         models.check_sizes(trial.config, data.image_shape)
+        runs.make_schedule(trial.config, 1), runs.make_optimizer(trial.config)  # do they have what is searched?
         if trial.config.batch_size > len(data.train):
             raise UserError(f"--batch_size={trial.config.batch_size} is larger than the {len(data.train)} training images")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder or folders.numbered(Path(config.logdir), name)
+    found = sweeps.trials(config, values, folder)
     search = {"grid": options["grid"], "random": options["random"], "spaces": arguments, "search_seed": options["search_seed"], "halving": halving}
     with folders.locked(folder):
         sweeps.opened(folder, config, search, bool(options["resume"]))
         structures = len({sweeps.structure(trial.config) for trial in found})
-        print(f"{len(found)} trials of {config.epochs} epochs, {structures} graph{'s' * (structures > 1)} to trace: {folder}", flush=True)
-        running = sweeps.Sweep(config, found, data.without_test(), device, lambda line: print(line, flush=True))
+        repeats = len(values) - len(found)
+        say(f"{len(found)} trial{'s' * (len(found) > 1)} of {config.epochs} epoch{'s' * (config.epochs > 1)}, {structures} "
+            f"graph{'s' * (structures > 1)} to trace{f'; {repeats} left out that repeat another' if repeats else ''}: {folder}")
+        running = sweeps.Sweep(config, found, data.without_test(), device, say)
         if not running.run(halving, stop.asked):
             print(f"stopped; --resume={folder} goes on")
             return stop.code()
-        return _close(folder, found, running, data)
+        return _close(folder, found, running, data, config.quiet)
 
 
 def _values(options: dict, arguments: list[str]) -> list[dict[str, str]]:
@@ -68,18 +71,28 @@ def _whole(options: dict, name: str, least: int) -> int:
     return int(text)
 
 
-def _folder(config: Config, name: str, resume: str) -> Path:
-    """The folder to go on in, or a new one's path."""
-    if resume and resume != "auto":
-        return Path(resume)
-    if resume and (unfinished := sweeps.find(config, name)):
-        return unfinished
-    if resume:
+def _saying(config: Config):
+    return lambda line: None if config.quiet else print(line, flush=True)
+
+
+def _briefly(config: Config, options: dict) -> Config:
+    """Curves only, where nothing else was asked for: many runs would write many pictures."""
+    return config.replace(summaries="scalars") if config.summaries == Config.summaries and "summaries" not in options["given"] else config
+
+
+def _resumed(config: Config, name: str, resume: str) -> Path | None:
+    """The folder of the sweep to go on with; None for a new one."""
+    if not resume:
+        return None
+    folder = sweeps.find(config, name) if resume == "auto" else Path(resume)
+    if not folder:
         raise UserError(f"--resume=auto: there is no unfinished {name} in {config.logdir}; leave --resume out for a new one")
-    return next(path for number in range(1, 10**6) if not (path := Path(config.logdir) / f"{name}-{number:03d}").exists())
+    if not (folder / sweeps.FILE).is_file():
+        raise UserError(f"--resume={folder}: is no sweep's folder: it has no {sweeps.FILE}")
+    return folder
 
 
-def _close(folder: Path, found: list[sweeps.Trial], running: sweeps.Sweep, data) -> int:
+def _close(folder: Path, found: list[sweeps.Trial], running: sweeps.Sweep, data, quiet: bool) -> int:
     """Rank, look at the test images of the best alone, and write both down."""
     from rich import box
     from rich.console import Console
@@ -93,33 +106,34 @@ def _close(folder: Path, found: list[sweeps.Trial], running: sweeps.Sweep, data)
     for trial in best.trials if not best.diverged else ():
         config, state, _ = runs.open_run(trial.folder)
         test.append(Loop(state, data, batch_size=config.batch_size).evaluate(data.test).accuracy)
-    table = Table(box=box.SIMPLE_HEAD)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120, quiet=quiet)
+    table, seeds = Table(box=box.SIMPLE_HEAD), len(best.trials) > 1
     for title in ("rank", "trial", *best.values, "validation", "loss", "epochs", "seconds"):
         table.add_column(title, justify="right")
-    seeds = len(best.trials) > 1
     for rank, standing in enumerate(ranked, start=1):
         accuracy = "diverged" if standing.diverged else f"{100 * standing.accuracy:.2f} %" + f" ± {100 * standing.spread:.2f}" * seeds
         table.add_row(str(rank), ", ".join(str(trial.number) for trial in standing.trials),
                       *(sweeps.shown(value) for value in standing.values.values()), accuracy,
                       "" if math.isnan(standing.loss) else f"{standing.loss:.4f}", str(standing.epochs), f"{standing.seconds:.1f}")
-    print()
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    console.print()
+    console.print(table)
+    say = lambda line: console.print(line, soft_wrap=True, markup=False)
     if test:
-        mean = sum(test) / len(test)
-        print(f"chosen: {sweeps.described(best.values)}: test accuracy {100 * mean:.2f} %"
-              + f", on average over {len(test)} seeds" * seeds + f"; {best.trials[0].folder}")
+        say(f"chosen: {sweeps.described(best.values)}: test accuracy {100 * sum(test) / len(test):.2f} %"
+            + f", on average over {len(test)} seeds" * seeds + f"; {best.trials[0].folder}")
     else:
-        print("every trial diverged; try lower rates")
-    if running.trained:
-        print(f"{len(running.trained)} trials in {running.seconds:.1f} s, {running.seconds / len(running.trained):.2f} s a trial, all included; the "
-              f"training step was traced {running.traced} time{'s' * (running.traced != 1)}")
-    folders.write_json(folder / sweeps.RESULT, {
-        "ranking": [{"values": standing.values, "trials": [trial.folder.name for trial in standing.trials], "epochs": standing.epochs,
-                     "validation_accuracy": None if math.isnan(standing.accuracy) else standing.accuracy,
-                     "validation_loss": None if math.isnan(standing.loss) else standing.loss, "diverged": standing.diverged,
-                     "training_seconds": standing.seconds} for standing in ranked],
-        "chosen": {"values": best.values, "test_accuracy": test}, "traces": running.traced, "trained_here": len(running.trained),
-        "seconds_here": running.seconds})
+        say("every trial diverged; try lower rates")
+    if count := len(running.trained):
+        say(f"{count} trial{'s' * (count > 1)} in {running.seconds:.1f} s, {running.seconds / count:.2f} s a trial, all included; the "
+            f"training step was traced {running.traced} time{'s' * (running.traced != 1)}")
+    if running.trained or not (folder / sweeps.RESULT).is_file():
+        folders.write_json(folder / sweeps.RESULT, {
+            "ranking": [{"values": standing.values, "trials": [trial.folder.name for trial in standing.trials], "epochs": standing.epochs,
+                         "validation_accuracy": None if math.isnan(standing.accuracy) else standing.accuracy,
+                         "validation_loss": None if math.isnan(standing.loss) else standing.loss, "diverged": standing.diverged,
+                         "training_seconds": standing.seconds} for standing in ranked],
+            "chosen": {"values": best.values, "test_accuracy": test}, "traces": running.traced, "trained_here": len(running.trained),
+            "seconds_here": running.seconds})
     return 0 if test else 3
 
 
@@ -128,6 +142,8 @@ def lr_find(config: Config, options: dict, arguments: list[str]) -> int:
     steps = _whole(options, "steps", 10)
     if low >= high:
         raise UserError(f"--low={options['low']} must lie below --high={options['high']}")
+    if config.precision == "mixed_float16":
+        raise UserError("--precision=mixed_float16: a step that overflows has no loss to compare; use another")
     unset = {name: getattr(Config, name) for name in HYPER["schedule"]}
     config, _ = start(config.replace(**unset, schedule="constant", warmup_steps=0.0, ensemble=1))
     from tfloop import plots, runs
@@ -165,8 +181,9 @@ def report(config: Config, options: dict, arguments: list[str]) -> int:
     if unknown := [preset for preset in presets if preset not in reports.EXPERIMENTS]:
         raise UserError(f"--experiments={options['experiments']}: '{unknown[0]}' is none; choose from {', '.join(reports.EXPERIMENTS)}")
     seeds = config.seeds or tuple(range(5))
-    if "summaries" not in options["given"]:
-        config = config.replace(summaries="scalars")
+    if len({*presets}) < len(presets) or len({*seeds}) < len(seeds):
+        raise UserError("report: an experiment or a seed comes twice")
+    config = _briefly(config, options)
     folders.check_writable(folder, "--out")
     config, device = start(config)
     from tfloop import plots
@@ -187,7 +204,7 @@ def report(config: Config, options: dict, arguments: list[str]) -> int:
 
 COMMANDS = {
     "report": Command(report, "the article's three experiments over several seeds, by its protocol and by a clean one", "", (
-        "epochs", "seeds", "ensemble", "summaries", *WHERE), {
+        "epochs", "seeds", "summaries", *WHERE), {
         "experiments": ("article2,article3,article3_32", "which"), "out": ("report", "the folder for runs, report.md, report.png and report.json")}),
     "lr_find": Command(lr_find, "the learning-rate range test: at which rate does the loss fall fastest?", "", tuple(
         name for name in HOW if name not in (*GROUPS["schedule"], "learning_rate", "epochs", "eager", "seeds", "runs", "ensemble", "on_nan", "steps_per_call")), {
@@ -196,7 +213,7 @@ COMMANDS = {
     "sweep": Command(sweep, "search over settings in one process and one trace, ranked by validation", "[SPACE]", tuple(
         name for name in FIELDS if name not in ("seeds", "runs", "strategy", "replicas", "worker_timeout", "profile", "live_plot",
                                                 "debugger_dump", "check_numerics", "eager")), {
-        "grid": ("", "every combination of these: \"l2=0,0.001 momentum=0.5,0.9\"; a list is written 32-64-64"),
+        "grid": ("", "every combination of these: \"l2=0,0.001 momentum=0.5,0.9\"; a list is written 32/64/64"),
         "random": ("", "so many draws, of what follows the flags: \"learning_rate=log:1e-4:1e-2 seed=0,1\"; also lin:LOW:HIGH"),
         "search_seed": ("0", "of these draws"),
         "halving": ("1", "after epochs / N, / N² …, only every N-th trial goes on; 1: all go to the end"),
