@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within about 8 minutes: agreement with the CPU, bit-equal repeats, memory settings,
-# devices, peers, ops.
+# devices, peers, ops, several models side by side, the speedrun.
 #
 #   benchmarks/gpu_check.sh OUT [PYTHON]     # JSON goes to OUT; PYTHON has TensorFlow's GPU build (default: .venv's, or python3)
 #
@@ -31,15 +31,17 @@ part() {  # part NAME SECONDS COMMAND…: run it within its time, and note where
   timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt" || { failed+=("$name"); }
   echo "($((SECONDS - started)) s)"
 }
-part gpu-tests 120 "$python" -m pytest "$here/../tests" -q -m gpu -p no:cacheprovider
+part gpu-tests 120 "$python" -m pytest "$here/../tests" -q -m gpu -p no:cacheprovider -o addopts=
 part devices 150 "$python" "$here/devices.py" --repeats=3 --epochs=2 --only=GPU --out="$out" --plot
 part devices-cpu 60 "$python" "$here/devices.py" --repeats=1 --epochs=1 --only=cores --out="$out/cpu"
 part peers 200 "$python" "$here/peers.py" --rounds=5 --seconds=0.5 --out="$out" --plot --only="fit,guide,PyTorch,JAX"
 part peers-tf32 100 "$python" "$here/peers.py" --rounds=3 --seconds=0.5 --out="$out/tf32" --precision=tf32 --only="fit,PyTorch,JAX"
 part ops 60 "$python" "$here/ops.py" --rounds=3 --seconds=0.3 --out="$out" --only=article2
+part ensemble 60 "$python" "$here/ensemble.py" --rounds=3 --seconds=0.5 --members=1,4 --out="$out"
+part speedrun 60 "$python" "$here/accuracy.py" --preset=speedrun --seeds=0,1,2 --target=0.9935 --out="$out"
 echo
 echo "== summary"
-for name in gpu-tests devices devices-cpu peers peers-tf32 ops; do
+for name in gpu-tests devices devices-cpu peers peers-tf32 ops ensemble speedrun; do
   case " ${failed[*]-} " in *" $name "*) echo "$name: failed or ran out of time" ;; *) echo "$name: done" ;; esac
 done
 [[ ${#failed[@]} -eq 0 ]]
