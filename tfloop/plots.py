@@ -214,14 +214,13 @@ def evaluation(calibration, images: np.ndarray, labels: np.ndarray, guesses: np.
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
-    axes, there = left.subplots(), calibration.images > 0
+    (axes, below), there = left.subplots(2, 1, sharex=True, height_ratios=(3, 1)), calibration.images > 0
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":")
     axes.plot(calibration.confidence[there], calibration.accuracy[there], "o-", color=COLOURS[0])
-    low = min(calibration.confidence[there].min(), calibration.accuracy[there].min())
-    for x, y, count in zip(calibration.confidence[there], calibration.accuracy[there], calibration.images[there]):
-        axes.annotate(f"{count}", (x, y), xytext=(4, -10), textcoords="offset points", fontsize=7, color="#666666")
-    axes.set(title=f"calibration error {100 * calibration.error:.2f} %", xlabel="confidence", ylabel="accuracy (and images)",
-             xlim=(max(low - 0.05, 0), 1.02), ylim=(max(low - 0.05, 0), 1.02))
+    axes.set(title=f"calibration error {100 * calibration.error:.2f} %", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.04))
+    bins = len(calibration.images)
+    below.bar((np.arange(bins) + 0.5) / bins, calibration.images, 0.9 / bins, color=COLOURS[0])
+    below.set(xlabel="confidence", ylabel="images", yscale="log", ylim=(0.7, None))
     axes.grid(alpha=0.3)
     if len(images):
         tiles = right.subplots(2, 5)
