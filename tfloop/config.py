@@ -41,8 +41,7 @@ class Config:
     validation_size: int = option(0, "training images held out, stratified by class, for choosing anything",
                                   within=(0, 2**31 - 1))
     split_seed: int = option(0, "of the shuffled split and of the choice of validation images", within=(0, 2**31 - 1))
-    standardize: bool = option(True, "scale every pixel to mean 0 and variance 1 over the training images; with shifts, "
-                                       "pixels that hardly ever vary become very large: leave it out there")
+    standardize: bool = option(True, "scale every pixel to mean 0 and variance 1 over the training images; not together with shifts")
 
     # --- augmentation
     augment_shift: int = option(0, "shift each training image by up to so many pixels", within=(0, 2**15))
