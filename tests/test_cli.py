@@ -379,17 +379,3 @@ def test_commands_take_from_a_config_file_what_they_have_flags_for(tmp_path, cap
     path = tmp_path / "config.json"
     path.write_text(json.dumps(dict(preset="digits", accumulate=2, strategy="multi_worker", epochs=1, conv=[2], dense=[3])))
     assert main([*command, f"--config={path}"]) == 0
-
-
-@pytest.mark.parametrize("command", [["debug", "--break_if=False"], ["schedule", "--print"], ["parity", "--steps=1"]], ids=lambda c: c[0])
-def test_commands_take_from_a_config_file_what_they_have_flags_for(tmp_path, capsys, command):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(dict(preset="digits", accumulate=2, strategy="multi_worker", epochs=1, conv=[2], dense=[3])))
-    assert main([*command, f"--config={path}"]) == 0
-
-
-@pytest.mark.parametrize("command", [["debug", "--break_if=False"], ["schedule", "--print"], ["parity", "--steps=1"]], ids=lambda c: c[0])
-def test_commands_take_from_a_config_file_what_they_have_flags_for(tmp_path, capsys, command):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(dict(preset="digits", accumulate=2, strategy="multi_worker", epochs=1, conv=[2], dense=[3])))
-    assert main([*command, f"--config={path}"]) == 0

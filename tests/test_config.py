@@ -72,8 +72,6 @@ def test_another_optimizer_or_schedule_drops_the_presets_numbers_of_the_old_one(
     (dict(augment_rotate=3, jit_compile=True), "--jit_compile and --augment_rotate or --augment_scale exclude each other"),
     (dict(check_numerics=True, precision="mixed_float16"), "--check_numerics and --precision=mixed_float16 exclude each other"),
     (dict(ensemble=2, runs=2), "--ensemble=2 and --runs exclude each other"),
-    (dict(check_numerics=True, precision="mixed_float16"), "--check_numerics and --precision=mixed_float16 exclude each other"),
-    (dict(check_numerics=True, precision="mixed_float16"), "--check_numerics and --precision=mixed_float16 exclude each other"),
     (dict(seeds="1,2", seed=2), "--seed and --seeds exclude each other"),
 ])
 def test_a_wrong_value_is_named_with_what_was_found(values, message):

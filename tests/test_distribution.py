@@ -281,20 +281,6 @@ def test_a_dry_run_tries_the_replicas_too(tmp_path):
     assert main(["train", "--strategy=multi_worker", "--dry_run"]) == 2
 
 
-def test_a_dry_run_tries_the_replicas_too(tmp_path):
-    process = tfloop("train", "--preset=digits", "--strategy=mirrored", "--replicas=2", "--dry_run", f"--logdir={tmp_path}/runs")
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and "dry run: one step of 32 images" in out, error
-    assert main(["train", "--strategy=multi_worker", "--dry_run"]) == 2
-
-
-def test_a_dry_run_tries_the_replicas_too(tmp_path):
-    process = tfloop("train", "--preset=digits", "--strategy=mirrored", "--replicas=2", "--dry_run", f"--logdir={tmp_path}/runs")
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and "dry run: one step of 32 images" in out, error
-    assert main(["train", "--strategy=multi_worker", "--dry_run"]) == 2
-
-
 def test_a_batch_that_cannot_be_cut_is_named(tmp_path, capfd):
     process = tfloop("train", "--preset=digits", "--strategy=mirrored", "--replicas=3", f"--logdir={tmp_path}/runs")
     _, error = process.communicate(timeout=60)

@@ -152,36 +152,6 @@ def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are
     assert f"accuracy {100 * np.mean(found == digits.test.labels):.2f} %" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--ema=0.99"], ["--precision=mixed_float16"]], ids=["average", "16 bits"])
-def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are_taken(tmp_path, digits, capsys, flags):
-    plain = stack(keras.layers.Rescaling(1 / 16))
-    inputs = keras.Input((8, 8, 1))
-    keras.Model(inputs, plain(inputs))  # builds it
-    x = inputs
-    for layer in plain.layers:
-        x = layer(x)
-    keras.Model(inputs, x).save(tmp_path / "m.keras")
-    assert main(["import", str(tmp_path / "m.keras"), *MODEL, *flags, f"--logdir={tmp_path}"]) == 0
-    assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
-    found = plain(digits.test.images.astype(np.float32)).numpy().argmax(axis=1)
-    assert f"accuracy {100 * np.mean(found == digits.test.labels):.2f} %" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", [["--ema=0.99"], ["--precision=mixed_float16"]], ids=["average", "16 bits"])
-def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are_taken(tmp_path, digits, capsys, flags):
-    plain = stack(keras.layers.Rescaling(1 / 16))
-    inputs = keras.Input((8, 8, 1))
-    keras.Model(inputs, plain(inputs))  # builds it
-    x = inputs
-    for layer in plain.layers:
-        x = layer(x)
-    keras.Model(inputs, x).save(tmp_path / "m.keras")
-    assert main(["import", str(tmp_path / "m.keras"), *MODEL, *flags, f"--logdir={tmp_path}"]) == 0
-    assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
-    found = plain(digits.test.images.astype(np.float32)).numpy().argmax(axis=1)
-    assert f"accuracy {100 * np.mean(found == digits.test.labels):.2f} %" in capsys.readouterr().out
-
-
 def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys):
     from tfloop import runs
 

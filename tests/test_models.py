@@ -168,29 +168,3 @@ def test_pooling_before_a_rising_activation_changes_nothing_and_before_batch_nor
     model = models.build(Config.make(pool_first=True, batch_norm=True), (28, 28, 1), 10)
     assert [layer.name for layer in model.layers][:5] == ["conv1", "pool1", "norm1", "activation1", "conv2"]
     assert model.get_layer("norm1").input.shape[1:3] == (13, 13)
-
-
-@pytest.mark.parametrize("rows", [4, 0])
-def test_batch_norm_after_a_dense_layer_leaves_out_what_fills_up(random, rows):
-    layer, stock = (keras.layers.BatchNormalization(scale=False) for _ in range(2))
-    x = random.normal(3, 5, size=(6, 7)).astype(np.float32)
-    for each in (layer, stock):
-        each.build(x.shape)
-    y = models._batch_norm(layer, tf.constant(x), tf.cast(tf.range(6) < rows, tf.float32))
-    if rows:
-        np.testing.assert_allclose(y[:rows], stock(x[:rows], training=True), rtol=1e-3, atol=1e-4)
-    for one, other in zip(layer.non_trainable_variables, stock.non_trainable_variables):
-        np.testing.assert_allclose(one, other, rtol=1e-4)
-
-
-@pytest.mark.parametrize("rows", [4, 0])
-def test_batch_norm_after_a_dense_layer_leaves_out_what_fills_up(random, rows):
-    layer, stock = (keras.layers.BatchNormalization(scale=False) for _ in range(2))
-    x = random.normal(3, 5, size=(6, 7)).astype(np.float32)
-    for each in (layer, stock):
-        each.build(x.shape)
-    y = models._batch_norm(layer, tf.constant(x), tf.cast(tf.range(6) < rows, tf.float32))
-    if rows:
-        np.testing.assert_allclose(y[:rows], stock(x[:rows], training=True), rtol=1e-3, atol=1e-4)
-    for one, other in zip(layer.non_trainable_variables, stock.non_trainable_variables):
-        np.testing.assert_allclose(one, other, rtol=1e-4)

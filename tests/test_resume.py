@@ -309,29 +309,3 @@ def test_with_an_override_a_run_goes_on_with_what_it_did_not_have(config, given)
     resumed = training.train(config(epochs=6, **settings, **given), resume=Path(first["folder"]))[0]
     assert resumed["finished"] and resumed["resumed_at"] == [first["steps"]]
     assert resumed["final"]["test"]["total"] < first["final"]["test"]["total"]
-
-
-def test_with_early_stopping_a_finished_run_goes_on_where_it_had_not_settled(config, capsys):
-    first = training.train(config(early_stopping=5, epochs=2))[0]
-    assert main(["train", f"--resume={first['folder']}", "--epochs=4", "--override"]) == 0
-    assert len(json.loads((Path(first["folder"]) / "result.json").read_text())["epochs"]) == 4
-
-
-@pytest.mark.parametrize("given", [dict(ema=0.9), dict(clip_norm=1.0), dict(augment_shift=1), dict(precision="mixed_float16")], ids=str)
-def test_with_an_override_a_run_goes_on_with_what_it_did_not_have(config, given):
-    folder = Path(training.train(config(epochs=2, validation_size=0))[0]["folder"])
-    resumed = training.train(config(epochs=3, validation_size=0, **given), resume=folder)[0]
-    assert resumed["finished"] and resumed["resumed_at"] and resumed["epochs"][-1]["test"]["accuracy"] > 0.5
-
-
-def test_with_early_stopping_a_finished_run_goes_on_where_it_had_not_settled(config, capsys):
-    first = training.train(config(early_stopping=5, epochs=2))[0]
-    assert main(["train", f"--resume={first['folder']}", "--epochs=4", "--override"]) == 0
-    assert len(json.loads((Path(first["folder"]) / "result.json").read_text())["epochs"]) == 4
-
-
-@pytest.mark.parametrize("given", [dict(ema=0.9), dict(clip_norm=1.0), dict(augment_shift=1), dict(precision="mixed_float16")], ids=str)
-def test_with_an_override_a_run_goes_on_with_what_it_did_not_have(config, given):
-    folder = Path(training.train(config(epochs=2, validation_size=0))[0]["folder"])
-    resumed = training.train(config(epochs=3, validation_size=0, **given), resume=folder)[0]
-    assert resumed["finished"] and resumed["resumed_at"] and resumed["epochs"][-1]["test"]["accuracy"] > 0.5
