@@ -54,7 +54,7 @@ def tfloop(job: Job):
     """tfloop as `train` runs it. The settings choose the rest: fast, shards, threads, eager, jit_compile, pipeline."""
     set_up(job.config, None, None)
     import tfloop
-    from tfloop.loop import forward_and_backward
+    from tfloop.step import forward_and_backward
     from tfloop.pipelines import batch_at
 
     loop = tfloop.make_loop(job.config)

@@ -9,7 +9,7 @@ import tfloop
 from conftest import SMALL
 from tfloop import models, pipelines
 from tfloop.errors import DivergenceError, UserError
-from tfloop.loop import accumulated, forward_and_backward, losses, train_step
+from tfloop.step import accumulated, forward_and_backward, losses, train_step
 
 
 def same(ours, theirs, **tolerance):

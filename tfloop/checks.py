@@ -12,8 +12,9 @@ from tfloop import models, ops, penalties, runs
 from tfloop.config import Config
 from tfloop.data import Dataset
 from tfloop.errors import UserError
-from tfloop.loop import Epoch, cross_entropy
+from tfloop.loop import Epoch
 from tfloop.randomness import Key
+from tfloop.step import cross_entropy
 
 STEP = 1e-6  # of central differences, in float64
 TOLERANCE = 1e-6  # relative to the largest entry of the gradient, or to a thousandth of Σ|terms| of the value if that is more

@@ -1,7 +1,7 @@
 """Gradients that one can step through: the step layer by layer, and a pdb that stays in readable source.
 
 `backward` shows a batch's way back through the model; `forward_and_backward` is the twin of the one in `loop` that
-takes this way; `Debugger` stops in `loop.train_step`, with everything it computes in plain names.
+takes this way; `Debugger` stops in `step.train_step`, with everything it computes in plain names.
 """
 
 import functools
@@ -17,13 +17,13 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from tfloop import loop as loop_module
 from tfloop import models
+from tfloop import step as step_module
 from tfloop.errors import UserError
-from tfloop.loop import Loss, Pass, example_losses, hit_rate, losses, model_losses, train_step
 from tfloop.optimizers import Vector
 from tfloop.pipelines import Batch
 from tfloop.state import TrainState
+from tfloop.step import Loss, Pass, example_losses, hit_rate, losses, model_losses, train_step
 
 
 class Gradient(NamedTuple):
@@ -107,7 +107,7 @@ def split(state: TrainState, recording: _Recording, name: str, data: tf.Tensor) 
 
 
 def forward_and_backward(state: TrainState, batch: Batch) -> Pass:
-    """The twin of `loop.forward_and_backward`: the same loss, logits and gradients, layer by layer."""
+    """The twin of `step.forward_and_backward`: the same loss, logits and gradients, layer by layer."""
     recording = record(state, batch)
     gradients = {}
     for layer, upstream, found in walk_back(state, recording):
@@ -154,10 +154,10 @@ class Debugger(pdb.Pdb):
         self.prompt, self._running = "(tfloop) ", False
         first, update = _lines()
         if condition or on_nan:
-            self.set_break(loop_module.__file__, update, cond=condition or "not bool(finite)")
+            self.set_break(step_module.__file__, update, cond=condition or "not bool(finite)")
             return
         for line in (first, update):
-            self.set_break(loop_module.__file__, line, temporary=at is not None)
+            self.set_break(step_module.__file__, line, temporary=at is not None)
 
     def stop_here(self, frame) -> bool:
         return _is_readable(frame.f_code.co_filename) and super().stop_here(frame)
@@ -178,7 +178,7 @@ class Debugger(pdb.Pdb):
 
 
 def _lines() -> tuple[int, int]:
-    """Line numbers in loop.py: the first of train_step's body, and that where everything but the update is done."""
+    """Line numbers in step.py: the first of train_step's body, and that where everything but the update is done."""
     source, start = inspect.getsourcelines(train_step)
     at = lambda text: start + next(i for i, line in enumerate(source) if line.strip().startswith(text))
     return at("images, labels, weights = batch"), at("valid = finite")
@@ -204,7 +204,7 @@ def check_condition(condition: str, loop) -> None:
     state = loop.state
     batch = loop.batch(0)
     averages = [variable.numpy() for variable in state.moving.values()]
-    loss, accuracy, examples, gradients, logits = loop_module.forward_and_backward(state, batch)
+    loss, accuracy, examples, gradients, logits = step_module.forward_and_backward(state, batch)
     learning_rate = state.schedule(state.schedule_step)
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
     for variable, value in zip(state.moving.values(), averages):
@@ -213,7 +213,7 @@ def check_condition(condition: str, loop) -> None:
                  accuracy=accuracy, examples=examples, logits=logits, gradients=gradients, updates=updates, slots=slots, learning_rate=learning_rate,
                  finite=tf.constant(True))
     try:
-        bool(eval(compile(condition, "--break_if", "eval"), vars(loop_module), names))
+        bool(eval(compile(condition, "--break_if", "eval"), vars(step_module), names))
     except Exception as error:
         raise UserError(f"--break_if={condition}: {type(error).__name__}: {error}; the names are {', '.join(names)}") from None
 

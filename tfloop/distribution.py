@@ -16,9 +16,9 @@ import tensorflow as tf
 from tfloop import cluster
 from tfloop.config import Config
 from tfloop.errors import UserError, WorkerLost
-from tfloop.loop import Pass, weighed, whole
 from tfloop.pipelines import Batch
 from tfloop.state import TrainState
+from tfloop.step import Pass, weighed, whole
 
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.InternalError, tf.errors.CancelledError, tf.errors.UnknownError,
         tf.errors.DeadlineExceededError, tf.errors.FailedPreconditionError)  # what TensorFlow raises, if it is one of the others
