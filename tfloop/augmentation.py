@@ -13,13 +13,18 @@ from tfloop.randomness import Key
 
 def shift(images: tf.Tensor, key: Key, pixels) -> tf.Tensor:
     """Each image by whole pixels, from -pixels to pixels, equally likely, in each direction."""
-    batch, height, width, channels = images.shape
-    by = tf.cast(tf.floor(key.uniform([batch, 2]) * (2.0 * pixels + 1.0)) - pixels, tf.int32)
-    rows, columns = tf.range(height) - by[:, :1], tf.range(width) - by[:, 1:]  # where each pixel comes from
-    places = (tf.range(batch)[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    found = tf.gather(tf.reshape(images, [-1, channels]), tf.where(inside, places, 0))
-    return found * tf.cast(inside, images.dtype)[..., None]
+    by = tf.cast(tf.floor(key.uniform([images.shape[0], 2]) * (2.0 * pixels + 1.0)) - pixels, tf.int32)
+    turned = tf.transpose(_down(images, by[:, 0]), [0, 2, 1, 3])
+    return tf.transpose(_down(turned, by[:, 1]), [0, 2, 1, 3])
+
+
+def _down(images: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
+    """Each image by its own number of rows, which are copied whole."""
+    batch, height = images.shape[:2]
+    rows = tf.range(height) - by[:, None]  # where each comes from
+    places = tf.where((rows >= 0) & (rows < height), tf.range(batch)[:, None] * height + rows, batch * height)
+    flat = tf.pad(tf.reshape(images, [batch * height, -1]), [[0, 1], [0, 0]])  # and one row of nothing
+    return tf.reshape(tf.gather(flat, places), images.shape)
 
 
 def shifted(images: tf.Tensor, pixels: int) -> list[tf.Tensor]:

@@ -7,9 +7,10 @@ The loss is written out in the step: total = data + l1 · Σ|w| + l2 · Σw², i
 import tensorflow as tf
 
 
-def l1(kernel: tf.Tensor) -> tf.Tensor:
+@tf.custom_gradient
+def l1(kernel: tf.Tensor):
     """Σ|w|. Its gradient is sign(w), 0 at 0."""
-    return tf.reduce_sum(tf.abs(kernel))
+    return tf.reduce_sum(tf.abs(kernel)), lambda upstream: upstream * tf.sign(kernel)  # two operations in place of five
 
 
 def l2(kernel: tf.Tensor) -> tf.Tensor:
