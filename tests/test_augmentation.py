@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from scipy import ndimage
+from scipy.interpolate import BSpline
 
 from tfloop import augmentation
 from tfloop.randomness import Key
@@ -34,16 +35,35 @@ def test_a_shift_is_by_whole_pixels_all_equally_likely_and_fills_with_0(images):
     assert min(counts) > 15 and max(counts) < 60  # 300 / 9 = 33, standard deviation 5.4
 
 
-def test_an_image_is_turned_and_scaled_about_its_middle(images):
-    found = augmentation.turn(images, key(), 30.0, 0.2).numpy()
-    draws = key().uniform([300, 2], -1.0, 1.0).numpy()
-    middle = np.array([4.0, 3.0])
+def resampled(image, rows, columns):
+    """SciPy's image at these places, between pixels, 0 beyond the edges."""
+    return np.stack([ndimage.map_coordinates(channel, [rows, columns], order=1, mode="grid-constant")
+                     for channel in np.moveaxis(image, -1, 0)], axis=-1)
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_an_image_is_turned_and_scaled_about_its_middle(images, xla):
+    make = lambda: (augmentation.warp(images, key(), 30.0, 0.2), key().uniform([300, 2], -1.0, 1.0))
+    found, draws = (tensor.numpy() for tensor in (tf.function(make, jit_compile=True)() if xla else make()))
+    places = np.indices((9, 7)).reshape(2, -1) - [[4], [3]]
     for image, turned, (angle, size) in list(zip(images.numpy(), found, draws))[:20]:
         a = np.deg2rad(30 * angle)
         back = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) / (1 + 0.2 * size)  # (row, column) of the output → input
-        for channel in range(2):
-            expected = ndimage.affine_transform(image[..., channel], back, middle - back @ middle, order=1, mode="grid-constant")
-            np.testing.assert_allclose(turned[..., channel], expected, atol=1e-3)
+        rows, columns = (back @ places + [[4], [3]]).reshape(2, 9, 7)
+        np.testing.assert_allclose(turned, resampled(image, rows, columns), atol=1e-3)
+
+
+def test_an_image_is_bent_by_cubic_splines_between_the_points_that_are_pulled(images):
+    found = augmentation.warp(images, key(), elastic=2.0).numpy()
+    pulls = 2.0 * key().fold_in(0).uniform([300, 2, 6, 6], -1.0, 1.0).numpy()
+    at = lambda length: BSpline.design_matrix(np.arange(length) * 3 / (length - 1), np.arange(-3, 7), 3).toarray()
+    for image, bent, pull in list(zip(images.numpy(), found, pulls))[:20]:
+        rows, columns = np.indices((9, 7)) + at(9) @ pull @ at(7).T
+        np.testing.assert_allclose(bent, resampled(image, rows, columns), atol=1e-3)
+
+
+def test_what_is_neither_turned_nor_bent_stays_as_it_is(images):
+    np.testing.assert_allclose(augmentation.warp(images, key(), elastic=0.0), images, rtol=1e-6)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4])
@@ -60,8 +80,8 @@ def test_a_square_is_cut_out_and_nothing_else(images, side):
     assert max(areas) == side**2
 
 
-@pytest.mark.parametrize("apply", [lambda x, k: augmentation.shift(x, k, 2.0), lambda x, k: augmentation.turn(x, k, 15.0, 0.1),
-                                   lambda x, k: augmentation.cut_out(x, k, 3.0)], ids=["shift", "turn", "cut_out"])
+@pytest.mark.parametrize("apply", [lambda x, k: augmentation.shift(x, k, 2.0), lambda x, k: augmentation.warp(x, k, 15.0, 0.1, 1.0),
+                                   lambda x, k: augmentation.cut_out(x, k, 3.0)], ids=["shift", "warp", "cut_out"])
 def test_the_parts_of_a_batch_are_augmented_as_the_whole_is(images, apply):
     whole = apply(images, key())
     parts = [apply(images[100 * i:100 * (i + 1)], key(part=tf.constant(i), parts=3)) for i in range(3)]
@@ -70,7 +90,7 @@ def test_the_parts_of_a_batch_are_augmented_as_the_whole_is(images, apply):
 
 
 def test_augmentation_is_part_of_training_alone_and_repeats(loop):
-    settings = dict(augment_shift=1, augment_rotate=10, augment_scale=0.1, augment_cutout=2)
+    settings = dict(augment_shift=1, augment_rotate=10, augment_scale=0.1, augment_elastic=1, augment_cutout=2)
     one, plain = loop(**settings), loop()
     batch = one.batch(0)
     inputs = one.state.inputs(batch.images, one.state.key())

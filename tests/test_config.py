@@ -69,7 +69,6 @@ def test_another_optimizer_or_schedule_drops_the_presets_numbers_of_the_old_one(
     (dict(clip_norm=1, clip_value=1), "--clip_value, --clip_norm and --clip_global_norm exclude each other"),
     (dict(early_stopping=3), "--early_stopping=3 looks at validation images, and there are none"),
     (dict(accumulate=3), "--accumulate=3 does not divide --batch_size=64"),
-    (dict(augment_rotate=3, jit_compile=True), "--jit_compile and --augment_rotate or --augment_scale exclude each other"),
     (dict(check_numerics=True, precision="mixed_float16"), "--check_numerics and --precision=mixed_float16 exclude each other"),
     (dict(ensemble=2, runs=2), "--ensemble=2 and --runs exclude each other"),
     (dict(seeds="1,2", seed=2), "--seed and --seeds exclude each other"),

@@ -47,6 +47,7 @@ class Config:
     augment_shift: int = option(0, "shift each training image by up to so many pixels", within=(0, 2**15))
     augment_rotate: float = option(0.0, "turn each training image by up to so many degrees", within=(0.0, 180.0))
     augment_scale: float = option(0.0, "make each training image larger or smaller by up to this share", within=(0.0, 0.99))
+    augment_elastic: float = option(0.0, "bend each training image: the points of a coarse grid are pulled by up to so many pixels", within=NOT_NEGATIVE)
     augment_cutout: int = option(0, "blank a square of so many pixels a side in each training image", within=(0, 2**15))
 
     # --- model
@@ -355,8 +356,6 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"--early_stopping={config.early_stopping} looks at validation images, and there are none; set --validation_size")
     if config.batch_size % config.accumulate:
         raise UserError(f"--accumulate={config.accumulate} does not divide --batch_size={config.batch_size}")
-    if config.jit_compile and (config.augment_rotate or config.augment_scale):
-        raise UserError("--jit_compile and --augment_rotate or --augment_scale exclude each other: XLA knows no bilinear warp")
     if config.ensemble > 1:
         for name in ("runs", "strategy", "eager", "check_numerics", "debugger_dump", "profile"):
             if getattr(config, name) != getattr(Config, name):

@@ -49,7 +49,7 @@ def make_optimizer(config: Config) -> Optimizer:
 
 def make_augmentation(config: Config) -> Augmentation:
     """The augmentation that `config` names."""
-    return Augmentation(config.augment_shift, config.augment_rotate, config.augment_scale, config.augment_cutout)
+    return Augmentation(config.augment_shift, config.augment_rotate, config.augment_scale, config.augment_elastic, config.augment_cutout)
 
 
 def settle(loop: Loop, config: Config) -> None:
