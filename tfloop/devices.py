@@ -20,14 +20,11 @@ def choose(config: Config, cores: int, replicas: int = 1) -> Config:
 
     oneDNN is on: the step takes 6.1 ms with it and 9.7 ms without (AMD EPYC with AVX-512, 2 cores; without AVX-512
     12.4 and 15.5 ms). With a shard for every core, operations need no threads of their own: 3.5 ms. So it is with the
-    models of an ensemble, which share the cores. Batch normalisation joins the shards at every layer, which costs more
-    than they save, unless pooling left it little to do; neither is there anything to shard where a shard would have
-    fewer than 16 images.
+    models of an ensemble, which share the cores. There is nothing to shard where a shard would have fewer than 16 images.
     """
     chosen = {"onednn": "on" if config.onednn == "auto" else config.onednn}
     if not config.shards:
-        joined = config.batch_norm and not config.pool_first
-        enough = config.fast and config.device in ("auto", "cpu") and not (joined or config.eager or config.jit_compile)
+        enough = config.fast and config.device in ("auto", "cpu") and not (config.eager or config.jit_compile)
         each = max(1, cores // config.ensemble)
         chosen["shards"] = max(1, min(each, config.batch_size // EXAMPLES_PER_SHARD)) if enough else 1
     side_by_side = chosen.get("shards", config.shards) * config.ensemble

@@ -8,7 +8,8 @@ Three rearrangements, each exact but for the order in which floats are added (th
   over a quarter of the values, forward and backward. Ties between equal convolution outputs go to the first maximum in
   either order; only values that the bias itself rounds to a tie may go to another one of the tied places.
 - On a CPU the batch is cut into shards that are computed side by side, one core each, which loses less to waiting than
-  every operation spread over all cores. Layers that look at the whole batch still see it whole.
+  every operation spread over all cores. Batch normalisation adds up the shards' sums; other layers that look at the whole
+  batch see it whole.
 
 Gradients need no code of their own: TensorFlow derives them.
 """
@@ -39,7 +40,9 @@ def logits(model, images: tf.Tensor, weights=None, training: bool = False, key=N
                 pooled = False
             elif index + 1 < len(model.layers) and _may_pool_first(layer, model.layers[index + 1]):
                 parts, pooled = [_pool_first(layer, model.layers[index + 1], x) for x in parts], True
-            elif _is_by_example(layer):
+            elif isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
+                parts = models.batch_norm(layer, parts, weights)
+            elif _is_by_example(layer, training):
                 parts = [models.apply_layer(model, index, x, weights, training, key) for x in parts]
             else:
                 parts = split(models.apply_layer(model, index, join(parts), weights, training, key))
@@ -84,9 +87,9 @@ def _pool_first(layer, pool, x: tf.Tensor) -> tf.Tensor:
     return layer.activation(x)
 
 
-def _is_by_example(layer) -> bool:
-    """Does each row of the batch go through the layer on its own? Random layers and those not known here do not."""
+def _is_by_example(layer, training: bool) -> bool:
+    """Does each row of the batch go through the layer on its own? In training, random layers and those not known here do not."""
     known = (keras.layers.Conv2D, keras.layers.Dense, keras.layers.Flatten, keras.layers.MaxPooling2D,
              keras.layers.AveragePooling2D, keras.layers.GlobalAveragePooling2D, keras.layers.Activation,
              keras.layers.Softmax, keras.layers.Reshape, keras.layers.ReLU)
-    return type(layer) in known
+    return type(layer) in known or not training and type(layer) in (keras.layers.BatchNormalization, keras.layers.Dropout)
