@@ -5,7 +5,7 @@
 The job: the network, weights, order of images, RMSprop and L2 penalty that the settings describe. A
 contender prints one JSON line when it is ready: its loss on the first batch with the initial weights, and its peak
 memory so far. Then, for each line "N" on its standard input, it trains N steps, waits for the device, and prints the
-seconds they took.
+seconds they took. Where it can only make some more (whole calls, say), it says in `run.scale` what share N is of them.
 """
 
 import json
@@ -22,10 +22,16 @@ class Job:
 
     def __init__(self, settings: dict):
         from tfloop.config import Config
-        from tfloop.devices import choose, cores
 
-        self.settings = dict(settings)
-        self.config = choose(Config.make(**{"l2": 0.001, **settings}), cores())
+        self.settings = settings
+        self.config = Config.make(**{"l2": 0.001, **settings})
+
+    def start(self):
+        """Start TensorFlow as `train` does; the config with what that chose for this machine."""
+        from tfloop.devices import start
+
+        self.config = start(self.config).config
+        return self.config
 
     def arrays(self):
         """(standardised images float32 in the order of the first epoch, labels, initial weights by name)."""
@@ -42,50 +48,54 @@ class Job:
         return images, data.train.labels[order].astype("int64"), weights
 
 
-def set_up(config, intra, inter):
+def set_up(config, intra: int = 0, inter: int = 0, gpu: bool = True):
+    """TensorFlow's settings for a rival; without `gpu` it makes the arrays alone, and leaves the GPU to that rival."""
     import tensorflow as tf
 
+    if not gpu:
+        tf.config.set_visible_devices([], "GPU")
     tf.config.experimental.enable_tensor_float_32_execution(config.precision == "tf32")
-    tf.config.threading.set_intra_op_parallelism_threads(config.intra_op_threads if intra is None else intra)
-    tf.config.threading.set_inter_op_parallelism_threads(config.inter_op_threads if inter is None else inter)
+    tf.config.threading.set_intra_op_parallelism_threads(intra)
+    tf.config.threading.set_inter_op_parallelism_threads(inter)
 
 
 def tfloop(job: Job):
     """tfloop as `train` runs it. The settings choose the rest: fast, shards, threads, eager, jit_compile, pipeline."""
-    set_up(job.config, None, None)
+    config = job.start()
     import tfloop
-    from tfloop.step import forward_and_backward
     from tfloop.pipelines import batch_at
 
-    loop = tfloop.make_loop(job.config)
+    loop = tfloop.make_loop(config)
     first = batch_at(loop.data.train, job.config.batch_size, job.config.seed, 0, 0)
-    loss = float(forward_and_backward(loop.state, first, loop.forward).loss.total)
+    loss = float(tfloop.forward_and_backward(loop.state, first, loop.forward).loss.total)
     calls = iter(())
 
     def run(steps):
         nonlocal calls
-        while steps > 0:
+        made = 0
+        while made < steps:
             call = next(calls, None)
             if call is None:
                 loop.state.epoch.assign_add(1)
                 loop.state.batch.assign(0)
                 calls = loop.train_epoch()
                 continue
-            steps -= call.steps
+            made += call.steps
+        run.scale = steps / made
 
     return loss, run, min(loop.steps_per_call, loop.steps)
 
 
 def side_by_side(job: Job):
     """As many models as the settings' ensemble, in one compiled call; N steps are N of each."""
-    set_up(job.config, None, None)
+    config = job.start()
     import tfloop
     from tfloop.ensemble import SideBySide
     from tfloop.pipelines import batch_at
 
-    first = tfloop.make_loop(job.config)
-    loops = [first, *(tfloop.make_loop(job.config.replace(seed=seed), first.data) for seed in range(1, job.config.ensemble))]
-    batch = batch_at(first.data.train, job.config.batch_size, job.config.seed, 0, 0)
+    first = tfloop.make_loop(config)
+    loops = [first, *(tfloop.make_loop(config.replace(seed=seed), first.data) for seed in range(1, config.ensemble))]
+    batch = batch_at(first.data.train, config.batch_size, config.seed, 0, 0)
     loss = float(tfloop.forward_and_backward(first.state, batch, first.forward).loss.total)
     make = SideBySide(loops).make if len(loops) > 1 else lambda calls: calls[0].make()
 
@@ -98,10 +108,12 @@ def side_by_side(job: Job):
     trainings = [endless(loop) for loop in loops]
 
     def run(steps):
-        while steps > 0:
+        made = 0
+        while made < steps:
             calls = [next(training) for training in trainings]
             make(calls)
-            steps -= calls[0].count
+            made += calls[0].count
+        run.scale = steps / made
 
     return loss, run, min(first.steps_per_call, first.steps)
 
@@ -136,7 +148,7 @@ def tf_guide(job: Job):
     """The loop of TensorFlow's guide: tf.data, a tf.function step, a Keras optimizer and metric."""
     import tensorflow as tf
 
-    set_up(job.config, 0, 0)
+    set_up(job.config)
     import keras
 
     from tfloop import models
@@ -174,6 +186,7 @@ def torch_eager(job: Job, channels_last=False, compiled=False):
     import torch
     from torch import nn
 
+    set_up(job.config, gpu=False)
     images, labels, weights = job.arrays()
     config, shape = job.config, job.data.image_shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,6 +253,7 @@ def jax_jit(job: Job):
     import jax
     import jax.numpy as jnp
 
+    set_up(job.config, gpu=False)
     images, labels, weights = job.arrays()
     config, n = job.config, job.config.batch_size
     jax.config.update("jax_default_matmul_precision", "tensorfloat32" if config.precision == "tf32" else "float32")
@@ -320,7 +334,8 @@ def flop_per_image(model) -> float:
 
 
 CONTENDERS = {
-    "tfloop": tfloop, "side by side": side_by_side, "floor": floor, "keras fit": keras_fit,
+    "tfloop": tfloop, "tfloop, XLA": lambda job: tfloop(Job({**job.settings, "jit_compile": True})),
+    "side by side": side_by_side, "floor": floor, "keras fit": keras_fit,
     "keras fit, 50 steps": lambda job: keras_fit(job, steps_per_execution=50),
     "keras fit, 50 steps, one thread an op": lambda job: keras_fit(job, intra=1, inter=2, steps_per_execution=50),
     "keras fit, 50 steps, oneDNN off": lambda job: keras_fit(job, onednn="0", steps_per_execution=50),

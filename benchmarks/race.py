@@ -21,7 +21,9 @@ class Contender:
 
     def __init__(self, name: str, settings: dict, label: str = ""):
         self.name, self.label, self.settings, self.turns, self.memory = name, label or name, settings, [], 0.0
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": f"{HERE.parent}"}
+        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(paths),
+                       "TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # all live at once
         environment.pop("TF_ENABLE_ONEDNN_OPTS", None)
         self._process = subprocess.Popen([sys.executable, str(HERE / "contenders.py"), name, json.dumps(settings)],
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -105,7 +107,7 @@ def environment() -> dict:
         info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
         info = {key.strip(): value.strip() for key, value in info.items()}
         model = f"{info.get('model name', model)}{', AVX-512' if 'avx512f' in info.get('flags', '') else ''}"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip() if _has("git") else ""
     gpus = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True,
                           text=True).stdout.splitlines() if _has("nvidia-smi") else []
     import datetime

@@ -58,6 +58,7 @@ def test_nothing_is_traced_again_on_a_gpu(digits):
 
 
 @pytest.mark.parametrize("flags", [("--precision=mixed_float16",), ("--precision=mixed_bfloat16",), ("--strategy=mirrored",),
+                                   ("--jit_compile",), ("--jit_compile", "--pool_first", "--batch_norm", "--augment_shift=1", "--augment_elastic=1"),
                                    ("--ensemble=2", "--pool_first", "--batch_norm", "--average_shifts=1"),
                                    ("--augment_shift=1", "--augment_rotate=5", "--augment_cutout=2", "--ema=0.9", "--accumulate=2", "--batch_norm")],
                          ids=" ".join)

@@ -91,6 +91,19 @@ def test_eager_and_xla_agree_to_rounding(loop, settings):
     same(plain.state.weights, other.state.weights, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(batch_norm=True, augment_shift=1)], ids=str)
+def test_one_xla_program_makes_all_steps_of_a_call(loop, settings, monkeypatch):
+    """As it does on a GPU; XLA draws other random numbers than TensorFlow, so what is augmented learns as well, not the same."""
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [tf.config.LogicalDevice(f"{kind}:0", kind)])
+    whole = loop(jit_compile=True, steps_per_call=4, **settings)
+    monkeypatch.undo()
+    plain = loop(steps_per_call=4, **settings)
+    assert whole.options == {"jit_compile": True} and plain.options == {}
+    found, expected = whole.fit(1), plain.fit(1)
+    assert found.train.total == pytest.approx(expected.train.total, rel=0.3 if settings else 1e-3)
+    assert whole.traces["train"] == 1 and int(whole.state.global_step) == int(plain.state.global_step)
+
+
 def test_batch_normalisation_and_dropout_train(loop):
     record = loop(batch_norm=True, dropout=0.1, optimizer="adam", learning_rate=0.01).fit(30)
     assert record.test.accuracy > 0.8

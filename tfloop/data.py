@@ -29,10 +29,14 @@ class Split:
 
     @functools.cached_property
     def tensors(self) -> tuple:
-        """(images, labels) as tensors on the device, one copy for all who ask."""
+        """(images, labels) as variables on the device, one copy for all who ask.
+
+        Of a variable a GPU gathers uint8, too; of a constant the CPU would, for it. Labels are int64, since TensorFlow
+        keeps int32 on the CPU.
+        """
         import tensorflow as tf
 
-        return tf.constant(self.images[:]), tf.constant(self.labels)
+        return tf.Variable(self.images[:], trainable=False), tf.Variable(self.labels.astype("int64"), trainable=False)
 
     def take(self, rows: np.ndarray | slice) -> "Split":
         select = getattr(self.images, "select", self.images.__getitem__)  # records.Records reads nothing for it

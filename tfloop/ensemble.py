@@ -23,7 +23,7 @@ class SideBySide:
 
     def __init__(self, loops: Sequence[Loop]):
         self.loops, self._warm, self._sources = list(loops), False, {}
-        self.compiled = Traced(self._steps, "the training step of several models")
+        self.compiled = Traced(self._steps, "the training step of several models", **loops[0].options)
         for loop in loops:
             loop.beside = self
 

@@ -108,6 +108,7 @@ class Loop:
       single: steps, by the global_step before each, that get a compiled call of their own.
       stop_every: calls end at every multiple of this global_step, for a checkpoint say; 0: no such places.
       beside: ensemble.SideBySide, where this loop's calls are made together with those of others.
+      options: tf.function's, for what makes a whole call.
     """
 
     def __init__(self, state: TrainState, data: Dataset, *, batch_size: int = 64, pipeline: str = "auto",
@@ -120,7 +121,7 @@ class Loop:
           batch_size: images per step; the last step of an epoch takes what is left.
           pipeline: "auto", "host", "prefetch" or "resident" (see `pipelines`).
           steps_per_call: steps in one compiled call; 0 chooses.
-          jit_compile: compile the step with XLA.
+          jit_compile: compile the step with XLA; on a GPU with resident images, all steps of a call.
           eager: run the step op by op.
           fast: rearrange the forward pass (see `ops`).
           shards: parts of a batch to compute side by side, with `fast`.
@@ -151,7 +152,10 @@ class Loop:
         self.steps = self.pipeline.steps
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         self.steps_per_call = 1 if check_numerics else min(steps_per_call or STEPS_PER_CALL[kind], self.steps)
-        self._time_input, self._check_numerics = time_input, check_numerics
+        # On a GPU, XLA compiles all steps of a call into one program; on a CPU each for itself: convolutions are slow in its loops.
+        whole = jit_compile and kind == "GPU" and self.pipeline.name == "resident" and not replicas
+        self.options = {"jit_compile": True} if whole else {}
+        self._time_input, self._check_numerics = time_input and not whole, check_numerics
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
         self.forward = functools.partial(ops.logits, shards=shards) if fast else models.logits
         differentiate = differentiate or functools.partial(forward_and_backward, forward=self.forward)
@@ -162,8 +166,8 @@ class Loop:
         if replicas:
             differentiate = replicas.differentiate(differentiate)
         step = lambda batch: train_step(state, batch, differentiate)
-        self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile else step
-        self.compiled = Traced(self.train_steps, "the training step", eager)
+        self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile and not whole else step
+        self.compiled = Traced(self.train_steps, "the training step", eager, **self.options)
         self._evaluate = Traced(self._evaluate_all, "the evaluation", eager, input_signature=[
             tf.TensorSpec([None, *data.image_shape], data.train.images.dtype), tf.TensorSpec([None], tf.int32)])
 
@@ -176,17 +180,19 @@ class Loop:
 
         A count that is a tensor keeps one trace for all counts.
         """
+        first = tf.cast(self.state.batch, tf.int32)  # read once: on a GPU no step then waits for the one before to tell it
+
         def body(i, total, waited):
             if not tf.executing_eagerly():
                 self.graph = tf.compat.v1.get_default_graph()
             if self._time_input:
                 started = tf.timestamp()
                 with tf.control_dependencies([started]):
-                    batch = self.pipeline.take(source, self.state.batch)
+                    batch = self.pipeline.take(source, first + i)
                 with tf.control_dependencies(batch):
                     waited += tf.timestamp() - started
             else:
-                batch = self.pipeline.take(source, self.state.batch)
+                batch = self.pipeline.take(source, first + i)
             with tf.compat.v1.name_scope(None):  # TensorBoard's graph then has the layers on top, not inside the loop
                 step = self._step(batch)
             return i + 1, step._replace(sums=total.sums + step.sums), waited
@@ -294,13 +300,15 @@ class Loop:
         """The sums of train_step over all images, in batches of static size, and the outputs."""
         state, size = self.state, tf.shape(labels)[0]
         batches = (size + EVALUATION_BATCH - 1) // EVALUATION_BATCH
+        missing = batches * EVALUATION_BATCH - size  # rows that fill up the last batch
+        images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
+        labels = tf.pad(labels, [[0, missing]])
 
         def body(i, sums, outputs):
             first = i * EVALUATION_BATCH
-            rows = first + tf.range(EVALUATION_BATCH)
-            weights, rows = tf.cast(rows < size, tf.float32), tf.minimum(rows, size - 1)
-            logits = state.predict(tf.gather(images, rows), self.forward)
-            truth = tf.gather(labels, rows)
+            weights = tf.cast(first + tf.range(EVALUATION_BATCH) < size, tf.float32)
+            logits = state.predict(tf.slice(images, [first, 0, 0, 0], [EVALUATION_BATCH, *images.shape[1:]]), self.forward)
+            truth = tf.slice(labels, [first], [EVALUATION_BATCH])
             means = tf.stack([example_losses(state, truth, logits), hits(logits, truth),
                               tf.fill([EVALUATION_BATCH], model_losses(state))])
             return i + 1, sums + tf.linalg.matvec(means, weights), outputs.write(i, logits)

@@ -60,7 +60,8 @@ class Resident:
     def take(self, source: tuple, index: tf.Tensor) -> Batch:
         first = index * self.batch_size + self._first
         rows = tf.slice(self._order, [first], [self._rows])
-        return Batch(tf.gather(self._images, rows), tf.gather(self._labels, rows), _weights(first, self._rows, self.size))
+        labels = tf.cast(tf.gather(self._labels, rows), tf.int32)
+        return Batch(tf.gather(self._images, rows), labels, _weights(first, self._rows, self.size))
 
 
 class Streamed:
