@@ -43,8 +43,8 @@ def resampled(image, rows, columns):
 
 @pytest.mark.parametrize("xla", [False, True])
 def test_an_image_is_turned_and_scaled_about_its_middle(images, xla):
-    make = lambda: (augmentation.warp(images, key(), 30.0, 0.2), key().uniform([300, 2], -1.0, 1.0))
-    found, draws = (tensor.numpy() for tensor in (tf.function(make, jit_compile=True)() if xla else make()))
+    warp = tf.function(augmentation.warp, jit_compile=True) if xla else augmentation.warp
+    found, draws = warp(images, key(), 30.0, 0.2).numpy(), key().uniform([300, 2], -1.0, 1.0).numpy()
     places = np.indices((9, 7)).reshape(2, -1) - [[4], [3]]
     for image, turned, (angle, size) in list(zip(images.numpy(), found, draws))[:20]:
         a = np.deg2rad(30 * angle)

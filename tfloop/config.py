@@ -135,7 +135,7 @@ class Config:
                                    "images stay on the device", choices=("auto", "host", "prefetch", "resident"))
     steps_per_call: int = option(0, "steps in one compiled call; 0 chooses", within=(0, 2**31 - 1))
     deterministic: bool = option(False, "only operations that repeat bit for bit, on a GPU too")
-    jit_compile: bool = option(False, "compile the step with XLA")
+    jit_compile: bool = option(False, "compile the step with XLA; on a GPU with resident images, all steps of a call")
     fast: bool = option(True, "rearrange the forward pass: the same values, in another order of additions")
     shards: int = option(0, "with --fast, parts of a batch computed side by side; 0 chooses", within=(0, 4096))
     strategy: str = option("none", "one device; a replica on each GPU (or of the CPU); several processes, by TF_CONFIG or Slurm",

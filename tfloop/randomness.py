@@ -1,4 +1,7 @@
-"""Randomness as a pure function of the position in the data: there is no generator, so there is nothing to save."""
+"""Randomness as a pure function of the position in the data: there is no generator, so there is nothing to save.
+
+TensorFlow and XLA give the same bits, those of Philox, and make other floats of them; so floats are made here.
+"""
 
 from typing import NamedTuple
 
@@ -23,12 +26,15 @@ class Key(NamedTuple):
     def uniform(self, shape, low=0.0, high=1.0) -> tf.Tensor:
         """float32, uniform in [low, high), for the rows of this part: `shape` is static and begins with their number."""
         rows, *rest = shape
-        whole = tf.random.stateless_uniform([self.parts * rows, *rest], self.seed, low, high)
+        bits = tf.random.stateless_uniform([self.parts * rows, *rest], self.seed, None, None, tf.int32, alg="philox")
+        mantissa = tf.bitwise.bitwise_and(bits, 0x7FFFFF)
+        unit = tf.bitcast(tf.bitwise.bitwise_or(mantissa, 0x3F800000), tf.float32) - 1.0  # 1.mantissa in binary, less 1
+        whole = unit * (high - low) + low
         return tf.slice(whole, [self.part * rows] + [0] * len(rest), shape) if self.parts > 1 else whole
 
 
 def fold_in(seed, *numbers) -> tf.Tensor:
     """A new int32 [2] seed from a seed and some whole numbers."""
     for number in numbers:
-        seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32))
+        seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32), alg="philox")
     return seed
