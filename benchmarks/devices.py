@@ -98,12 +98,14 @@ def main() -> None:
         for repeat in range(options.repeats):
             for number, (label, flags) in enumerate(chosen.items()):
                 command = [sys.executable, "-m", "tfloop", "train", f"--preset={options.preset}", f"--epochs={options.epochs}",
-                           f"--logdir={folder}", f"--name=s{number}", "--quiet", *flags]
+                           f"--logdir={folder}", f"--name=s{number}-{repeat}", "--quiet", *flags]
                 if subprocess.run(command, cwd=HERE.parent).returncode:
                     print(f"left out: {label}: this training failed")
                     continue
-                runs[label].append(read(Path(folder) / f"s{number}-{repeat + 1:03d}"))
+                runs[label].append(read(Path(folder) / f"s{number}-{repeat}-001"))
     runs = {label: repeats for label, repeats in runs.items() if repeats}
+    if not runs:
+        raise SystemExit("no training went through")
     print(f"{describe(found)}; {options.preset}, {options.epochs} epochs, {options.repeats} repeats\n")
     print(table(HEADER, report(runs)))
     save("devices", options.out, {"environment": found, "preset": options.preset, "epochs": options.epochs, "results": runs})

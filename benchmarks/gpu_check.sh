@@ -11,6 +11,7 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 out=$(mkdir -p -- "${1:?usage: gpu_check.sh OUT [PYTHON]}" && cd -- "$1" && pwd)
 python=${2:-$here/../.venv/bin/python}
 [[ -x $python ]] || python=$(command -v python3)
+python=$(realpath -s -- "$python")
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} TF_CPP_MIN_LOG_LEVEL=3 PYTHONUNBUFFERED=1
 export TF_FORCE_GPU_ALLOW_GROWTH=true CUDA_CACHE_MAXSIZE=4294967296  # kernels compiled from PTX at first use are kept
 total=470
@@ -44,7 +45,8 @@ part() {  # part NAME SECONDS COMMAND…: run it within its time and what is lef
   timeout -k 10 "$limit" "$@" 2>&1 | tee "$out/$name.txt" || failed+=("$name")
   echo "($((SECONDS - started)) s)"
 }
-train=("$python" -m tfloop train --preset=digits --epochs=1 --quiet --device=gpu --logdir="$(mktemp -d)")
+scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
+train=("$python" -m tfloop train --preset=digits --epochs=1 --quiet --device=gpu --logdir="$scratch")
 tests=("$python" -m pytest "$here/../tests/test_gpu.py" -q -p no:cacheprovider -o addopts=)
 "$python" -c "import xdist" 2>/dev/null && tests+=(-n 4)
 cd "$here/.." || exit 2

@@ -35,6 +35,14 @@ def test_deterministic_operations_repeat_bit_for_bit(tmp_path):
     assert one["weights_sha256"] == two["weights_sha256"]
 
 
+def test_every_mode_agrees_with_the_cpu():
+    from tfloop import checks
+
+    found = list(checks.parity(tfloop.Config.make("digits"), 3))
+    assert {mode.mode for mode in found} >= {"XLA, GPU", "fast, GPU", "host pipeline, GPU"}
+    assert all(mode.step is None or mode.largest < 1e-2 for mode in found)
+
+
 def test_the_order_of_examples_is_the_cpus():
     from tfloop.pipelines import order
 

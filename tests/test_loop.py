@@ -259,6 +259,22 @@ def test_a_test_loss_that_is_not_finite_is_divergence_too(loop):
         trained.fit(1)
 
 
+def test_evaluation_shows_the_model_no_image_that_is_not_there(digits):
+    """Rows fill up a batch with an image of the set: to divide by its norm is possible."""
+    class Unit(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = tf.Variable(tf.zeros([64, 10]), name="w")
+
+        def __call__(self, images):
+            x = tf.reshape(images, [-1, 64])
+            return x / tf.norm(x, axis=1, keepdims=True) @ self.w
+
+    one = tfloop.Loop(tfloop.TrainState(Unit()), digits)
+    for size in (1, 10, 256, 300):
+        assert one.evaluate(digits.test.take(slice(0, size))).data == pytest.approx(math.log(10), rel=1e-5)
+
+
 def test_training_goes_on_after_divergence_with_a_lower_rate(loop):
     trained = loop(optimizer="sgd", learning_rate=1e20)
     with pytest.raises(DivergenceError):

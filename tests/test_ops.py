@@ -52,7 +52,8 @@ def test_batch_normalisation_sees_all_shards_and_not_what_fills_them_up(random, 
     plain, fast = (outputs_and_gradients(forward, build(), images, rows) for forward in (models.logits, lambda *a: ops.logits(*a, shards=3)))
     largest = max(np.abs(value).max() for value in plain.values())
     for name, expected in plain.items():
-        np.testing.assert_allclose(fast[name], expected, atol=(2e-5 if precision == "float32" else 0.1) * largest, err_msg=name)
+        rounding = 1e-3 if "moving_" in name else 0.1 * largest
+        np.testing.assert_allclose(fast[name], expected, atol=2e-5 * largest if precision == "float32" else rounding, err_msg=name)
 
 
 def test_ties_go_where_the_twin_sends_them(random):

@@ -42,7 +42,8 @@ def check_gradients(config: Config, image_shape: tuple[int, ...] = (28, 28, 1), 
 
     Each layer of the model that `config` describes is checked on its own, with random input and a random projection of
     its output to a number; so are the losses, the penalties, and both ways forward through the whole model. (Of batch
-    normalisation this is the weighted form: TensorFlow's fused operation knows no float64.)
+    normalisation this is the weighted form: TensorFlow's fused operation knows no float64; `tests/test_ops.py` compares it,
+    and the gradient written out for it over shards, with this one.)
     """
     random = np.random.default_rng(seed)
     normal = lambda *shape: tf.Variable(random.normal(size=shape))
@@ -142,7 +143,8 @@ def _weights(config: Config, data: Dataset, steps: int, device: str = "CPU", **s
     """The weights after each step; where a call makes several, after that."""
     chosen = {"pipeline": "resident", "steps_per_call": 1, "fast": False, "shards": 1, "eager": False, "jit_compile": False}
     with tf.device(device):
-        loop = runs.make_loop(config.replace(**{**chosen, **settings}), data)
+        own = dataclasses.replace(data, train=dataclasses.replace(data.train))  # whose tensors will lie on this device
+        loop = runs.make_loop(config.replace(**{**chosen, **settings}), own)
         for call in loop.train_epoch():
             if call.step > steps:
                 return

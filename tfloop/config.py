@@ -47,7 +47,7 @@ class Config:
     augment_shift: int = option(0, "shift each training image by up to so many pixels", within=(0, 2**15))
     augment_rotate: float = option(0.0, "turn each training image by up to so many degrees", within=(0.0, 180.0))
     augment_scale: float = option(0.0, "make each training image larger or smaller by up to this share", within=(0.0, 0.99))
-    augment_elastic: float = option(0.0, "bend each training image: the points of a coarse grid are pulled by up to so many pixels", within=NOT_NEGATIVE)
+    augment_elastic: float = option(0.0, "bend each training image: the points of a coarse grid are pulled by up to so many pixels", within=(0.0, 2.0**15))
     augment_cutout: int = option(0, "blank a square of so many pixels a side in each training image", within=(0, 2**15))
 
     # --- model

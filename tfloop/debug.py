@@ -1,6 +1,6 @@
 """Gradients that one can step through: the step layer by layer, and a pdb that stays in readable source.
 
-`backward` shows a batch's way back through the model; `forward_and_backward` is the twin of the one in `loop` that
+`backward` shows a batch's way back through the model; `forward_and_backward` is the twin of the one in `step` that
 takes this way; `Debugger` stops in `step.train_step`, with everything it computes in plain names.
 """
 

@@ -25,7 +25,7 @@ def choose(config: Config, cores: int, replicas: int = 1) -> Config:
     """
     chosen = {"onednn": "on" if config.onednn == "auto" else config.onednn}
     if not cores:
-        return config.replace(**chosen, shards=config.shards or 1)
+        return config.replace(**chosen, shards=1)
     if not config.shards:
         enough = config.fast and config.device in ("auto", "cpu") and not (config.eager or config.jit_compile)
         each = max(1, cores // config.ensemble)

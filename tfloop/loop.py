@@ -300,15 +300,13 @@ class Loop:
         """The sums of train_step over all images, in batches of static size, and the outputs."""
         state, size = self.state, tf.shape(labels)[0]
         batches = (size + EVALUATION_BATCH - 1) // EVALUATION_BATCH
-        missing = batches * EVALUATION_BATCH - size  # rows that fill up the last batch
-        images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
-        labels = tf.pad(labels, [[0, missing]])
+        missing = batches * EVALUATION_BATCH - size  # rows that fill up the last batch, with the last image
+        cut = lambda x: tf.reshape(tf.concat([x, tf.repeat(x[-1:], missing, axis=0)], axis=0), [-1, EVALUATION_BATCH, *x.shape[1:]])
+        images, labels = cut(images), cut(labels)
 
         def body(i, sums, outputs):
-            first = i * EVALUATION_BATCH
-            weights = tf.cast(first + tf.range(EVALUATION_BATCH) < size, tf.float32)
-            logits = state.predict(tf.slice(images, [first, 0, 0, 0], [EVALUATION_BATCH, *images.shape[1:]]), self.forward)
-            truth = tf.slice(labels, [first], [EVALUATION_BATCH])
+            weights = tf.cast(i * EVALUATION_BATCH + tf.range(EVALUATION_BATCH) < size, tf.float32)
+            logits, truth = state.predict(images[i], self.forward), labels[i]
             means = tf.stack([example_losses(state, truth, logits), hits(logits, truth),
                               tf.fill([EVALUATION_BATCH], model_losses(state))])
             return i + 1, sums + tf.linalg.matvec(means, weights), outputs.write(i, logits)

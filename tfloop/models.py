@@ -269,7 +269,7 @@ def _normalized(parts: list[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor, epsil
 
     @tf.custom_gradient
     def normalize(gamma, beta, *parts):
-        moments = [_fused(part, gamma, beta, epsilon)[1:] for part in parts]
+        moments = [_fused(part, gamma, beta, epsilon)[1:] for part in parts]  # the quickest way to them, though it also normalises
         mean = tf.add_n([k / n * m for k, (m, _) in zip(counts, moments)])
         variance = tf.add_n([k / n * (v + tf.square(m - mean)) for k, (m, v) in zip(counts, moments)])
         scaled = lambda part, gamma, beta: tf.compat.v1.nn.fused_batch_norm(part, gamma, beta, mean, variance, epsilon, is_training=False)[0]

@@ -11,7 +11,8 @@ Three rearrangements, each exact but for the order in which floats are added (th
   every operation spread over all cores. Batch normalisation adds up the shards' sums; other layers that look at the whole
   batch see it whole.
 
-Gradients need no code of their own: TensorFlow derives them.
+Gradients need no code of their own, TensorFlow derives them, but for batch normalisation over shards
+(`models._normalized`).
 """
 
 import keras
