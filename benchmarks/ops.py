@@ -56,7 +56,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=5, seconds=1.0)
     parser.add_argument("--only", default="", help="a part of the shapes' names")
     options = parser.parse_args()
-    start_quietly()
+    start_quietly(shards=1)  # which leaves the threads to TensorFlow
     rows, results = [], {}
     for label, settings in SHAPES.items():
         if options.only not in label:
