@@ -114,9 +114,10 @@ def test_a_warm_restart_keeps_the_weights_and_starts_the_rate_again(loop):
 def test_every_variable_that_a_step_reads_or_writes_is_in_the_state(loop):
     """What TensorFlow's graph captures, but for the images and their order, is named."""
     trained = loop(optimizer="nadam", **RICH)
-    named = {id(v) for v in trained.state.named().values()}
+    data = [trained.pipeline._order, *trained.data.train.tensors]
+    named = {id(v) for v in [*trained.state.named().values(), *data]}
     captured = trained.compiled._call.get_concrete_function((), np.int32(1)).variables
-    missing = [v.name for v in captured if id(v) not in named and v is not trained.pipeline._order]
+    missing = [v.name for v in captured if id(v) not in named]
     assert not missing
 
 
