@@ -109,7 +109,7 @@ def test_strides_dilation_and_functional_models_are_left_to_keras(random):
 
 @pytest.mark.parametrize("settings, cores, shards, threads", [
     (dict(), 2, 2, (1, 2)), (dict(), 1, 1, (0, 0)), (dict(), 16, 4, (4, 4)), (dict(batch_size=1024), 16, 16, (1, 16)),
-    (dict(batch_size=16), 2, 1, (0, 0)), (dict(batch_norm=True), 2, 2, (1, 2)), (dict(shards=2, ensemble=4), 0, 1, (0, 0)),
+    (dict(batch_size=16), 2, 1, (0, 0)), (dict(batch_norm=True), 2, 2, (1, 2)), (dict(shards=2), 0, 1, (0, 0)),
     (dict(ensemble=2), 2, 1, (1, 2)), (dict(ensemble=8), 2, 1, (1, 2)), (dict(ensemble=2), 8, 4, (1, 8)), (dict(fast=False), 2, 1, (0, 0)),
     (dict(eager=True), 2, 1, (0, 0)), (dict(device="gpu"), 2, 1, (0, 0)), (dict(shards=1), 2, 1, (0, 0)),
     (dict(shards=2, intra_op_threads=2), 2, 2, (2, 2))], ids=str)
