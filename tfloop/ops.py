@@ -12,13 +12,14 @@ Three rearrangements, each exact but for the order in which floats are added (th
   batch see it whole.
 
 Gradients need no code of their own, TensorFlow derives them, but for batch normalisation over shards
-(`models._normalized`).
+(`normalization._normalized`).
 """
 
 import keras
 import tensorflow as tf
 
 from tfloop import models
+from tfloop.normalization import batch_norm
 
 MONOTONE = ("relu", "sigmoid", "tanh", "elu", "linear")
 
@@ -42,7 +43,7 @@ def logits(model, images: tf.Tensor, weights=None, training: bool = False, key=N
             elif index + 1 < len(model.layers) and _may_pool_first(layer, model.layers[index + 1]):
                 parts, pooled = [_pool_first(layer, model.layers[index + 1], x) for x in parts], True
             elif isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
-                parts = models.batch_norm(layer, parts, weights)
+                parts = batch_norm(layer, parts, weights)
             elif _is_by_example(layer, training):
                 parts = [models.apply_layer(model, index, x, weights, training, key) for x in parts]
             else:
