@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +45,31 @@ def test_members_have_seeds_of_their_own_and_the_mean_of_their_probabilities_is_
 def test_more_seeds_than_members_go_in_turns_with_one_trace(tmp_path):
     trained = training.train(tfloop.Config.make(**SMALL, epochs=1, seeds=(0, 1, 2), ensemble=2, logdir=str(tmp_path)))
     assert [one["config"]["seed"] for one in trained] == [0, 1, 2] and trained[2]["traces"]["train"] == 1
+
+
+def test_members_that_were_stopped_go_on_as_if_nothing_had_been(tmp_path, capsys):
+    settings = SMALL | dict(epochs=4, ensemble=3, steps_per_call=4, checkpoint_every="4")
+    training.train(tfloop.Config.make(**settings, logdir=str(tmp_path / "whole")))
+    asked = []
+    cut = training.train(tfloop.Config.make(**settings, logdir=str(tmp_path / "cut")), stop=lambda: asked.append(None) or len(asked) > 19)
+    assert not any(one["finished"] for one in cut) and "together" not in results(tmp_path / "cut")[0]
+    shutil.rmtree(max((tmp_path / "cut" / "digits-002" / "checkpoints").glob("0*")))  # one of them is further behind
+    flags = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in settings.items() if value is not True]
+    assert main(["train", *flags, "--quiet", f"--logdir={tmp_path / 'cut'}", "--resume=auto"]) == 0
+    whole, again = results(tmp_path / "whole"), results(tmp_path / "cut")
+    assert [one["state_sha256"] for one in again] == [one["state_sha256"] for one in whole]
+    assert again[0]["together"] == whole[0]["together"] and len({one["resumed_at"][0] for one in again}) > 1
+
+
+def test_a_member_that_had_finished_waits_for_the_others(tmp_path):
+    config = tfloop.Config.make(**SMALL, epochs=2, ensemble=2, logdir=str(tmp_path))
+    whole = training.train(config)
+    there = [Path(one["folder"]) for one in whole]
+    together = results(tmp_path)[0]["together"]
+    shutil.rmtree(max((there[1] / "checkpoints").glob("0*")))
+    (there[1] / "result.json").unlink()  # as if it had been killed while it wrote its last checkpoint
+    again = training.train(config, resume=there)
+    assert [one["state_sha256"] for one in again] == [one["state_sha256"] for one in whole] and results(tmp_path)[0]["together"] == together
 
 
 def test_a_member_that_diverges_ends_and_the_others_go_on(tmp_path, loop):
@@ -103,7 +130,6 @@ def test_what_fails_in_a_call_is_raised_in_the_training_that_waits_for_it(loop):
     (["--ensemble=2", "--runs=2"], "--ensemble=2 and --runs exclude each other"),
     (["--ensemble=2", "--on_nan=rewind"], "a model that diverges ends"),
     (["--ensemble=2", "--eager"], "--ensemble=2 and --eager exclude each other"),
-    (["--ensemble=2", "--resume=auto"], "--resume goes on with one run"),
 ])
 def test_what_an_ensemble_cannot_do_is_said(flags, message, capsys, tmp_path):
     assert main(["train", "--preset=digits", *flags, f"--logdir={tmp_path}"]) == 2

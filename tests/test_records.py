@@ -74,7 +74,7 @@ def test_it_resumes_in_the_middle_of_an_epoch(packed, tmp_path):
     asked = []
     cut = training.train(make(), stop=lambda: asked.append(None) or len(asked) == 6)[0]
     assert not cut["finished"] and cut["steps"] % 15
-    resumed = training.train(make(), resume=Path(cut["folder"]))[0]
+    resumed = training.train(make(), resume=[Path(cut["folder"])])[0]
     assert resumed["state_sha256"] == whole["state_sha256"] and resumed["final"]["train"] == whole["final"]["train"]
 
 

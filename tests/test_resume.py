@@ -71,7 +71,7 @@ def test_a_stopped_run_ends_as_one_that_went_through(config, tmp_path, stopped_a
     own = config(optimizer=optimizer, name="stopped")
     first = training.train(own, stop=stop_after(stopped_at))[0]
     assert not first["finished"] and first["steps"] < whole["steps"]
-    second = training.train(own, resume=Path(first["folder"]))[0]
+    second = training.train(own, resume=[Path(first["folder"])])[0]
     assert second["state_sha256"] == whole["state_sha256"] and second["finished"]
     assert second["resumed_at"] == [first["steps"]]
     without_time = lambda r: [{k: v for k, v in epoch.items() if k not in ("seconds", "steps")} for epoch in r["epochs"]]
@@ -85,7 +85,7 @@ def test_where_and_how_it_runs_may_change_and_what_it_writes(config):
     first = training.train(config(), stop=stop_after(5))[0]
     folder = Path(first["folder"])
     new = folders.resumed(folder, tfloop.Config.make(), dict(pipeline="host", steps_per_call="9", summaries="none", checkpoint_every="epoch"), False)
-    again = training.train(new, resume=folder)[0]
+    again = training.train(new, resume=[folder])[0]
     assert again["pipeline"] == "host" and again["state_sha256"] == training.train(config(name="w"))[0]["state_sha256"]
 
 
@@ -107,14 +107,14 @@ def test_a_constant_rate_may_go_on_for_more_epochs(config):
     first = training.train(config(**own))[0]
     folder = Path(first["folder"])
     longer = folders.resumed(folder, tfloop.Config.make(), dict(epochs="5"), False)
-    assert training.train(longer, resume=folder)[0]["state_sha256"] == training.train(config(epochs=5, name="w", **own))[0]["state_sha256"]
+    assert training.train(longer, resume=[folder])[0]["state_sha256"] == training.train(config(epochs=5, name="w", **own))[0]["state_sha256"]
 
 
 def test_an_override_takes_the_new_number_from_there_on(config):
     first = training.train(config(schedule="constant"), stop=stop_after(5))[0]
     folder = Path(first["folder"])
     changed = folders.resumed(folder, tfloop.Config.make(), dict(learning_rate="0.5"), override=True)
-    again = training.train(changed, resume=folder)[0]
+    again = training.train(changed, resume=[folder])[0]
     assert again["hyper"]["learning_rate"] == 0.5
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.5
     rates = [s.value for s in read_scalars(folder) if s.tag == "learning_rate"]
@@ -128,6 +128,33 @@ def test_auto_goes_on_with_the_newest_unfinished_run_or_begins(tmp_path, capsys)
     (tmp_path / "digits-002" / "result.json").unlink()
     assert main(flags) == 0
     assert result(tmp_path / "digits-002")["resumed_at"] == [45] and not (tmp_path / "digits-003").exists()
+
+
+def test_auto_goes_on_with_all_of_several_seeds(tmp_path, capsys):
+    flags = lambda name: ["train", *SMALL, "--shards=1", "--seeds=4,5,6", f"--logdir={tmp_path / name}"]
+    settings = lambda name: dict(flag.removeprefix("--").split("=") for flag in flags(name) if "=" in flag)
+    whole = training.train(tfloop.Config.make(**settings("whole"), quiet=True))
+    first = training.train(tfloop.Config.make(**settings("cut"), quiet=True), stop=stop_after(14))
+    assert [one["finished"] for one in first] == [True, False]
+    finished = (tmp_path / "cut" / "digits-001" / "result.json").stat().st_mtime_ns
+    assert main([*flags("cut"), "--resume=auto"]) == 0
+    there = sorted((tmp_path / "cut").iterdir())
+    assert [path.name for path in there] == ["digits-001", "digits-002", "digits-003"]
+    assert [result(path)["state_sha256"] for path in there] == [one["state_sha256"] for one in whole]
+    assert [result(path)["resumed_at"] for path in there] == [[], [first[1]["steps"]], []]
+    assert (tmp_path / "cut" / "digits-001" / "result.json").stat().st_mtime_ns == finished
+
+
+def test_runs_belong_to_a_group_by_their_settings_and_seed(config, tmp_path):
+    made = [folders.create(config(seed=seed, **given)) for seed, given in
+            [(0, {}), (1, {}), (0, dict(l2=0.5)), (1, dict(summaries="none")), (7, {})]]
+    group = lambda *seeds, **given: folders.unfinished_group(config(seeds=seeds, **given))
+    assert group(0, 1, 2) == [made[0], made[3], None]  # the newest of each; what it writes makes no difference
+    assert group(0, l2=0.5) == [made[2]] and group(5, 6) == [] and group(0, name="other") == []
+    assert group(1, 1, 1) == [made[3], made[1], None]
+    for folder in made[:2]:
+        (folder / "result.json").write_text('{"finished": true}')
+    assert group(0) == [] and group(0, 1) == [made[0], made[3]] and group(0, 9) == [made[0], None]
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
@@ -151,7 +178,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_again(tmp_path, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--resume=/nowhere"], "/nowhere: not a run's folder"),
-    (["--resume=auto", "--seeds=1,2"], "--resume goes on with one run: leave --seeds, --runs and --ensemble out"),
+    (["--resume=runs/a", "--seeds=1,2"], "--resume=runs/a goes on with one run: leave --seeds and --ensemble out (or --ensemble=1), or"),
+    (["--resume=auto", "--runs=2"], "--resume and --runs exclude each other"),
+    (["--resume=auto", "--seeds=1,2", "--override"], "--resume=auto with --seeds or --ensemble and --override exclude each other"),
     (["--resume=auto", "--dry_run"], "--resume and --dry_run exclude each other"),
     (["--checkpoint_every=soon"], "--checkpoint_every=soon: expected epoch, a number of steps, or of seconds"),
     (["--checkpoint_every=0"], "--checkpoint_every=0: expected epoch"),
@@ -236,9 +265,9 @@ def test_early_stopping_ends_a_run_after_epochs_without_a_better_validation_accu
     accuracies = [epoch["validation"]["accuracy"] for epoch in whole["epochs"]]
     assert whole["finished"] and len(accuracies) < 30 and len(accuracies) == 1 + accuracies.index(max(accuracies)) + 2
     cut = training.train(config(**settings), stop=stop_after(9))[0]
-    resumed = training.train(config(**settings), resume=Path(cut["folder"]))[0]
+    resumed = training.train(config(**settings), resume=[Path(cut["folder"])])[0]
     assert resumed["state_sha256"] == whole["state_sha256"] and len(resumed["epochs"]) == len(accuracies)
-    again = training.train(config(**settings), resume=Path(cut["folder"]))[0]  # nothing is left to do
+    again = training.train(config(**settings), resume=[Path(cut["folder"])])[0]  # nothing is left to do
     assert again["state_sha256"] == whole["state_sha256"] and len(again["epochs"]) == len(accuracies)
 
 
@@ -306,6 +335,6 @@ def test_with_early_stopping_a_finished_run_goes_on_where_it_had_not_settled(con
 def test_with_an_override_a_run_goes_on_with_what_it_did_not_have(config, given):
     settings = dict(validation_size=0, batch_norm=False, dropout=0.0)
     first = training.train(config(epochs=2, **settings))[0]
-    resumed = training.train(config(epochs=6, **settings, **given), resume=Path(first["folder"]))[0]
+    resumed = training.train(config(epochs=6, **settings, **given), resume=[Path(first["folder"])])[0]
     assert resumed["finished"] and resumed["resumed_at"] == [first["steps"]]
     assert resumed["final"]["test"]["total"] < first["final"]["test"]["total"]

@@ -195,6 +195,17 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seed of each run that these settings ask for."""
+        if self.ensemble > 1 and not self.seeds:
+            return tuple(range(self.seed, self.seed + self.ensemble))
+        return self.seeds or (self.seed,) * self.runs
+
+    def of_one_run(self, seed: int) -> "Config":
+        """The settings of one of the runs, that with this seed."""
+        return self.replace(seed=seed, seeds=(), runs=1, ensemble=1)
+
+    @property
     def profile_steps(self) -> range:
         """The steps to profile, by global_step before each; empty where none are."""
         first, _, last = self.profile.partition(":")

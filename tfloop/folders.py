@@ -15,6 +15,7 @@ from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
 
 RESULT = "result.json"
+CHOSEN = ("shards", "intra_op_threads", "inter_op_threads")  # settings that are chosen for the machine where they are 0
 FREE = {name for group in ("where and how it runs", "looking inside", "what is written") for name in GROUPS[group]}
 
 
@@ -69,11 +70,34 @@ def name_of(config: Config) -> str:
 
 
 def newest_unfinished(config: Config) -> Path | None:
-    """The newest of the folders that `create` made for these settings, unless it is finished or there is none."""
+    """The newest of the folders that `create` made under this name, unless it is finished or there is none."""
+    newest = next(iter(_newest_first(config)), None)
+    return newest if newest and (newest / "config.json").is_file() and not is_finished(newest) else None
+
+
+def unfinished_group(config: Config) -> list[Path | None]:
+    """For each of the seeds that `config` trains, the newest folder with these settings and that seed, None where there is
+    none; [] where none of them is there, or all are finished."""
+    found, made = [], [(path, old) for path in _newest_first(config) if (old := _settings_of(path))]
+    for seed in config.all_seeds:
+        own = config.of_one_run(seed)
+        found.append(next((path for path, old in made if path not in found and not changed(old, own)), None))
+    begun = [path for path in found if path]
+    return found if begun and not (len(begun) == len(found) and all(map(is_finished, begun))) else []
+
+
+def _newest_first(config: Config) -> list[Path]:
     name = name_of(config)
     made = [path for path in Path(config.logdir).glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal()]
-    newest = max(made, key=lambda path: int(path.name.removeprefix(f"{name}-")), default=None)
-    return newest if newest and (newest / "config.json").is_file() and not is_finished(newest) else None
+    return sorted(made, key=lambda path: int(path.name.removeprefix(f"{name}-")), reverse=True)
+
+
+def _settings_of(folder: Path) -> Config | None:
+    """The settings of the run in `folder`; None where it has none that can be read."""
+    try:
+        return Config.make(**settings(folder))
+    except UserError:
+        return None
 
 
 def is_finished(folder: Path) -> bool:
@@ -116,15 +140,24 @@ def resumed(folder: Path, asked: Config, given: dict, override: bool) -> Config:
       UserError: a given setting changes the mathematics of the run, unless `override`.
     """
     old = Config.make(**settings(folder))
-    where = {name: getattr(asked, name) for name in ("strategy", "replicas")}
-    if any(getattr(old, name) != value for name, value in where.items()):
-        where |= {name: 0 for name in ("shards", "intra_op_threads", "inter_op_threads")}  # to be chosen anew
-    new = old.replace(**{**where, **given})
+    new = old.replace(**{**_devices(old, asked), **given})
     if not override and (names := changed(old, new)):
         raise UserError(f"--resume={folder}: " + ", ".join(f"--{name} is {_text(getattr(old, name))} in this run, not "
                         f"{_text(getattr(new, name))}" for name in names) + "; that changes its mathematics: leave it out, "
                         "or add --override")
     return new
+
+
+def resumed_group(folder: Path, asked: Config, given: dict) -> Config:
+    """The settings `asked` for, with what the run in `folder`, one of the group, had chosen for its machine."""
+    old = Config.make(**settings(folder))
+    return asked.replace(**{name: getattr(old.replace(**_devices(old, asked)), name) for name in CHOSEN if name not in given})
+
+
+def _devices(old: Config, asked: Config) -> dict:
+    """The devices that are asked for; what was chosen for others is to be chosen anew."""
+    where = {name: getattr(asked, name) for name in ("strategy", "replicas")}
+    return where | ({} if all(getattr(old, name) == value for name, value in where.items()) else dict.fromkeys(CHOSEN, 0))
 
 
 def changed(old: Config, new: Config) -> list[str]:

@@ -2,10 +2,11 @@
 stopped, by whatever, goes on where its newest checkpoint is."""
 
 import contextlib
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tfloop.state import TrainState
 
 
 def train(config: Config, device: str = "", started: float | None = None, stop: Callable[[], bool] = lambda: False,
-          resume: Path | None = None, replicas: Replicas | None = None) -> list[dict]:
+          resume: Sequence[Path | None] = (), replicas: Replicas | None = None) -> list[dict]:
     """Train once for each seed in one process, each into a folder of its own; the results.
 
     Of several workers the chief alone writes folders and has results; the others train along.
@@ -32,7 +33,7 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
       device: the device's name, for the record.
       started: time.perf_counter() when the program began, from which set-up is counted.
       stop: asked after every record; true ends the run with a checkpoint.
-      resume: the folder of a run to go on with, in place of new ones.
+      resume: for each seed the folder of a run to go on with, or None for a new one; empty: all are new.
       replicas: what to train on, in place of one device.
 
     Raises:
@@ -51,9 +52,12 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
         return []
 
 
-def _train(config: Config, device: str, started: float, stop: Callable[[], bool], resume: Path | None,
+def _train(config: Config, device: str, started: float, stop: Callable[[], bool], resume: Sequence[Path | None],
            replicas: Replicas | None) -> list[dict]:
-    folders.check_writable(*(resume, "--resume") if resume else (Path(config.logdir),))
+    if not all(resume) or not resume:
+        folders.check_writable(Path(config.logdir))
+    for folder in filter(None, resume):
+        folders.check_writable(folder, "--resume")
     loop = make_loop(config, replicas=replicas)
     if replicas:
         replicas.check_same(loop.data.fingerprint, "data")
@@ -76,16 +80,21 @@ def _train(config: Config, device: str, started: float, stop: Callable[[], bool]
 
 
 def _train_all(config: Config, loop: Loop, display: Display, device: str, started: float, stop: Callable[[], bool],
-               resume: Path | None, replicas: Replicas | None) -> list[dict]:
+               resume: Sequence[Path | None], replicas: Replicas | None) -> list[dict]:
     """The results of all runs that `config` asks for, as many at a time as the ensemble has members."""
-    seeds = config.seeds or (range(config.seed, config.seed + config.ensemble) if config.ensemble > 1 else (config.seed,) * config.runs)
+    seeds, resume = config.all_seeds, resume or [None] * len(config.all_seeds)
     members = min(config.ensemble, len(seeds))
     loops = [loop, *(make_loop(config, loop.data) for _ in range(members - 1))]
     make, results = ensemble.SideBySide(loops).make if members > 1 else ensemble.alone, []
     for first in range(0, len(seeds), members):
-        group = [config.replace(seed=seed, seeds=(), runs=1, ensemble=1) for seed in seeds[first:first + members]]
+        group, there = [config.of_one_run(seed) for seed in seeds[first:first + members]], resume[first:first + members]
+        if all(folder and folders.epochs_done(folder, own) for folder, own in zip(there, group)):
+            for folder in there:
+                display.say(f"{folder}: is finished")
+                results.append({**json.loads((folder / folders.RESULT).read_text(encoding="utf-8")), "folder": str(folder)})
+            continue
         with contextlib.ExitStack() as locks:
-            places = [resume or folders.create(own) for own in group]
+            places = [folder or folders.create(own) for folder, own in zip(there, group)]
             for folder in places:
                 locks.enter_context(folders.locked(folder))
             made = [Run(own, one, folder, display, device, replicas, f"seed {own.seed}" if members > 1 else "")
@@ -111,8 +120,9 @@ def _train_all(config: Config, loop: Loop, display: Display, device: str, starte
 
 def _together(loops: list[Loop], runs: list[Run]) -> float:
     """The accuracy of several models' mean probabilities on the test images, after their last epoch."""
-    probabilities = ensemble.mean_probabilities(loops, [run.outputs for run in runs])
-    return float(np.mean(probabilities.argmax(axis=1) == loops[0].data.test.labels))
+    test = loops[0].data.test
+    outputs = [loop.evaluate_with_outputs(test)[1] if run.outputs is None else run.outputs for loop, run in zip(loops, runs)]
+    return float(np.mean(ensemble.mean_probabilities(loops, outputs).argmax(axis=1) == test.labels))
 
 
 def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> None:
@@ -120,7 +130,7 @@ def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> Non
     loop = make_loop(config, replicas=replicas)
     replicas.check_same(loop.data.fingerprint, "data")
     told = 0
-    for _ in config.seeds or (config.seed,) * config.runs:
+    for _ in config.all_seeds:
         again = True
         while again:
             replicas.share(loop.state)

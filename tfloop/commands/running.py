@@ -14,16 +14,16 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
     if options["dry_run"] and config.strategy == "multi_worker":
         raise UserError("--dry_run and --strategy=multi_worker exclude each other: try one process")
     place = cluster.find() if config.strategy == "multi_worker" else None
-    stop, folder, asked = Stop(listen=not place), None, config
+    stop, resume, asked = Stop(listen=not place), [], config
     if options["resume"] and (not place or place.is_chief):
         try:
-            config, folder = _resumed(config, options)
+            config, resume = _resumed(config, options)
         except UserError as error:
             if place:
                 cluster.refuse(place, asked, str(error))
             raise
-    if folder and (done := folders.epochs_done(folder, config)):
-        finished = f"{folder}: is finished, after {done} epochs"
+    if len(resume) == 1 and resume[0] and (done := folders.epochs_done(resume[0], config)):
+        finished = f"{resume[0]}: is finished, after {done} epochs"
         print(finished)
         if place:
             cluster.refuse(place, asked, finished)
@@ -37,19 +37,31 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
     if options["dry_run"]:
         training.dry_run(config, device, replicas)
         return 0
-    results = training.train(config, device, STARTED, stop.asked, folder, replicas)
+    results = training.train(config, device, STARTED, stop.asked, resume, replicas)
     stopped_by_another = bool(results) and not results[-1]["finished"]
     return stop.code() or (TERMINATED if stopped_by_another else 0)
 
 
-def _resumed(config: Config, options: dict) -> tuple[Config, Path | None]:
-    """(settings, folder) of the run that --resume names; with auto, of the newest that is not finished, or of a new one."""
-    if config.seeds or config.runs > 1 or config.ensemble > 1:
-        raise UserError("--resume goes on with one run: leave --seeds, --runs and --ensemble out (or --ensemble=1)")
+def _resumed(config: Config, options: dict) -> tuple[Config, list[Path | None]]:
+    """(settings, folders) of the run that --resume names; with auto, of the newest that is not finished, or of the group of
+    runs that these settings make, seed by seed; no folders where there is nothing to go on with."""
+    auto, group = options["resume"] == "auto", bool(config.seeds) or config.ensemble > 1
     if options["dry_run"]:
         raise UserError("--resume and --dry_run exclude each other: one goes on with a run, the other keeps nothing")
-    folder = folders.newest_unfinished(config) if options["resume"] == "auto" else Path(options["resume"])
-    return (config, None) if folder is None else (folders.resumed(folder, config, options["given"], options["override"]), folder)
+    if config.runs > 1:
+        raise UserError("--resume and --runs exclude each other: runs with one seed cannot be told apart; try --seeds")
+    if group and not auto:
+        raise UserError(f"--resume={options['resume']} goes on with one run: leave --seeds and --ensemble out (or --ensemble=1), "
+                        "or go on with all of them: --resume=auto")
+    if group and (options["override"] or config.strategy == "multi_worker"):
+        other = "--override" if options["override"] else f"--strategy={config.strategy}"
+        raise UserError(f"--resume=auto with --seeds or --ensemble and {other} exclude each other: go on with one run")
+    if group:
+        found = folders.unfinished_group(config)
+        first = next(filter(None, found), None)
+        return (folders.resumed_group(first, config, options["given"]) if first else config), found
+    folder = folders.newest_unfinished(config) if auto else Path(options["resume"])
+    return (config, []) if folder is None else (folders.resumed(folder, config, options["given"], options["override"]), [folder])
 
 
 def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
@@ -164,7 +176,7 @@ def pack(config: Config, options: dict, arguments: list[str]) -> int:
 COMMANDS = {
     "train": Command(train, "train a model; the default is the article's CNN on MNIST", options={
         "dry_run": (False, "do one step of everything, keep nothing, and stop"),
-        "resume": ("", "go on with a run: its folder; auto: the newest unfinished one of its name, or a new one"),
+        "resume": ("", "go on with a run: its folder; auto: the newest unfinished one of its name, or a new one; all of --seeds or --ensemble"),
         "override": (False, "with --resume: allow settings that change the mathematics of the run")}),
     "evaluate": Command(evaluate, "a run on its test images: loss, accuracy, by class, calibration, mistakes; several runs: averaged", "RUN…", WHERE, {
         "plot": ("", "draw calibration and the ten most confident mistakes into this PNG file"),
