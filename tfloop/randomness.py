@@ -18,15 +18,17 @@ class Key(NamedTuple):
     seed: tf.Tensor  # int32 [2]
     part: tf.Tensor | int = 0
     parts: int = 1
+    numbers: tuple = ()  # folded into the seed when something is drawn: most steps draw nothing
 
     def fold_in(self, *numbers) -> "Key":
         """A new key from this one and some whole numbers."""
-        return self._replace(seed=fold_in(self.seed, *numbers))
+        return self._replace(numbers=(*self.numbers, *numbers))
 
     def uniform(self, shape, low=0.0, high=1.0) -> tf.Tensor:
         """float32, uniform in [low, high), for the rows of this part: `shape` is static and begins with their number."""
         rows, *rest = shape
-        bits = tf.random.stateless_uniform([self.parts * rows, *rest], self.seed, None, None, tf.int32, alg="philox")
+        seed = fold_in(self.seed, *self.numbers)
+        bits = tf.random.stateless_uniform([self.parts * rows, *rest], seed, None, None, tf.int32, alg="philox")
         mantissa = tf.bitwise.bitwise_and(bits, 0x7FFFFF)
         unit = tf.bitcast(tf.bitwise.bitwise_or(mantissa, 0x3F800000), tf.float32) - 1.0  # 1.mantissa in binary, less 1
         whole = unit * (high - low) + low

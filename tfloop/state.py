@@ -138,7 +138,7 @@ class TrainState(tf.Module):
 
     def key(self, part: tf.Tensor | int = 0, parts: int = 1) -> Key:
         """The key of this step's randomness, for one part of its batch: a pure function of (seed, epoch, batch)."""
-        return Key(tf.stack([tf.cast(self.seed, tf.int32), 1]), part, parts).fold_in(self.epoch, self.batch)
+        return Key(tf.stack([tf.cast(self.seed, tf.int32), 1]), part, parts).fold_in(tf.identity(self.epoch), tf.identity(self.batch))
 
     def overflowed(self, loss: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
         """Is a step that is not finite so because the loss scale was too high? Then the scale is halved."""
