@@ -68,20 +68,17 @@ def contestants() -> dict:
             "bare tf.function": bare, "keras fit": fit(), "keras fit, 50 steps": fit(steps_per_execution=50)}
 
 
-LEVELS = ("none", "scalars", "default", "full")
-
-
 def summaries(rounds: int, config) -> dict[str, list[tuple[float, float, float]]]:
     """level → (seconds of an epoch with its summaries, of these in summaries, seconds at the end of the run), by round."""
     import tfloop
-    from tfloop.summaries import Summaries
+    from tfloop.summaries import LEVELS, Summaries
 
     loop = tfloop.make_loop(config)
     found = {level: [] for level in LEVELS}
     for turn in range(rounds + 1):
         for level in LEVELS:
             loop.state.begin(0)
-            with tempfile.TemporaryDirectory() as folder, Summaries(folder, loop, config.replace(summaries=level)) as written:
+            with tempfile.TemporaryDirectory() as folder, Summaries(folder, loop, level) as written:
                 started, inside = time.perf_counter(), 0.0
                 for record in loop.run(1):
                     before = time.perf_counter()

@@ -24,7 +24,8 @@ def test_the_table_of_flags_is_the_programs():
     assert flag_table() in README.read_text(encoding="utf-8")
 
 
-def test_the_python_runs_as_shown():
+def test_the_python_runs_as_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:

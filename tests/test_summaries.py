@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 import tfloop
@@ -75,12 +76,10 @@ def test_the_terms_add_up_and_penalties_are_told_layer_by_layer(full):
 
 
 def test_norms_by_layer_are_those_of_the_last_step(loop, tmp_path):
-    from tfloop.summaries import Summaries
-
     one = loop(optimizer="sgd", learning_rate=0.1, steps_per_call=1)
     before = {name: weight.numpy() for name, weight in one.state.weights.items()}
     gradients = tfloop.forward_and_backward(one.state, one.batch(0)).gradients
-    with Summaries(tmp_path, one, tfloop.Config.make(**SMALL)) as summaries:
+    with tfloop.Summaries(tmp_path, one) as summaries:
         summaries.write(next(one.run(1)))
     found = {scalar.tag: scalar.value for scalar in read_scalars(tmp_path)}
     for name, gradient in gradients.items():
@@ -227,8 +226,6 @@ def test_pictures_of_many_classes_and_of_floats_stay_reasonable(random, recwarn)
 def test_a_model_of_ones_own_is_summarised_too(tmp_path, digits):
     import keras
 
-    from tfloop.summaries import Summaries
-
     class Own(keras.Model):
         def __init__(self):
             super().__init__()
@@ -240,11 +237,30 @@ def test_a_model_of_ones_own_is_summarised_too(tmp_path, digits):
     model = Own()
     model(np.zeros([1, 8, 8, 1], np.float32))
     one = tfloop.Loop(tfloop.TrainState(model, standardizer=digits.standardizer), digits)
-    with Summaries(tmp_path, one, tfloop.Config.make("digits", summaries="full")) as summaries:
+    with tfloop.Summaries(tmp_path, one, "full") as summaries:
         for record in one.run(1):
             summaries.write(record)
         summaries.finish()
     assert {s.run for s in read_scalars(tmp_path)} == {"train", "test"}
+
+
+def test_a_loop_of_ones_own_tells_its_numbers_or_what_it_is_told(loop, tmp_path):
+    one = loop(optimizer="adam", learning_rate=0.25)
+    for settings in (None, {"width": np.int64(7), "layers": np.array([3, 4]), "note": None, "made": Path("here")}):
+        with tfloop.Summaries(tmp_path / str(bool(settings)), one, "scalars", settings) as summaries:
+            summaries.write(next(one.run(1)))
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    told = {run: HParamsPluginData.FromString(multiplexer.SummaryMetadata(run, "_hparams_/session_start_info").plugin_data.content)
+            .session_start_info.hparams for run in ("False", "True")}
+    assert told["False"]["optimizer"].string_value == "adam" and told["False"]["batch_size"].number_value == 100
+    assert told["True"]["width"].number_value == 7 and told["True"]["layers"].string_value == "3, 4" and told["True"]["made"].string_value == "here"
+    for values in told.values():
+        assert values["learning_rate"].number_value == 0.25 and "note" not in values
+
+
+def test_an_unknown_level_is_refused(loop, tmp_path):
+    with pytest.raises(tfloop.UserError, match="level 'all' is unknown; choose from none, scalars, default, full"):
+        tfloop.Summaries(tmp_path, loop(), "all")
 
 
 @pytest.mark.parametrize("outputs, found", [(lambda x: tf.reshape(x, [-1, 8, 8]), r"shape \(1, 8, 8\)"), (lambda x: {"a": x}, "dict")])

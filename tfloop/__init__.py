@@ -21,7 +21,7 @@ _HOME = {
     "Optimizer": "optimizers", "Schedule": "schedules", "TrainState": "state",
     "Batch": "pipelines", "Loop": "loop", "Call": "loop", "Epoch": "loop", "Metrics": "loop", "Loss": "step",
     "train_step": "step", "forward_and_backward": "step", "losses": "step", "example_losses": "step",
-    "LivePlot": "plots", "make_loop": "runs", "make_state": "runs", "train": "training", "open_run": "runs",
+    "LivePlot": "plots", "Summaries": "summaries", "make_loop": "runs", "make_state": "runs", "train": "training", "open_run": "runs",
     "predict": "predictions",
 }
 __all__ = sorted(_HOME)

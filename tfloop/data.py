@@ -13,7 +13,6 @@ import numpy as np
 from tfloop.errors import UserError
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Images [N, height, width, channels], uint8 or float32, and their class numbers [N], int32.

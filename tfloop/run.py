@@ -47,9 +47,10 @@ class Run:
     """
 
     def __init__(self, config: Config, loop: Loop, folder: Path, display: Display, device: str, replicas: Replicas | None = None,
-                 label: str = ""):
-        """Args: settings, what trains, where to; where to show it, on what device, on which replicas; what to call it there."""
-        self.outputs, self._label = None, label
+                 label: str = "", finished: bool = False):
+        """Args: settings, what trains, where to; where to show it, on what device, on which replicas; what to call it there; whether
+        it is finished already, so that there is only its state to be read."""
+        self.outputs, self._label, self._finished = None, label, finished
         self._config, self._loop, self._folder, self._display, self._device = config, loop, folder, display, device
         self._checkpoints = checkpoints.Checkpoints(loop.state, folder / "checkpoints", config.keep)
         self._reached, self._saved, self._before = Reached(), None, {}
@@ -62,6 +63,10 @@ class Run:
         Raises:
           DivergenceError: as Loop.run; the folder has the last good weights, and the result.
         """
+        if self._finished:
+            self._loop.state.begin(self._config.seed)
+            checkpoints.restore(self._loop.state, checkpoints.newest(self._folder / "checkpoints", self._display.warn)[0])
+            return folders.result(self._folder)
         resumed = self._resume()
         self._count("setup", time.perf_counter() - started)
         while (diverged := (yield from self._go_on(stop, resumed))) and self._agree(self._may_rewind()):
@@ -78,7 +83,7 @@ class Run:
         config, loop, state, diverged = self._config, self._loop, self._loop.state, None
         if self._replicas:
             self._replicas.share(state)
-        with Summaries(self._folder, loop, config, resumed) as summaries, \
+        with Summaries(self._folder, loop, config.summaries, dataclasses.asdict(config), resumed) as summaries, \
                 Profile(config, self._folder, self._display.say) as profile:
             plot = LivePlot(self._folder / "curves.png", before=self._reached.epochs) if config.live_plot else None
             due = Due(config.checkpoint_every, int(state.global_step))
@@ -113,8 +118,8 @@ class Run:
             if self._is_finished(diverged):
                 with self._timed("pictures"):
                     summaries.finish()
-            if self._is_finished(diverged) or diverged:
-                summaries.end(succeeded=not diverged)
+            elif diverged:
+                summaries.end(succeeded=False)
         return diverged
 
     def _left_out(self) -> list[str]:

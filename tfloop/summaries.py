@@ -10,6 +10,7 @@ folder holds its settings (HParams) and the layout of Custom Scalars. How much i
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import keras
@@ -31,10 +32,12 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from tfloop import models
-from tfloop.config import GROUPS, HYPER, Config
+from tfloop.config import FIELDS, GROUPS, HYPER
+from tfloop.errors import UserError
 from tfloop.events import EventFile
 from tfloop.loop import Call, Epoch, Loop, Metrics
 
+LEVELS = FIELDS["summaries"].metadata["choices"]
 TAGS = {"total": "loss/total", "data": "loss/data", "l1": "loss/l1", "l2": "loss/l2", "custom": "loss/custom",
         "model": "loss/model", "accuracy": "accuracy", "gradient_norm": "gradient_norm/mean"}
 SCALAR = scalar_metadata(display_name="", description="")
@@ -43,25 +46,46 @@ EMBEDDED = 500  # test images in the projector
 MISCLASSIFIED = 25
 HYPER_FIELDS = [name for group in ("start from", "data", "augmentation", "model", "loss", "optimizer", "schedule", "run")
                 for name in GROUPS[group] if name not in ("seeds", "runs")] + ["device"]
+NO_HYPER = set(FIELDS) - set(HYPER_FIELDS)
 
 
 class Summaries:
-    """Writes the records of a run into `folder`; use it in a `with` block, with `finish` and `end` at its end."""
+    """Writes the records of a run into a folder.
 
-    def __init__(self, folder: str | Path, loop: Loop, config: Config, resumed: bool = False):
-        """Args: the run's folder, its loop and settings; whether it is resumed, and its first events are written already."""
-        self._folder, self._loop, self._config, self._files = Path(folder), loop, config, {}
-        self._histograms = config.summaries in ("default", "full")
-        self._every_epoch = config.summaries == "full"
+    Example:
+      >>> with Summaries("runs/mine", loop) as summaries:
+      ...     for record in loop.run(epochs=5): summaries.write(record)
+      ...     summaries.finish()
+    """
+
+    def __init__(self, folder: str | Path, loop: Loop, level: str = "default", settings: Mapping[str, object] | None = None,
+                 resumed: bool = False):
+        """Args:
+          folder: the run's own.
+          loop: whose records they are.
+          level: how much is written, one of LEVELS.
+          settings: what the text and HParams tell of the run, beside the numbers in `state.hyper`; unset, it is the optimizer,
+            the schedule and the batch size. Of a Config's fields HParams gets those that shape the run.
+          resumed: its first events are written already.
+
+        Raises:
+          UserError: an unknown level.
+        """
+        if level not in LEVELS:
+            raise UserError(f"summaries: level {level!r} is unknown; choose from {', '.join(LEVELS)}")
+        self._folder, self._loop, self._level, self._files = Path(folder), loop, level, {}
+        self._histograms, self._every_epoch = level in ("default", "full"), level == "full"
         self._last_call, self._last_epoch = None, None
         self._penalised = {id(kernel) for kernel in loop.state.kernels}
-        if config.summaries != "none" and not resumed:
-            self._write("", 0, custom_scalar_pb(_layout()), *_hparams(config, loop.state, self._folder.name))
-            self._write("train", 0, text_pb("config", _settings_text(config)), text_pb("model", _model_text(loop.state)))
+        if settings is None:
+            settings = {"optimizer": loop.state.optimizer.name, "schedule": loop.state.schedule.name, "batch_size": loop.pipeline.batch_size}
+        if level != "none" and not resumed:
+            self._write("", 0, custom_scalar_pb(_layout()), *_hparams(settings, loop.state, self._folder.name))
+            self._write("train", 0, text_pb("config", _settings_text(settings)), text_pb("model", _model_text(loop.state)))
 
     def write(self, record: Call | Epoch) -> None:
         """A Call is a point of the training curves, an Epoch one of the test and validation curves."""
-        if self._config.summaries == "none":
+        if self._level == "none":
             return
         if isinstance(record, Call):
             self._last_call = record
@@ -81,9 +105,14 @@ class Summaries:
             self._pictures(record.step, record.outputs)
 
     def finish(self) -> None:
-        """What is written once, after the last epoch."""
-        if self._config.summaries == "none" or not len(self._loop.data.test):
+        """What is written once, after the last epoch; HParams then has the run as a success."""
+        if self._level == "none":
             return
+        if len(self._loop.data.test):
+            self._finish()
+        self.end(succeeded=True)
+
+    def _finish(self) -> None:
         split, step = self._loop.data.test, int(self._loop.state.global_step)
         outputs = self._last_epoch.outputs if self._last_epoch else self._loop.evaluate_with_outputs(split)[1]
         if outputs.shape[1] == self._loop.data.classes:
@@ -100,7 +129,7 @@ class Summaries:
 
     def end(self, succeeded: bool) -> None:
         """Tell HParams that the run has ended, and how."""
-        if self._config.summaries != "none":
+        if self._level != "none":
             self._write("", 0, session_end_pb(api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE))
 
     def sync(self) -> dict[str, int]:
@@ -240,12 +269,10 @@ def _layout() -> layout_pb2.Layout:
         chart("accuracy", "accuracy"), chart("loss", "loss/total")])])
 
 
-def _hparams(config: Config, state, run: str) -> list[Summary]:
+def _hparams(settings: Mapping[str, object], state, run: str) -> list[Summary]:
     """The run's settings, numbers as they really are (the rule's defaults in place of those left open), for HParams."""
-    values = {name: getattr(config, name) for name in HYPER_FIELDS}
-    values |= {name: variable.numpy().tolist() for name, variable in state.hyper.items()}
-    values = {name: ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-              for name, value in values.items() if value not in (None, "", (), [])}
+    values = {name: value for name, value in settings.items() if name not in NO_HYPER}
+    values = _plain({**values, **{name: variable.numpy() for name, variable in state.hyper.items()}})
     metrics = [Metric("accuracy", "test", display_name="test accuracy"), Metric("loss/data", "test", display_name="test loss"),
                Metric("accuracy", "validation", display_name="validation accuracy"),
                Metric("accuracy", "train", display_name="train accuracy"), Metric("loss/total", "train", display_name="train loss"),
@@ -254,10 +281,16 @@ def _hparams(config: Config, state, run: str) -> list[Summary]:
     return [hparams_config_pb([HParam(name) for name in names], metrics), hparams_pb(values, trial_id=run)]
 
 
-def _settings_text(config: Config) -> str:
-    rows = [f"| {name} | {', '.join(map(str, value)) if isinstance(value, tuple) else value} |"
-            for name in Config.__dataclass_fields__ if (value := getattr(config, name)) not in (None, "", ())]
+def _settings_text(settings: Mapping[str, object]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in _plain(settings).items()]
     return "\n".join(["| setting | value |", "| --- | --- |", *rows])
+
+
+def _plain(settings: Mapping[str, object]) -> dict[str, bool | int | float | str]:
+    """The settings that are set, as HParams takes them."""
+    values = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in settings.items()}  # NumPy's
+    values = {name: ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else value for name, value in values.items()}
+    return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in values.items() if value not in (None, "")}
 
 
 def _model_text(state) -> str:
