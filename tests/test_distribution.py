@@ -116,6 +116,18 @@ def test_when_a_worker_is_killed_the_others_name_it_and_a_restart_ends_as_if_not
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+def test_a_cluster_goes_on_with_all_runs_that_were_begun_together(tmp_path):
+    flags = [flag for flag in SMOOTH if not flag.startswith(("--seed", "--epochs"))] + ["--epochs=2", "--seeds=3,4", "--summaries=none"]
+    for more in ([], ["--resume=auto"]):
+        process = tfloop("launch", "--workers=2", *flags, f"--logdir={tmp_path}", *more)
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+        made = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("digits-001", "digits-002")]
+        if not more:
+            first = made
+            (tmp_path / "digits-002" / "result.json").unlink()
+    assert made[0] == first[0] and made[1]["resumed_at"] == [30] and made[1]["state_sha256"] == first[1]["state_sha256"]
+
+
 def test_a_signal_to_any_worker_ends_all_with_a_checkpoint(tmp_path):
     process = tfloop("launch", "--workers=2", *SMOOTH, "--epochs=2000", "--steps_per_call=5", f"--logdir={tmp_path}")
     until = time.monotonic() + 60

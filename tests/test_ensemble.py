@@ -61,15 +61,33 @@ def test_members_that_were_stopped_go_on_as_if_nothing_had_been(tmp_path, capsys
     assert again[0]["together"] == whole[0]["together"] and len({one["resumed_at"][0] for one in again}) > 1
 
 
-def test_a_member_that_had_finished_waits_for_the_others(tmp_path):
-    config = tfloop.Config.make(**SMALL, epochs=2, ensemble=2, logdir=str(tmp_path))
+def test_a_member_that_had_finished_is_left_as_it_is_and_judged_with_the_others(tmp_path):
+    config = tfloop.Config.make(**SMALL | dict(summaries="default"), epochs=2, ensemble=2, logdir=str(tmp_path))
     whole = training.train(config)
-    there = [Path(one["folder"]) for one in whole]
-    together = results(tmp_path)[0]["together"]
+    there, before = [Path(one["folder"]) for one in whole], results(tmp_path)
     shutil.rmtree(max((there[1] / "checkpoints").glob("0*")))
     (there[1] / "result.json").unlink()  # as if it had been killed while it wrote its last checkpoint
+    files = lambda: {path: path.read_bytes() for path in there[0].rglob("*") if path.is_file() and path.name != "result.json"}
+    kept = files()
     again = training.train(config, resume=there)
-    assert [one["state_sha256"] for one in again] == [one["state_sha256"] for one in whole] and results(tmp_path)[0]["together"] == together
+    assert again[1]["state_sha256"] == whole[1]["state_sha256"] and again[1]["resumed_at"] == [15]
+    assert files() == kept and results(tmp_path)[0] == before[0] and results(tmp_path)[1]["together"] == before[1]["together"]
+    for folder in there:  # or after the last result.json, before they were judged
+        found = json.loads((folder / "result.json").read_text())
+        del found["together"]
+        (folder / "result.json").write_text(json.dumps(found))
+    assert training.train(config, resume=there)[1]["resumed_at"] == [15] and results(tmp_path)[0] == before[0]
+
+
+def test_steps_can_be_made_beside_a_model_that_is_at_the_end_of_its_epoch(loop):
+    alone = loop(seed=2, shards=1).fit(1)
+    loops = [loop(seed=1, shards=1), loop(seed=2, shards=1)]
+    loops[0].state.batch.assign(loops[0].steps)  # as after a call whose evaluation diverged
+    beside = ensemble.SideBySide(loops)
+    for record in loops[1].ready(1):
+        if isinstance(record, tfloop.loop.Ready):
+            beside.make([record])
+    assert record.test == alone.test and int(loops[0].state.batch) == loops[0].steps
 
 
 def test_a_member_that_diverges_ends_and_the_others_go_on(tmp_path, loop):

@@ -130,31 +130,65 @@ def test_auto_goes_on_with_the_newest_unfinished_run_or_begins(tmp_path, capsys)
     assert result(tmp_path / "digits-002")["resumed_at"] == [45] and not (tmp_path / "digits-003").exists()
 
 
-def test_auto_goes_on_with_all_of_several_seeds(tmp_path, capsys):
-    flags = lambda name: ["train", *SMALL, "--shards=1", "--seeds=4,5,6", f"--logdir={tmp_path / name}"]
-    settings = lambda name: dict(flag.removeprefix("--").split("=") for flag in flags(name) if "=" in flag)
-    whole = training.train(tfloop.Config.make(**settings("whole"), quiet=True))
-    first = training.train(tfloop.Config.make(**settings("cut"), quiet=True), stop=stop_after(14))
+@pytest.mark.parametrize("asked", [["--seeds=4,5,6", "--conv=4", "--dense=8", "--batch_size=100", "--epochs=3", "--steps_per_call=4"], []],
+                         ids=["with the same flags", "with none"])
+def test_auto_goes_on_with_all_runs_that_were_begun_together(config, tmp_path, asked):
+    own = config(seeds=(4, 5, 6), shards=1)
+    whole = training.train(own.replace(logdir=str(tmp_path / "whole")))
+    first = training.train(own, stop=stop_after(25))
     assert [one["finished"] for one in first] == [True, False]
-    finished = (tmp_path / "cut" / "digits-001" / "result.json").stat().st_mtime_ns
-    assert main([*flags("cut"), "--resume=auto"]) == 0
-    there = sorted((tmp_path / "cut").iterdir())
-    assert [path.name for path in there] == ["digits-001", "digits-002", "digits-003"]
+    there = [tmp_path / f"digits-{number:03d}" for number in (1, 2, 3)]
+    before = {path: path.read_bytes() for path in there[0].rglob("*") if path.is_file()}
+    assert main(["train", "--preset=digits", *asked, f"--logdir={tmp_path}", "--quiet", "--resume=auto"]) == 0
     assert [result(path)["state_sha256"] for path in there] == [one["state_sha256"] for one in whole]
     assert [result(path)["resumed_at"] for path in there] == [[], [first[1]["steps"]], []]
-    assert (tmp_path / "cut" / "digits-001" / "result.json").stat().st_mtime_ns == finished
+    assert {path: path.read_bytes() for path in there[0].rglob("*") if path.is_file()} == before  # what had finished
+    assert folders.newest_unfinished(own) == ([], 1) and not (tmp_path / "digits-004").exists()
 
 
-def test_runs_belong_to_a_group_by_their_settings_and_seed(config, tmp_path):
-    made = [folders.create(config(seed=seed, **given)) for seed, given in
-            [(0, {}), (1, {}), (0, dict(l2=0.5)), (1, dict(summaries="none")), (7, {})]]
-    group = lambda *seeds, **given: folders.unfinished_group(config(seeds=seeds, **given))
-    assert group(0, 1, 2) == [made[0], made[3], None]  # the newest of each; what it writes makes no difference
-    assert group(0, l2=0.5) == [made[2]] and group(5, 6) == [] and group(0, name="other") == []
-    assert group(1, 1, 1) == [made[3], made[1], None]
-    for folder in made[:2]:
+def test_what_was_begun_together_is_known_by_its_folders(config, tmp_path, capsys):
+    asked = config(seeds=(3, 1, 2))
+    first, other, last = made = folders.create_all(asked)
+    assert all(folders.group_of(folder) == (made, 1) for folder in made) and folders.newest_unfinished(asked) == (made, 1)
+    again = folders.resumed_group(made, 1, config(), dict(epochs="3", pipeline="host"), override=False)
+    assert again == asked.replace(pipeline="host")
+    for folder in (first, last):
         (folder / "result.json").write_text('{"finished": true}')
-    assert group(0) == [] and group(0, 1) == [made[0], made[3]] and group(0, 9) == [made[0], None]
+    assert folders.newest_unfinished(asked) == (made, 1)
+    (other / "result.json").write_text('{"finished": true}')
+    assert folders.newest_unfinished(asked) == ([], 1)
+    alone = folders.create(config(seed=9))
+    assert folders.newest_unfinished(asked) == ([alone], 1)
+    assert main(["train", "--preset=digits", "--seeds=1,2", "--epochs=1", "--quiet", f"--logdir={tmp_path}", "--resume=auto"]) == 0
+    assert not (alone / "result.json").exists() and result(tmp_path / "digits-005")["config"]["seed"] == 1  # that one was not asked for
+
+
+def test_members_are_unfinished_until_they_were_judged_together(config):
+    made = folders.create_all(config(ensemble=2))
+    for folder in made:
+        (folder / "result.json").write_text('{"finished": true}')
+    assert folders.newest_unfinished(config(ensemble=2)) == (made, 2)
+    (made[0] / "result.json").write_text('{"finished": true, "together": {}}')
+    assert folders.newest_unfinished(config(ensemble=2)) == ([], 1)
+
+
+@pytest.mark.parametrize("flags, change, message", [
+    (["--seeds=0,1,2"], None, "have --seeds=0,1, not --seeds=0,1,2: go on with them first, or begin under another --name"),
+    (["--ensemble=2"], None, "have --seeds=0,1, not --seeds=0,1 --ensemble=2"),
+    (["--seeds=0,1", "--l2=0.1"], None, "--l2 is 0.001 in this run, not 0.1; that changes its mathematics"),
+    ([], dict(l2=0.5), "digits-002: has another --l2 than"),
+    ([], "group", "group.json: cannot be read; go on with one run: --resume="),
+], ids=["other seeds", "side by side", "other mathematics", "one was changed", "damaged"])
+def test_a_group_that_cannot_go_on_says_why(config, tmp_path, capsys, flags, change, message):
+    made = folders.create_all(config(seeds=(0, 1)))
+    if change == "group":
+        (made[1] / "group.json").write_text("{}")
+    elif change:
+        folders.write(made[1] / "config.json", config(seed=1, **change).to_json())
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", "--preset=digits", *flags, f"--logdir={tmp_path}", "--resume=auto"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
@@ -178,9 +212,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_again(tmp_path, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--resume=/nowhere"], "/nowhere: not a run's folder"),
-    (["--resume=runs/a", "--seeds=1,2"], "--resume=runs/a goes on with one run: leave --seeds and --ensemble out (or --ensemble=1), or"),
-    (["--resume=auto", "--runs=2"], "--resume and --runs exclude each other"),
-    (["--resume=auto", "--seeds=1,2", "--override"], "--resume=auto with --seeds or --ensemble and --override exclude each other"),
+    (["--resume=runs/a", "--seeds=1,2"], "--resume=runs/a goes on with one run: leave --seeds, --runs and --ensemble out (or --ensemble=1), or"),
     (["--resume=auto", "--dry_run"], "--resume and --dry_run exclude each other"),
     (["--checkpoint_every=soon"], "--checkpoint_every=soon: expected epoch, a number of steps, or of seconds"),
     (["--checkpoint_every=0"], "--checkpoint_every=0: expected epoch"),

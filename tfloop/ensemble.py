@@ -66,7 +66,7 @@ class SideBySide:
         with contextlib.ExitStack() as kept:
             for loop in self.loops:
                 kept.enter_context(loop.taken_back())
-            _, seconds = self._call([1] * len(self.loops))
+            _, seconds = self._call([int(int(loop.state.batch) < loop.steps) for loop in self.loops])  # one may be at an epoch's end
         self._sources = sources
         for loop in self.loops:
             loop.seconds["tracing"] += seconds / len(self.loops)

@@ -1,7 +1,8 @@
 """Run folders: made, found again, locked. Needs no TensorFlow.
 
 A run's folder holds config.json from its first moment, checkpoints/ while it goes on, event files in train/, test/ and
-validation/, and result.json at every end, with "finished" true where all epochs were done.
+validation/, and result.json at every end, with "finished" true where all epochs were done. Runs that one command began
+have a group.json.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
 
 RESULT = "result.json"
-CHOSEN = ("shards", "intra_op_threads", "inter_op_threads")  # settings that are chosen for the machine where they are 0
+GROUP = "group.json"
 FREE = {name for group in ("where and how it runs", "looking inside", "what is written") for name in GROUPS[group]}
 
 
@@ -24,6 +25,14 @@ def create(config: Config) -> Path:
     folder = numbered(Path(config.logdir), name_of(config))
     write(folder / "config.json", config.to_json())
     return folder
+
+
+def create_all(config: Config) -> list[Path]:
+    """A new folder for each run that `config` asks for; where they are several, each says which belong together."""
+    made = [create(config.of_one_run(seed)) for seed in config.all_seeds]
+    for folder in made if len(made) > 1 else ():  # the newest last: whoever finds it there finds it in all
+        write_json(folder / GROUP, {"folders": [path.name for path in made], "ensemble": config.ensemble})
+    return made
 
 
 def numbered(logdir: Path, name: str) -> Path:
@@ -69,52 +78,64 @@ def name_of(config: Config) -> str:
     return name
 
 
-def newest_unfinished(config: Config) -> Path | None:
-    """The newest of the folders that `create` made under this name, unless it is finished or there is none."""
-    newest = next(iter(_newest_first(config)), None)
-    return newest if newest and (newest / "config.json").is_file() and not is_finished(newest) else None
+def newest_unfinished(config: Config) -> tuple[list[Path], int]:
+    """(folders, ensemble): the newest that `create` made under this name, or all of its group, and how many of them train side
+    by side; no folders where there is none, or all are finished.
 
-
-def unfinished_group(config: Config) -> list[Path | None]:
-    """For each of the seeds that `config` trains, the newest folder with these settings and that seed, None where there is
-    none; [] where none of them is there, or all are finished."""
-    found, made = [], [(path, old) for path in _newest_first(config) if (old := _settings_of(path))]
-    for seed in config.all_seeds:
-        own = config.of_one_run(seed)
-        found.append(next((path for path, old in made if path not in found and not changed(old, own)), None))
-    begun = [path for path in found if path]
-    return found if begun and not (len(begun) == len(found) and all(map(is_finished, begun))) else []
-
-
-def _newest_first(config: Config) -> list[Path]:
+    Raises:
+      UserError: as `group_of`.
+    """
     name = name_of(config)
     made = [path for path in Path(config.logdir).glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdecimal()]
-    return sorted(made, key=lambda path: int(path.name.removeprefix(f"{name}-")), reverse=True)
+    newest = max(made, key=lambda path: int(path.name.removeprefix(f"{name}-")), default=None)
+    if not newest or not (newest / "config.json").is_file():
+        return [], 1
+    there, ensemble = group_of(newest)
+    batches = [there[first:first + ensemble] for first in range(0, len(there), ensemble)]
+    return ([], 1) if all(map(all_finished, batches)) else (there, ensemble)
 
 
-def _settings_of(folder: Path) -> Config | None:
-    """The settings of the run in `folder`; None where it has none that can be read."""
+def group_of(folder: Path) -> tuple[list[Path], int]:
+    """(the folders of the runs that were begun together with this one, itself among them; how many train side by side).
+
+    Raises:
+      UserError: the file that tells cannot be read.
+    """
     try:
-        return Config.make(**settings(folder))
-    except UserError:
-        return None
+        group = json.loads((folder / GROUP).read_text(encoding="utf-8"))
+        return [folder.parent / name for name in group["folders"]], int(group["ensemble"])
+    except FileNotFoundError:
+        return [folder], 1
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / GROUP}: cannot be read; go on with one run: --resume={folder}") from None
+
+
+def result(folder: Path) -> dict:
+    """What its result.json says; empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def all_finished(folders: list[Path]) -> bool:
+    """Have these runs, which train side by side, done all their epochs, and been judged together?"""
+    return all(map(is_finished, folders)) and (len(folders) == 1 or "together" in result(folders[0]))
 
 
 def is_finished(folder: Path) -> bool:
     """Has the run done all its epochs?"""
-    try:
-        return json.loads((folder / RESULT).read_text(encoding="utf-8"))["finished"] is True
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return result(folder).get("finished") is True
 
 
 def epochs_done(folder: Path, config: Config) -> int:
     """The epochs of a finished run that has nothing left to do with these settings; else 0."""
     if not is_finished(folder):
         return 0
-    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    done = len(result["epochs"])
-    return done if done >= config.epochs or has_settled(config, done, result["best_by_validation"]) else 0
+    found = result(folder)
+    done = len(found.get("epochs", ()))
+    return done if done >= config.epochs or has_settled(config, done, found.get("best_by_validation")) else 0
 
 
 def has_settled(config: Config, done: int, best: dict | None) -> bool:
@@ -140,7 +161,10 @@ def resumed(folder: Path, asked: Config, given: dict, override: bool) -> Config:
       UserError: a given setting changes the mathematics of the run, unless `override`.
     """
     old = Config.make(**settings(folder))
-    new = old.replace(**{**_devices(old, asked), **given})
+    where = {name: getattr(asked, name) for name in ("strategy", "replicas")}
+    if any(getattr(old, name) != value for name, value in where.items()):
+        where |= dict.fromkeys(("shards", "intra_op_threads", "inter_op_threads"), 0)  # to be chosen anew
+    new = old.replace(**{**where, **given})
     if not override and (names := changed(old, new)):
         raise UserError(f"--resume={folder}: " + ", ".join(f"--{name} is {_text(getattr(old, name))} in this run, not "
                         f"{_text(getattr(new, name))}" for name in names) + "; that changes its mathematics: leave it out, "
@@ -148,16 +172,23 @@ def resumed(folder: Path, asked: Config, given: dict, override: bool) -> Config:
     return new
 
 
-def resumed_group(folder: Path, asked: Config, given: dict) -> Config:
-    """The settings `asked` for, with what the run in `folder`, one of the group, had chosen for its machine."""
-    old = Config.make(**settings(folder))
-    return asked.replace(**{name: getattr(old.replace(**_devices(old, asked)), name) for name in CHOSEN if name not in given})
+def resumed_group(there: list[Path], ensemble: int, asked: Config, given: dict, override: bool) -> Config:
+    """As `resumed`, for the runs of a group: the settings that make them all.
 
-
-def _devices(old: Config, asked: Config) -> dict:
-    """The devices that are asked for; what was chosen for others is to be chosen anew."""
-    where = {name: getattr(asked, name) for name in ("strategy", "replicas")}
-    return where | ({} if all(getattr(old, name) == value for name, value in where.items()) else dict.fromkeys(CHOSEN, 0))
+    Raises:
+      UserError: as `resumed`; other seeds are asked for; one of them has gone another way since.
+    """
+    first, *others = [Config.make(**settings(folder)) for folder in there]
+    seeds = tuple(config.seed for config in (first, *others))
+    if len(asked.all_seeds) > 1 and (asked.all_seeds, asked.ensemble) != (seeds, ensemble):
+        told = lambda seeds, ensemble: f"--seeds={_text(seeds)}" + f" --ensemble={ensemble}" * (ensemble > 1)
+        raise UserError(f"--resume=auto: the newest runs, {there[0]} to {there[-1].name}, are not finished and have {told(seeds, ensemble)}, "
+                        f"not {told(asked.all_seeds, asked.ensemble)}: go on with them first, or begin under another --name")
+    for folder, config in zip(there[1:], others):
+        if names := changed(first.of_one_run(config.seed), config):
+            raise UserError(f"{folder}: has another --{names[0]} than {there[0]}; go on with one run at a time: --resume={folder}")
+    alone = {name: value for name, value in given.items() if name not in ("seeds", "runs", "ensemble")}
+    return resumed(there[0], asked, alone, override).replace(seed=0, seeds=seeds, ensemble=ensemble)
 
 
 def changed(old: Config, new: Config) -> list[str]:

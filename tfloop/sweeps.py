@@ -40,10 +40,7 @@ class Trial:
     @property
     def result(self) -> dict | None:
         """What result.json says; None where there is none yet."""
-        try:
-            return json.loads((self.folder / folders.RESULT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return folders.result(self.folder) or None
 
 
 def grid(text: str) -> list[dict[str, str]]:

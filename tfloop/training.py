@@ -2,7 +2,6 @@
 stopped, by whatever, goes on where its newest checkpoint is."""
 
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -23,8 +22,9 @@ from tfloop.state import TrainState
 
 
 def train(config: Config, device: str = "", started: float | None = None, stop: Callable[[], bool] = lambda: False,
-          resume: Sequence[Path | None] = (), replicas: Replicas | None = None) -> list[dict]:
-    """Train once for each seed in one process, each into a folder of its own; the results.
+          resume: Sequence[Path] = (), replicas: Replicas | None = None) -> list[dict]:
+    """Train once for each seed in one process, each into a folder of its own; the results. Runs that are finished are left
+    as they are.
 
     Of several workers the chief alone writes folders and has results; the others train along.
 
@@ -33,7 +33,7 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
       device: the device's name, for the record.
       started: time.perf_counter() when the program began, from which set-up is counted.
       stop: asked after every record; true ends the run with a checkpoint.
-      resume: for each seed the folder of a run to go on with, or None for a new one; empty: all are new.
+      resume: the folders of the runs to go on with, one for each seed, in place of new ones.
       replicas: what to train on, in place of one device.
 
     Raises:
@@ -52,12 +52,13 @@ def train(config: Config, device: str = "", started: float | None = None, stop: 
         return []
 
 
-def _train(config: Config, device: str, started: float, stop: Callable[[], bool], resume: Sequence[Path | None],
+def _train(config: Config, device: str, started: float, stop: Callable[[], bool], resume: Sequence[Path],
            replicas: Replicas | None) -> list[dict]:
-    if not all(resume) or not resume:
+    for folder in resume:
+        if not folders.is_finished(folder):
+            folders.check_writable(folder, "--resume")
+    if not resume:
         folders.check_writable(Path(config.logdir))
-    for folder in filter(None, resume):
-        folders.check_writable(folder, "--resume")
     loop = make_loop(config, replicas=replicas)
     if replicas:
         replicas.check_same(loop.data.fingerprint, "data")
@@ -80,41 +81,44 @@ def _train(config: Config, device: str, started: float, stop: Callable[[], bool]
 
 
 def _train_all(config: Config, loop: Loop, display: Display, device: str, started: float, stop: Callable[[], bool],
-               resume: Sequence[Path | None], replicas: Replicas | None) -> list[dict]:
+               resume: Sequence[Path], replicas: Replicas | None) -> list[dict]:
     """The results of all runs that `config` asks for, as many at a time as the ensemble has members."""
-    seeds, resume = config.all_seeds, resume or [None] * len(config.all_seeds)
-    members = min(config.ensemble, len(seeds))
+    group = [config.of_one_run(seed) for seed in config.all_seeds]
+    members, agree = min(config.ensemble, len(group)), replicas.agree if replicas else bool
     loops = [loop, *(make_loop(config, loop.data) for _ in range(members - 1))]
     make, results = ensemble.SideBySide(loops).make if members > 1 else ensemble.alone, []
-    for first in range(0, len(seeds), members):
-        group, there = [config.of_one_run(seed) for seed in seeds[first:first + members]], resume[first:first + members]
-        if all(folder and folders.epochs_done(folder, own) for folder, own in zip(there, group)):
-            for folder in there:
-                display.say(f"{folder}: is finished")
-                results.append({**json.loads((folder / folders.RESULT).read_text(encoding="utf-8")), "folder": str(folder)})
-            continue
-        with contextlib.ExitStack() as locks:
-            places = [folder or folders.create(own) for folder, own in zip(there, group)]
-            for folder in places:
+    with contextlib.ExitStack() as locks:
+        places = list(resume) or folders.create_all(config)
+        finished = [bool(folders.epochs_done(folder, own)) for folder, own in zip(places, group, strict=True)]
+        for folder, done in zip(places, finished):
+            if not done:
                 locks.enter_context(folders.locked(folder))
-            made = [Run(own, one, folder, display, device, replicas, f"seed {own.seed}" if members > 1 else "")
-                    for own, one, folder in zip(group, loops, places)]
-            ends = ensemble.finish([run.train(started, stop) for run in made], make)
-            finished = all(isinstance(end, dict) and end["finished"] for end in ends)
-            together = _together(loops, made) if finished and len(made) > 1 else None
-            for run, folder, end in zip(made, places, ends):
+        for first in range(0, len(group), members):
+            batch = slice(first, first + members)
+            if agree(all(finished[batch]) and folders.all_finished(places[batch])):
+                for folder in places[batch]:
+                    display.say(f"{folder}: is finished")
+                    results.append({**folders.result(folder), "folder": str(folder)})
+                continue
+            runs = [Run(own, one, folder, display, device, replicas, f"seed {own.seed}" if members > 1 else "", done)
+                    for own, one, folder, done in zip(group[batch], loops, places[batch], finished[batch])]
+            ends = ensemble.finish([run.train(started, stop) for run in runs], make)
+            for folder, end in zip(places[batch], ends):
                 if isinstance(end, dict):
                     results.append({**end, "folder": str(folder)})
                     display.say(f"{_closing_line(end)}\n{folder}")
-            if together is not None:
-                display.say(f"{len(group)} together: test accuracy {100 * together:.2f} %, by the mean of their probabilities")
-                for folder, end in zip(places, ends):
-                    folders.write_json(folder / folders.RESULT, {**end, "together": {"test_accuracy": together, "folders": [p.name for p in places]}})
-        if diverged := next((end for end in ends if isinstance(end, DivergenceError)), None):
-            raise diverged
-        started = time.perf_counter()
-        if not all(end["finished"] for end in ends):
-            break
+            complete = all(isinstance(end, dict) and end["finished"] for end in ends)
+            if complete and len(runs) > 1:
+                together = _together(loops, runs)
+                display.say(f"{len(runs)} together: test accuracy {100 * together:.2f} %, by the mean of their probabilities")
+                for folder, end in reversed(list(zip(places[batch], ends))):  # the first last, which is looked at
+                    folders.write_json(folder / folders.RESULT, {
+                        **end, "together": {"test_accuracy": together, "folders": [path.name for path in places[batch]]}})
+            if diverged := next((end for end in ends if isinstance(end, DivergenceError)), None):
+                raise diverged
+            started = time.perf_counter()
+            if not complete:
+                break
     return results
 
 
@@ -131,6 +135,8 @@ def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> Non
     replicas.check_same(loop.data.fingerprint, "data")
     told = 0
     for _ in config.all_seeds:
+        if replicas.agree(False):  # the chief has it finished already
+            continue
         again = True
         while again:
             replicas.share(loop.state)

@@ -22,7 +22,7 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
             if place:
                 cluster.refuse(place, asked, str(error))
             raise
-    if len(resume) == 1 and resume[0] and (done := folders.epochs_done(resume[0], config)):
+    if len(resume) == 1 and (done := folders.epochs_done(resume[0], config)):
         finished = f"{resume[0]}: is finished, after {done} epochs"
         print(finished)
         if place:
@@ -42,26 +42,21 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
     return stop.code() or (TERMINATED if stopped_by_another else 0)
 
 
-def _resumed(config: Config, options: dict) -> tuple[Config, list[Path | None]]:
-    """(settings, folders) of the run that --resume names; with auto, of the newest that is not finished, or of the group of
-    runs that these settings make, seed by seed; no folders where there is nothing to go on with."""
-    auto, group = options["resume"] == "auto", bool(config.seeds) or config.ensemble > 1
+def _resumed(config: Config, options: dict) -> tuple[Config, list[Path]]:
+    """(settings, folders) of the run that --resume names; with auto, of the newest that is not finished and those that were
+    begun with it; no folders where there is nothing to go on with."""
+    several = len(config.all_seeds) > 1
     if options["dry_run"]:
         raise UserError("--resume and --dry_run exclude each other: one goes on with a run, the other keeps nothing")
-    if config.runs > 1:
-        raise UserError("--resume and --runs exclude each other: runs with one seed cannot be told apart; try --seeds")
-    if group and not auto:
-        raise UserError(f"--resume={options['resume']} goes on with one run: leave --seeds and --ensemble out (or --ensemble=1), "
-                        "or go on with all of them: --resume=auto")
-    if group and (options["override"] or config.strategy == "multi_worker"):
-        other = "--override" if options["override"] else f"--strategy={config.strategy}"
-        raise UserError(f"--resume=auto with --seeds or --ensemble and {other} exclude each other: go on with one run")
-    if group:
-        found = folders.unfinished_group(config)
-        first = next(filter(None, found), None)
-        return (folders.resumed_group(first, config, options["given"]) if first else config), found
-    folder = folders.newest_unfinished(config) if auto else Path(options["resume"])
-    return (config, []) if folder is None else (folders.resumed(folder, config, options["given"], options["override"]), [folder])
+    if several and options["resume"] != "auto":
+        raise UserError(f"--resume={options['resume']} goes on with one run: leave --seeds, --runs and --ensemble out (or --ensemble=1), "
+                        "or go on with all that were begun together: --resume=auto")
+    there, ensemble = folders.newest_unfinished(config) if options["resume"] == "auto" else ([Path(options["resume"])], 1)
+    if not there or several and len(there) == 1:
+        return config, []
+    if len(there) == 1:
+        return folders.resumed(there[0], config, options["given"], options["override"]), there
+    return folders.resumed_group(there, ensemble, config, options["given"], options["override"]), there
 
 
 def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
@@ -176,7 +171,7 @@ def pack(config: Config, options: dict, arguments: list[str]) -> int:
 COMMANDS = {
     "train": Command(train, "train a model; the default is the article's CNN on MNIST", options={
         "dry_run": (False, "do one step of everything, keep nothing, and stop"),
-        "resume": ("", "go on with a run: its folder; auto: the newest unfinished one of its name, or a new one; all of --seeds or --ensemble"),
+        "resume": ("", "go on with a run: its folder; auto: the newest unfinished one of its name, with those begun together, or a new one"),
         "override": (False, "with --resume: allow settings that change the mathematics of the run")}),
     "evaluate": Command(evaluate, "a run on its test images: loss, accuracy, by class, calibration, mistakes; several runs: averaged", "RUN…", WHERE, {
         "plot": ("", "draw calibration and the ten most confident mistakes into this PNG file"),
