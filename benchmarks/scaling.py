@@ -4,6 +4,7 @@ cost = a · size^b: b = 1 is proportional. Batch, width and image size: ms per s
 memory with the images resident and streamed. A process of its own for every point; the points of a curve take turns.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def plot(results: dict, path: Path) -> None:
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    print(f"written: {path.name}")
+    print(f"written: {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":
