@@ -177,12 +177,14 @@ def test_members_are_unfinished_until_they_were_judged_together(config):
     (["--ensemble=2"], None, "have --seeds=0,1, not --seeds=0,1 --ensemble=2"),
     (["--seeds=0,1", "--l2=0.1"], None, "--l2 is 0.001 in this run, not 0.1; that changes its mathematics"),
     ([], dict(l2=0.5), "digits-002: has another --l2 than"),
-    ([], "group", "group.json: cannot be read; go on with one run: --resume="),
-], ids=["other seeds", "side by side", "other mathematics", "one was changed", "damaged"])
+    ([], "{}", "group.json: cannot be read; go on with one run: --resume="),
+    ([], '{"folders": ["digits-001", "digits-002"], "ensemble": 0}', "group.json: cannot be read"),
+    ([], '{"folders": ["digits-001"], "ensemble": 1}', "group.json: cannot be read"),
+], ids=["other seeds", "side by side", "other mathematics", "one was changed", "damaged", "none at a time", "not its own"])
 def test_a_group_that_cannot_go_on_says_why(config, tmp_path, capsys, flags, change, message):
     made = folders.create_all(config(seeds=(0, 1)))
-    if change == "group":
-        (made[1] / "group.json").write_text("{}")
+    if isinstance(change, str):
+        (made[1] / "group.json").write_text(change)
     elif change:
         folders.write(made[1] / "config.json", config(seed=1, **change).to_json())
     before = sorted(tmp_path.rglob("*"))

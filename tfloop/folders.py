@@ -103,7 +103,10 @@ def group_of(folder: Path) -> tuple[list[Path], int]:
     """
     try:
         group = json.loads((folder / GROUP).read_text(encoding="utf-8"))
-        return [folder.parent / name for name in group["folders"]], int(group["ensemble"])
+        there, ensemble = [folder.parent / name for name in group["folders"]], int(group["ensemble"])
+        if folder not in there or ensemble < 1:
+            raise ValueError
+        return there, ensemble
     except FileNotFoundError:
         return [folder], 1
     except (OSError, ValueError, KeyError, TypeError):
