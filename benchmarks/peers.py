@@ -45,12 +45,12 @@ def main() -> None:
         c.close()
         ms, low, high = with_interval(c.turns)
         ratio = ratios(c, first)
-        rows.append([c.label, f"{ms:.2f} ({low:.2f}–{high:.2f})", f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})",
+        rows.append([c.label, f"{ms:.2f} ({low:.2f}–{high:.2f})", f"{min(c.turns):.2f}", f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})",
                      f"{c.memory:.0f}" if c.name != "floor" else ""])
         results[c.label] = {"ms_per_step": c.turns, "ratio": ratio, "memory_mib": c.memory, "loss": c.loss}
     print(f"{describe(found)}; batch {options.batch_size}; {options.precision}; {options.rounds} rounds; the first batch's loss is "
           f"{first.loss:.6f} for all\n")
-    print(table(["", "ms per step, median (95 %)", "÷ tfloop, median of pairs (95 %)", "peak memory, MiB"], rows))
+    print(table(["", "ms per step, median (95 %)", "fastest turn", "÷ tfloop, median of pairs (95 %)", "peak memory, MiB"], rows))
     save("peers", options.out, {"environment": found, "batch_size": options.batch_size, "precision": options.precision, "skipped": skipped, "results": results})
     if options.plot:
         shown = [c for c in contenders if c.name != "floor"]

@@ -47,7 +47,7 @@ def test_more_seeds_than_members_go_in_turns_with_one_trace(tmp_path):
     assert [one["config"]["seed"] for one in trained] == [0, 1, 2] and trained[2]["traces"]["train"] == 1
 
 
-def test_members_that_were_stopped_go_on_as_if_nothing_had_been(tmp_path, capsys):
+def test_members_that_were_stopped_go_on_as_if_nothing_had_been(tmp_path):
     settings = SMALL | dict(epochs=4, ensemble=3, steps_per_call=4, checkpoint_every="4")
     training.train(tfloop.Config.make(**settings, logdir=str(tmp_path / "whole")))
     asked = []

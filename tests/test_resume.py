@@ -146,7 +146,7 @@ def test_auto_goes_on_with_all_runs_that_were_begun_together(config, tmp_path, a
     assert folders.newest_unfinished(own) == ([], 1) and not (tmp_path / "digits-004").exists()
 
 
-def test_what_was_begun_together_is_known_by_its_folders(config, tmp_path, capsys):
+def test_what_was_begun_together_is_known_by_its_folders(config, tmp_path):
     asked = config(seeds=(3, 1, 2))
     first, other, last = made = folders.create_all(asked)
     assert all(folders.group_of(folder) == (made, 1) for folder in made) and folders.newest_unfinished(asked) == (made, 1)
