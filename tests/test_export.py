@@ -78,15 +78,17 @@ def test_weights_fit_a_stock_keras_model_of_the_same_layers(run, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("settings, tolerance", [(["--ema=0.9"], 1e-5), (["--precision=mixed_bfloat16"], 0.02)], ids=["average", "16 bits"])
-def test_what_is_evaluated_is_what_predicts_and_is_exported_in_float32(tmp_path, digits, settings, tolerance):
+@pytest.mark.parametrize("settings, tolerance, images", [(["--ema=0.9"], 1e-5, 0), (["--precision=mixed_bfloat16"], 0.02, 1)],
+                         ids=["average", "16 bits"])
+def test_what_is_evaluated_is_what_predicts_and_is_exported_in_float32(tmp_path, digits, settings, tolerance, images):
+    """In 16 bits the fast forward pass rounds in other places than the plain one, which may cost an image."""
     from tfloop import runs
 
     main(["train", "--preset=digits", "--epochs=2", *settings, f"--logdir={tmp_path}", "--quiet", "--summaries=none"])
     _, state, manifest = runs.open_run(tmp_path / "digits-001")
     probabilities = predictions.predict(state, digits.test.images)
-    assert np.mean(probabilities.argmax(axis=1) == digits.test.labels) == pytest.approx(
-        manifest["reached"]["epochs"][-1]["test"]["accuracy"], abs=1e-6)
+    hits = np.sum(probabilities.argmax(axis=1) == digits.test.labels)
+    assert abs(hits - len(digits.test) * manifest["reached"]["epochs"][-1]["test"]["accuracy"]) < images + 0.01
     model = export.plain_model(state)
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
     np.testing.assert_allclose(model(digits.test.images.astype(np.float32)), probabilities, atol=tolerance)

@@ -6,13 +6,14 @@ Three rearrangements, each exact but for the order in which floats are added (th
   for the article's network that leaves 26×26 of the image, and 17 % less work in the second convolution.
 - A max-pool goes before the bias and the activation, which are monotone: max(f(a + b)) = f(max(a) + b). They then run
   over a quarter of the values, forward and backward. Ties between equal convolution outputs go to the first maximum in
-  either order; only values that the bias itself rounds to a tie may go to another one of the tied places.
+  either order; only values that the bias itself rounds to a tie may go to another one of the tied places. ReLU and its
+  bias cost nothing where they are part of the convolution, so forward they stay there, and only their gradients change
+  places with the pool's.
 - On a CPU the batch is cut into shards that are computed side by side, one core each, which loses less to waiting than
   every operation spread over all cores. Batch normalisation adds up the shards' sums; other layers that look at the whole
   batch see it whole.
 
-Gradients need no code of their own, TensorFlow derives them, but for batch normalisation over shards
-(`normalization._normalized`).
+TensorFlow derives all other gradients; that of batch normalisation over shards is in `normalization`.
 """
 
 import keras
@@ -82,11 +83,33 @@ def _may_pool_first(layer, following) -> bool:
 
 def _pool_first(layer, pool, x: tf.Tensor) -> tf.Tensor:
     if isinstance(layer, keras.layers.Conv2D):
-        x = pool(tf.nn.conv2d(models.cast(x, layer), models.cast(layer.kernel, layer), 1, layer.padding.upper()))
+        x = tf.nn.conv2d(models.cast(x, layer), models.cast(layer.kernel, layer), 1, layer.padding.upper())
+        if layer.bias is not None and layer.activation is keras.activations.relu:
+            return _bias_relu_pool(x, models.cast(layer.bias, layer), pool)
+        x = pool(x)
         x = x if layer.bias is None else tf.nn.bias_add(x, models.cast(layer.bias, layer))
     else:
         x = pool(x)
     return layer.activation(x)
+
+
+def _bias_relu_pool(x: tf.Tensor, bias: tf.Tensor, pool) -> tf.Tensor:
+    """max-pool of relu(x + bias). On its way back the gradient meets ReLU and bias first, where the pool has left it small."""
+    window = {"ksize": [1, *pool.pool_size, 1], "strides": [1, *pool.strides, 1], "padding": pool.padding.upper()}
+
+    @tf.custom_gradient
+    def pooled(x, bias):
+        active = tf.nn.relu(tf.nn.bias_add(x, bias))
+        largest = tf.raw_ops.MaxPool(input=active, **window)
+
+        def gradient(upstream):
+            upstream = tf.raw_ops.ReluGrad(gradients=upstream, features=largest)
+            placed = tf.raw_ops.MaxPoolGrad(orig_input=active, orig_output=largest, grad=upstream, **window)
+            return placed, tf.raw_ops.BiasAddGrad(out_backprop=upstream)
+
+        return largest, gradient
+
+    return pooled(x, bias)
 
 
 def _is_by_example(layer, training: bool) -> bool:
