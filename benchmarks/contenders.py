@@ -118,10 +118,12 @@ def side_by_side(job: Job):
     return loss, run, min(first.steps_per_call, first.steps)
 
 
-def keras_fit(job: Job, onednn=None, intra=0, inter=0, **compile_options):
-    """model.fit on arrays in memory."""
+def keras_fit(job: Job, onednn=None, kept=False, intra=0, inter=0, **compile_options):
+    """model.fit on arrays in memory; `kept`: oneDNN's backward primitives are, as with tfloop."""
     if onednn is not None:
         os.environ["TF_ENABLE_ONEDNN_OPTS"] = onednn
+    if kept:
+        os.environ["TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE"] = "0"
     set_up(job.config, intra, inter)
     import keras
 
@@ -337,6 +339,7 @@ CONTENDERS = {
     "tfloop": tfloop, "tfloop, XLA": lambda job: tfloop(Job({**job.settings, "jit_compile": True})),
     "side by side": side_by_side, "floor": floor, "keras fit": keras_fit,
     "keras fit, 50 steps": lambda job: keras_fit(job, steps_per_execution=50),
+    "keras fit, 50 steps, primitives kept": lambda job: keras_fit(job, kept=True, steps_per_execution=50),
     "keras fit, 50 steps, one thread an op": lambda job: keras_fit(job, intra=1, inter=2, steps_per_execution=50),
     "keras fit, 50 steps, oneDNN off": lambda job: keras_fit(job, onednn="0", steps_per_execution=50),
     "keras fit, XLA": lambda job: keras_fit(job, jit_compile=True),

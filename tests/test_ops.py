@@ -109,6 +109,9 @@ def test_strides_dilation_and_functional_models_are_left_to_keras(random):
 
 @pytest.mark.parametrize("settings, cores, shards, threads", [
     (dict(), 2, 2, (1, 2)), (dict(), 1, 1, (0, 0)), (dict(), 16, 4, (4, 4)), (dict(batch_size=1024), 16, 16, (1, 16)),
+    (dict(batch_size=256), 2, 4, (1, 2)), (dict(batch_size=192), 2, 4, (1, 2)), (dict(batch_size=128), 2, 2, (1, 2)),
+    (dict(batch_size=1024), 2, 16, (1, 2)), (dict(batch_size=9000), 2, 32, (1, 2)), (dict(batch_size=256), 1, 4, (1, 1)),
+    (dict(batch_size=1024, accumulate=16), 2, 2, (1, 2)), (dict(batch_size=32, accumulate=4), 2, 1, (0, 0)),
     (dict(batch_size=16), 2, 1, (0, 0)), (dict(batch_norm=True), 2, 2, (1, 2)), (dict(shards=2), 0, 1, (0, 0)),
     (dict(ensemble=2), 2, 1, (1, 2)), (dict(ensemble=8), 2, 1, (1, 2)), (dict(ensemble=2), 8, 4, (1, 8)), (dict(fast=False), 2, 1, (0, 0)),
     (dict(eager=True), 2, 1, (0, 0)), (dict(device="gpu"), 2, 1, (0, 0)), (dict(shards=1), 2, 1, (0, 0)),
