@@ -1,5 +1,7 @@
 """The fast forward pass against its plain twin: values and gradients, for every kind of layer stack."""
 
+import os
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import tensorflow as tf
 
 from tfloop import models, ops
 from tfloop.config import Config
-from tfloop.devices import choose
+from tfloop.devices import choose, start
 from tfloop.randomness import Key
 
 CASES = {
@@ -69,6 +71,20 @@ def test_ties_go_where_the_twin_sends_them(random):
         np.testing.assert_allclose(results[1][name], expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max(), err_msg=name)
 
 
+def test_with_relu_even_values_that_the_bias_rounds_to_a_tie_go_to_the_first_place():
+    """1 + 1e8 and 2 + 1e8 are one float32; the pool's gradient belongs to the pixel that comes first, the 1."""
+    model = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Conv2D(1, 1, activation="relu"), keras.layers.MaxPooling2D(2),
+                              keras.layers.Flatten(), keras.layers.Dense(1)])
+    for variable, value in zip(model.trainable_variables, (1.0, 1e8, 1.0, 0.0)):
+        variable.assign(tf.fill(variable.shape, value))
+    image = tf.constant([[1.0, 2.0], [2.0, 2.0]])[None, :, :, None]
+    for forward in (models.logits, ops.logits):
+        with tf.GradientTape() as tape:
+            output = forward(model, image)
+        kernel, bias, *_ = tape.gradient(output, model.trainable_weights)
+        assert (float(tf.squeeze(kernel)), float(tf.squeeze(bias))) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize("settings, shape, used", [
     (dict(), (28, 28, 1), (26, 26)), (dict(pool=(2, 2, 2)), (28, 28, 1), (22, 22)), (dict(padding="same"), (28, 28, 1), (28, 28)),
     (dict(padding="same"), (30, 28, 1), (30, 28)), (dict(batch_norm=True), (28, 28, 1), (28, 28)),
@@ -120,3 +136,13 @@ def test_shards_and_threads_are_chosen_once_and_can_be_set(settings, cores, shar
     chosen = choose(Config.make(**settings), cores)
     assert (chosen.shards, (chosen.intra_op_threads, chosen.inter_op_threads), chosen.onednn) == (shards, threads, "on")
     assert choose(chosen, 64) == chosen
+
+
+@pytest.mark.parametrize("asked, found", [(None, "0"), ("1", "1")])
+def test_onednn_keeps_its_backward_primitives_unless_told_otherwise(monkeypatch, asked, found):
+    name = "TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE"
+    monkeypatch.setenv(name, asked or "")
+    if asked is None:
+        monkeypatch.delenv(name)
+    start(Config.make())
+    assert os.environ[name] == found

@@ -1,19 +1,19 @@
 """The fast forward pass: the same values as `models.logits`, its plain twin, from the same layers, in another order.
 
-Three rearrangements, each exact but for the order in which floats are added (the figures: `benchmarks/ops.py`):
+Four rearrangements, each exact but for the order in which floats are added (the figures: `benchmarks/ops.py`):
 
 - Pixels that no output depends on are cut off first. A 2×2 pool over 11×11 never looks at the last row and column;
   for the article's network that leaves 26×26 of the image, and 17 % less work in the second convolution.
 - A max-pool goes before the bias and the activation, which are monotone: max(f(a + b)) = f(max(a) + b). They then run
   over a quarter of the values, forward and backward. Ties between equal convolution outputs go to the first maximum in
-  either order; only values that the bias itself rounds to a tie may go to another one of the tied places. ReLU and its
-  bias cost nothing where they are part of the convolution, so forward they stay there, and only their gradients change
-  places with the pool's.
+  either order; only values that the bias itself rounds to a tie may go to another one of the tied places.
+- ReLU and its bias cost nothing as part of a convolution. There the forward pass keeps its order, and only the gradients
+  change places: ReLU lets one through at a pool's output just where it would at the place that the maximum came from.
 - On a CPU the batch is cut into shards that are computed side by side, one core each, which loses less to waiting than
   every operation spread over all cores. Batch normalisation adds up the shards' sums; other layers that look at the whole
   batch see it whole.
 
-TensorFlow derives all other gradients; that of batch normalisation over shards is in `normalization`.
+TensorFlow derives the gradients, but for that pool's and those of batch normalisation over shards (`normalization`).
 """
 
 import keras
@@ -94,7 +94,7 @@ def _pool_first(layer, pool, x: tf.Tensor) -> tf.Tensor:
 
 
 def _bias_relu_pool(x: tf.Tensor, bias: tf.Tensor, pool) -> tf.Tensor:
-    """max-pool of relu(x + bias). On its way back the gradient meets ReLU and bias first, where the pool has left it small."""
+    """max-pool(relu(x + bias)), whose gradient goes through ReLU and bias before it is spread over the pool's windows."""
     window = {"ksize": [1, *pool.pool_size, 1], "strides": [1, *pool.strides, 1], "padding": pool.padding.upper()}
 
     @tf.custom_gradient
