@@ -22,7 +22,7 @@ def choose(config: Config, cores: int, replicas: int = 1) -> Config:
     and whose threads are left to TensorFlow.
 
     oneDNN is on: the step takes 6.1 ms with it and 9.7 ms without (AMD EPYC with AVX-512, 2 cores; without AVX-512
-    12.4 and 15.5 ms). With a shard for every core, operations need no threads of their own: 3.4 ms. So it is with the
+    12.4 and 15.5 ms). With a shard for every core, operations need no threads of their own: 3.3 ms. So it is with the
     models of an ensemble, which share the cores. There is nothing to shard where a shard would have fewer than 16 images.
     Where it would have more than 64, every core takes several, one after the other: 51 ms in place of 61 at batch 1024.
     """
