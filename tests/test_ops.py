@@ -138,6 +138,11 @@ def test_shards_and_threads_are_chosen_once_and_can_be_set(settings, cores, shar
     assert choose(chosen, 64) == chosen
 
 
+def test_a_shard_is_a_part_of_what_one_replica_of_one_worker_computes():
+    shards = lambda **parts: choose(Config.make(batch_size=1024), 2, **parts).shards
+    assert (shards(), shards(workers=4), shards(replicas=2, workers=4)) == (16, 4, 2)
+
+
 @pytest.mark.parametrize("asked, found", [(None, "0"), ("1", "1")])
 def test_onednn_keeps_its_backward_primitives_unless_told_otherwise(monkeypatch, asked, found):
     name = "TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE"

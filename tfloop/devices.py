@@ -15,11 +15,11 @@ FEWEST, MOST = 16, 64  # images in a shard: fewer do not repay its operations, m
 MOST_SHARDS = 32  # as a rule; each is a copy of the model in the graph
 
 
-def choose(config: Config, cores: int, replicas: int = 1) -> Config:
+def choose(config: Config, cores: int, replicas: int = 1, workers: int = 1) -> Config:
     """`config` with what it leaves open about oneDNN, shards and threads decided.
 
-    `cores` are for each of the `replicas` that share this process; 0 where a GPU computes, whose one shard is the batch
-    and whose threads are left to TensorFlow.
+    `cores` are for each of the `replicas` that share this process, one of `workers`; 0 where a GPU computes, whose one
+    shard is the batch and whose threads are left to TensorFlow.
 
     oneDNN is on: the step takes 6.1 ms with it and 9.7 ms without (AMD EPYC with AVX-512, 2 cores; without AVX-512
     12.4 and 15.5 ms). With a shard for every core, operations need no threads of their own: 3.3 ms. So it is with the
@@ -31,7 +31,7 @@ def choose(config: Config, cores: int, replicas: int = 1) -> Config:
         return config.replace(**chosen, shards=1)
     if not config.shards:
         enough = config.fast and config.device in ("auto", "cpu") and not (config.eager or config.jit_compile)
-        images = config.batch_size // (config.accumulate * replicas)
+        images = config.batch_size // (config.accumulate * replicas * workers)
         at_once = max(1, min(cores // config.ensemble, images // FEWEST))
         in_turn = min(math.ceil(images / (at_once * MOST)), max(1, MOST_SHARDS // at_once))
         chosen["shards"] = at_once * in_turn if enough else 1
@@ -110,7 +110,8 @@ def _start(config: Config, asked: Config) -> Machine:
     from tfloop import distribution
 
     here = distribution.local(config, len(chosen))
-    config = _set_threads(config, choose(config, 0 if chosen else max(1, cores() // here), here))
+    workers = len(place.addresses) if place else 1
+    config = _set_threads(config, choose(config, 0 if chosen else max(1, cores() // here), here, workers))
     replicas = distribution.make(config, place, len(chosen))
     tf.config.list_logical_devices()  # settles the choice
     name = tf.config.experimental.get_device_details(chosen[0]).get("device_name", "GPU") if chosen else "CPU"
