@@ -7,11 +7,11 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from tfloop import augmentation
-from tfloop.randomness import Key
+from tfloop.randomness import Key, seed_of
 
 
 def key(number=0, **parts):
-    return Key(tf.constant([number, 7]), **parts)
+    return Key(seed_of(number, 7), **parts)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfloop import models, ops
 from tfloop.config import Config
 from tfloop.devices import choose, start
-from tfloop.randomness import Key
+from tfloop.randomness import Key, seed_of
 
 CASES = {
     "article2": (dict(), (28, 28, 1)), "article3": (dict(conv=(64, 64, 128), dense=(120,)), (28, 28, 1)),
@@ -27,7 +27,7 @@ def outputs_and_gradients(forward, model, images, rows=None):
     """Logits, moving averages after it, and the gradient of Σ logits² / 2, by name; of the first rows, others only fill up."""
     trainable, moving = models.named_variables(model)
     with tf.GradientTape() as tape:
-        found = forward(model, images, tf.cast(tf.range(len(images)) < (rows or len(images)), tf.float32), True, Key(tf.constant([0, 1])))[:rows]
+        found = forward(model, images, tf.cast(tf.range(len(images)) < (rows or len(images)), tf.float32), True, Key(seed_of(0, 1)))[:rows]
         loss = tf.nn.l2_loss(found)
     gradients = tape.gradient(loss, trainable)
     return {"logits": found, **gradients, **{name: v.numpy() for name, v in moving.items()}}

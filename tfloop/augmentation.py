@@ -14,7 +14,7 @@ from tfloop.randomness import Key
 
 def shift(images: tf.Tensor, key: Key, pixels) -> tf.Tensor:
     """Each image by whole pixels, from -pixels to pixels, equally likely, in each direction."""
-    by = tf.cast(tf.floor(key.uniform([images.shape[0], 2]) * (2.0 * pixels + 1.0)) - pixels, tf.int32)
+    by = tf.cast(tf.floor(key.uniform([images.shape[0], 2]) * (2.0 * pixels + 1.0)) - pixels, tf.int64)
     turned = tf.transpose(_down(images, by[:, 0]), [0, 2, 1, 3])
     return tf.transpose(_down(turned, by[:, 1]), [0, 2, 1, 3])
 
@@ -22,10 +22,15 @@ def shift(images: tf.Tensor, key: Key, pixels) -> tf.Tensor:
 def _down(images: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
     """Each image by its own number of rows, which are copied whole."""
     batch, height = images.shape[:2]
-    rows = tf.range(height) - by[:, None]  # where each comes from
-    places = tf.where((rows >= 0) & (rows < height), tf.range(batch)[:, None] * height + rows, batch * height)
+    rows = _range(height) - by[:, None]  # where each comes from
+    places = tf.where((rows >= 0) & (rows < height), _range(batch)[:, None] * height + rows, batch * height)
     flat = tf.pad(tf.reshape(images, [batch * height, -1]), [[0, 1], [0, 0]])  # and one row of nothing
     return tf.reshape(tf.gather(flat, places), images.shape)
+
+
+def _range(length: int) -> tf.Tensor:
+    """int64, since TensorFlow keeps and computes int32 in the host's memory, beside a GPU."""
+    return tf.range(length, dtype=tf.int64)
 
 
 def shifted(images: tf.Tensor, pixels: int) -> list[tf.Tensor]:
@@ -72,7 +77,7 @@ def _bilinear(images: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tens
     wide = tf.reshape(tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]]), [-1, channels])
     y, x = tf.clip_by_value(rows + 1.0, 0.0, height + 1.0), tf.clip_by_value(columns + 1.0, 0.0, width + 1.0)
     top, left = tf.minimum(tf.floor(y), float(height)), tf.minimum(tf.floor(x), float(width))
-    first = (tf.range(batch)[:, None, None] * (height + 2) + tf.cast(top, tf.int32)) * (width + 2) + tf.cast(left, tf.int32)
+    first = (_range(batch)[:, None, None] * (height + 2) + tf.cast(top, tf.int64)) * (width + 2) + tf.cast(left, tf.int64)
     a, b, c, d = (tf.gather(wide, first + step) for step in (0, 1, width + 2, width + 3))
     down, right = (y - top)[..., None], (x - left)[..., None]
     above, below = a + (b - a) * right, c + (d - c) * right

@@ -13,7 +13,7 @@ from tfloop.config import Config
 from tfloop.data import Dataset
 from tfloop.errors import UserError
 from tfloop.loop import Epoch
-from tfloop.randomness import Key
+from tfloop.randomness import Key, seed_of
 from tfloop.step import cross_entropy
 
 STEP = 1e-6  # of central differences, in float64
@@ -52,7 +52,7 @@ def check_gradients(config: Config, image_shape: tuple[int, ...] = (28, 28, 1), 
         for weight in layer.weights:
             weight.assign(random.normal(size=weight.shape) / np.sqrt(max(np.prod(weight.shape[:-1]), 1)))
     weights, _ = models.named_variables(model)
-    key, rows = Key(tf.constant([seed, 1])), tf.ones([2], tf.float64)
+    key, rows = Key(seed_of(seed, 1)), tf.ones([2], tf.float64)
     for index, layer in enumerate(model.layers):
         own = {name: weight for name, weight in weights.items() if name.startswith(f"{layer.name}/")}
         x = normal(2, *layer.input.shape[1:])
@@ -60,7 +60,7 @@ def check_gradients(config: Config, image_shape: tuple[int, ...] = (28, 28, 1), 
         apply = lambda: projection * models.apply_layer(model, index, x, rows, True, key)
         yield from _compare(layer.name, apply, {"input": x, **own}, random)
 
-    labels = tf.constant(random.integers(classes, size=6), tf.int32)
+    labels = tf.constant(random.integers(classes, size=6), tf.int64)
     for name, sigmoid in (("softmax", False), ("sigmoid", True)):
         logits = normal(6, classes)
         loss = lambda: cross_entropy(labels, logits, 0.1, sigmoid)

@@ -155,7 +155,9 @@ class Loop:
         # On a GPU, XLA compiles all steps of a call into one program; on a CPU each for itself: convolutions are slow in its loops.
         whole = jit_compile and kind == "GPU" and self.pipeline.name == "resident" and not replicas
         self.options = {"jit_compile": True} if whole else {}
-        self._time_input, self._check_numerics = time_input and not whole, check_numerics
+        # A GPU is not waited for where the images are in its own memory: there a clock could only hold it up.
+        self._time_input = time_input and not (kind == "GPU" and self.pipeline.name == "resident")
+        self._check_numerics = check_numerics
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
         self.forward = functools.partial(ops.logits, shards=shards) if fast else models.logits
         differentiate = differentiate or functools.partial(forward_and_backward, forward=self.forward)
@@ -169,7 +171,7 @@ class Loop:
         self._step = tf.function(step, autograph=False, jit_compile=True) if jit_compile and not whole else step
         self.compiled = Traced(self.train_steps, "the training step", eager, **self.options)
         self._evaluate = Traced(self._evaluate_all, "the evaluation", eager, input_signature=[
-            tf.TensorSpec([None, *data.image_shape], data.train.images.dtype), tf.TensorSpec([None], tf.int32)])
+            tf.TensorSpec([None, *data.image_shape], data.train.images.dtype), tf.TensorSpec([None], tf.int64)])
 
     @property
     def traces(self) -> dict[str, int]:
@@ -283,13 +285,13 @@ class Loop:
           DivergenceError: the loss is not finite.
         """
         if "evaluate" not in self._warm:
-            self.timed("tracing", self._evaluate, tf.constant(split.images[:1]), tf.constant(split.labels[:1]))
+            self.timed("tracing", self._evaluate, tf.constant(split.images[:1]), tf.constant(split.labels[:1], tf.int64))
             self._warm.add("evaluate")
         at_once, found = len(split) if isinstance(split.images, np.ndarray) else READ_AT_ONCE, []
         with self.state.averaged():
             for first in range(0, len(split), at_once):
                 part = slice(first, first + at_once)
-                images, labels = tf.convert_to_tensor(split.images[part]), tf.convert_to_tensor(split.labels[part])
+                images, labels = tf.constant(split.images[part]), tf.constant(split.labels[part], tf.int64)
                 found.append(self.timed("evaluation", self._evaluate, images, labels)[0])
         metrics = _metrics(tf.add_n([sums for sums, _ in found]))._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfloop.data import Split
 from tfloop.errors import UserError
-from tfloop.randomness import fold_in
+from tfloop.randomness import fold_in, seed_of
 
 PIPELINES = ("host", "prefetch", "resident")
 SHARE_OF_MEMORY = 0.1  # images that take less than this of the memory are kept resident
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """One batch of static size. The last one of an epoch is filled up with rows of weight 0."""
 
     images: tf.Tensor  # [batch, height, width, channels], uint8 or float32
-    labels: tf.Tensor  # [batch] int32
+    labels: tf.Tensor  # [batch] int64
     weights: tf.Tensor  # [batch] float32, 1 or 0
 
 
@@ -34,8 +34,7 @@ def order(seed, epoch, size: int) -> tf.Tensor:
 
     The rows are sorted by 64 random bits each (Philox, keyed by seed and epoch).
     """
-    key = fold_in(tf.stack([tf.cast(seed, tf.int32), 0]), epoch)
-    bits = tf.random.stateless_uniform([size], key, None, None, tf.int64, alg="philox")
+    bits = tf.random.stateless_uniform([size], fold_in(seed_of(seed, 0), epoch), None, None, tf.int64, alg="philox")
     return tf.cast(tf.argsort(bits, stable=True), tf.int64)
 
 
@@ -51,6 +50,7 @@ class Resident:
         self._images, self._labels = split.tensors
         self.error = None
         self._order = tf.Variable(tf.zeros([self.steps * batch_size], tf.int64), trainable=False)
+        self._weights = _weights(0, self.steps * batch_size, self.size)
 
     def begin(self, seed, epoch, first: int) -> tuple:
         rows = order(seed, epoch, self.size)
@@ -58,10 +58,9 @@ class Resident:
         return ()
 
     def take(self, source: tuple, index: tf.Tensor) -> Batch:
-        first = index * self.batch_size + self._first
-        rows = tf.slice(self._order, [first], [self._rows])
-        labels = tf.cast(tf.gather(self._labels, rows), tf.int32)
-        return Batch(tf.gather(self._images, rows), labels, _weights(first, self._rows, self.size))
+        rows, weights = (tf.slice(whole, [index * self.batch_size + self._first], [self._rows])
+                         for whole in (self._order, self._weights))
+        return Batch(tf.gather(self._images, rows), tf.gather(self._labels, rows), weights)
 
 
 class Streamed:
@@ -79,7 +78,7 @@ class Streamed:
         self._device = (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU"))[0].name
         self._on_disk = not isinstance(split.images, np.ndarray)
         with tf.device("CPU"):
-            self._images, self._labels = split.images if self._on_disk else tf.constant(split.images), tf.constant(split.labels)
+            self._images, self._labels = split.images if self._on_disk else tf.constant(split.images), tf.constant(split.labels, tf.int64)
 
     def begin(self, seed, epoch, first: int):
         with tf.device("CPU"):
@@ -127,12 +126,12 @@ def batch_at(split: Split, batch_size: int, seed, epoch, index: int) -> Batch:
     rows = np.resize(order(seed, epoch, size).numpy(), first + batch_size)[first:]
     weights = _weights(first, batch_size, size)
     if isinstance(split.images, np.ndarray):
-        return Batch(tf.constant(split.images[rows]), tf.constant(split.labels[rows]), weights)
+        return Batch(tf.constant(split.images[rows]), tf.constant(split.labels[rows], tf.int64), weights)
     from tfloop import records
 
     examples, raw, fine = split.images.read(rows)
     images = records.decode(tf.constant(examples.tolist()), tf.constant(raw), split.images.shape[1:])
-    return Batch(images, tf.constant(split.labels[rows]), weights * fine)
+    return Batch(images, tf.constant(split.labels[rows], tf.int64), weights * fine)
 
 
 def make(name: str, split: Split, batch_size: int, part: int = 0, parts: int = 1):

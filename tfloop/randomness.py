@@ -15,7 +15,7 @@ class Key(NamedTuple):
     parts, on however many devices, a batch is cut.
     """
 
-    seed: tf.Tensor  # int32 [2]
+    seed: tf.Tensor  # int64 [2]
     part: tf.Tensor | int = 0
     parts: int = 1
     numbers: tuple = ()  # folded into the seed when something is drawn: most steps draw nothing
@@ -35,8 +35,21 @@ class Key(NamedTuple):
         return tf.slice(whole, [self.part * rows] + [0] * len(rest), shape) if self.parts > 1 else whole
 
 
+def seed_of(number, use: int) -> tf.Tensor:
+    """An int64 [2] seed from a whole number and what it is used for."""
+    return tf.stack([_bits32(number), tf.constant(use, tf.int64)])
+
+
 def fold_in(seed, *numbers) -> tf.Tensor:
-    """A new int32 [2] seed from a seed and some whole numbers."""
+    """A new int64 [2] seed from a seed and some whole numbers, all of which count by their last 32 bits.
+
+    As tf.random.experimental.stateless_fold_in; but its int32 numbers are kept in the host's memory, beside a GPU.
+    """
     for number in numbers:
-        seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int32), alg="philox")
+        drawn = tf.random.stateless_uniform([], seed, None, None, tf.int32, alg="philox")
+        seed = tf.stack([tf.cast(drawn, tf.int64), _bits32(number)])
     return seed
+
+
+def _bits32(number) -> tf.Tensor:
+    return tf.cast(tf.cast(number, tf.int32), tf.int64)

@@ -35,7 +35,7 @@ def polynomial(step, *, learning_rate, decay_steps, end_rate=0.0, power=1.0):
 
 def piecewise(step, *, learning_rate, boundaries, rates):
     """learning_rate up to and with boundaries[0], then rates[0] up to and with boundaries[1], and so on."""
-    passed = tf.reduce_sum(tf.cast(tf.cast(step, tf.float32) > boundaries, tf.int32))
+    passed = tf.reduce_sum(tf.cast(tf.cast(step, tf.float32) > boundaries, tf.int64))
     return tf.gather(tf.concat([[learning_rate], rates], axis=0), passed)
 
 

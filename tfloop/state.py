@@ -18,7 +18,7 @@ from tfloop.augmentation import Augmentation, shifted
 from tfloop.data import Standardizer
 from tfloop.errors import UserError
 from tfloop.optimizers import KerasOptimizer, Optimizer, f32, flatten
-from tfloop.randomness import Key
+from tfloop.randomness import Key, seed_of
 from tfloop.schedules import Schedule
 
 LOSS_SCALE, GOOD_STEPS = 2.0**15, 2000  # where it begins, and steps until it is doubled: those of Keras's LossScaleOptimizer
@@ -60,7 +60,7 @@ class TrainState(tf.Module):
           penalize: "dense", "conv", "all", "none", or the kernels themselves.
           penalties: functions kernel → scalar, each added to the loss for every penalised kernel as it is.
           label_smoothing: share of each label spread over all classes.
-          loss: function (labels [batch] int32, outputs) → [batch], in place of cross-entropy from logits.
+          loss: function (labels [batch] int64, outputs) → [batch], in place of cross-entropy from logits.
           standardizer: of the pixels; belongs to the trained model.
           augmentation: of the images, in training alone.
           ema: decay of the moving average of the weights, which is then what is evaluated; None keeps none.
@@ -138,7 +138,7 @@ class TrainState(tf.Module):
 
     def key(self, part: tf.Tensor | int = 0, parts: int = 1) -> Key:
         """The key of this step's randomness, for one part of its batch: a pure function of (seed, epoch, batch)."""
-        return Key(tf.stack([tf.cast(self.seed, tf.int32), 1]), part, parts).fold_in(tf.identity(self.epoch), tf.identity(self.batch))
+        return Key(seed_of(self.seed, 1), part, parts).fold_in(tf.identity(self.epoch), tf.identity(self.batch))
 
     def overflowed(self, loss: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
         """Is a step that is not finite so because the loss scale was too high? Then the scale is halved."""

@@ -36,7 +36,7 @@ def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> 
 
 
 def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing, sigmoid: bool = False) -> tf.Tensor:
-    """[batch]: the cross-entropy of each example, from labels [batch] int32 and logits [batch, classes].
+    """[batch]: the cross-entropy of each example, from labels [batch] int64 and logits [batch, classes].
 
     Softmax: -Σ_k t_k · log p_k. Sigmoid: the mean over k of the binary cross-entropy, as Keras has it. The target t is
     one-hot, smoothed to (1 - s) · t + s / classes, or with sigmoid to (1 - s) · t + s / 2.
