@@ -145,7 +145,7 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
         pass
     assert "forward_and_backward()" in pdb("s")
     seen = []
-    while "-> recording = record(state, batch)" not in (text := pdb("n")):
+    while "-> recording = record(state, batch, part, parts)" not in (text := pdb("n")):
         pass
     pdb("s")
     while "--Return--" not in (text := pdb("n")):  # forward, layer by layer, and the loss

@@ -284,6 +284,14 @@ def test_training_goes_on_after_divergence_with_a_lower_rate(loop):
     assert trained.fit(1).step > 0 and trained.traces["train"] == 1
 
 
+def test_the_steps_that_a_diverging_call_made_count(digits):
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
+    state = tfloop.TrainState(model, "sgd", lambda step: tf.where(step < 13.0, 0.01, 1e38), standardizer=digits.standardizer)
+    with pytest.raises(DivergenceError, match="step 13: "):
+        tfloop.Loop(state, digits, batch_size=50, steps_per_call=20).fit(1)
+    assert state.totals.numpy()[:2].tolist() == [13, 650] and int(state.batch) == 13
+
+
 # --- what must hold for the mathematics, whatever the numbers
 
 

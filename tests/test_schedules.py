@@ -2,7 +2,9 @@ import keras
 import numpy as np
 import pytest
 
+from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.runs import make_schedule
 from tfloop.schedules import SCHEDULES, Schedule
 
 KS = keras.optimizers.schedules
@@ -82,3 +84,12 @@ def test_assigning_a_number_changes_the_rate():
 def test_what_a_schedule_does_not_have_is_named(name, hyper, message):
     with pytest.raises(UserError, match=message):
         Schedule(name, **hyper)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_what_has_no_length_of_its_own_ends_with_the_run(epochs):
+    """With a warm-up of half an epoch too, in whatever it is counted."""
+    by_epochs = make_schedule(Config.make("digits", schedule="cosine", warmup_steps=0.5, epochs=epochs, schedule_unit="epoch"), 40)
+    by_steps = make_schedule(Config.make("digits", schedule="cosine", warmup_steps=20, epochs=epochs), 40)
+    np.testing.assert_allclose([by_epochs(s) for s in range(40 * epochs + 1)], [by_steps(s) for s in range(40 * epochs + 1)], atol=1e-9)
+    assert float(by_steps(40 * epochs)) == pytest.approx(0.0, abs=1e-9) and float(by_steps(20)) == pytest.approx(0.001)

@@ -19,7 +19,7 @@ _HOME = {
     "Config": "config", "PRESETS": "config", "UserError": "errors", "DivergenceError": "errors",
     "Dataset": "data", "Split": "data", "Standardizer": "data", "load": "sources", "from_arrays": "data",
     "Optimizer": "optimizers", "Schedule": "schedules", "TrainState": "state",
-    "Batch": "pipelines", "Loop": "loop", "Call": "loop", "Epoch": "loop", "Metrics": "loop", "Loss": "step",
+    "Augmentation": "augmentation", "Checkpoints": "checkpoints", "Batch": "pipelines", "Loop": "loop", "Call": "loop", "Epoch": "loop", "Metrics": "loop", "Loss": "step",
     "train_step": "step", "forward_and_backward": "step", "losses": "step", "example_losses": "step",
     "LivePlot": "plots", "Summaries": "summaries", "make_loop": "runs", "make_state": "runs", "train": "training", "open_run": "runs",
     "predict": "predictions",

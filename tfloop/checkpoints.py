@@ -7,6 +7,7 @@ instant there is a newest one that is whole.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,7 @@ class Checkpoints:
 
 def all_in(folder: str | Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
-    return sorted((path for path in Path(folder).glob("??????-step-????????") if path.name[:6].isdecimal()), reverse=True)
+    return sorted((path for path in Path(folder).glob("??????-step-*") if (path.name[:6] + path.name[12:]).isdecimal()), reverse=True)
 
 
 def newest(folder: str | Path, warn: Callable[[str], None] = lambda message: None) -> tuple[Path, dict[str, Any]]:
@@ -137,7 +138,8 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
       UserError: the checkpoint is of another model or optimizer.
     """
     try:
-        there = {key.partition("/.ATTRIBUTES")[0].removeprefix("state/").replace(".S", "/")
+        unescaped = lambda key: re.sub(r"\.(.)", lambda found: "/" if found[1] == "S" else found[1], key)  # TensorFlow's names for "/" and "."
+        there = {unescaped(key.partition("/.ATTRIBUTES")[0].removeprefix("state/"))
                  for key in tf.train.load_checkpoint(str(path / "state")).get_variable_to_shape_map() if key.startswith("state/")}
         missing, extra = set(state.named()) - there, there - set(state.named())
         free = lambda name: other_settings and (name.startswith("hyper/") or name in ("averages", "loss_scale", "good_steps"))

@@ -182,7 +182,7 @@ class Config:
             if name not in FIELDS:
                 raise UserError(f"there is no setting '{name}'")
         merged = {"preset": preset, **_without_replaced(PRESETS[preset], values), **values}
-        config = cls(**{name: _coerce(name, value) for name, value in merged.items()})
+        config = cls(**{name: checked(name, value) for name, value in merged.items()})
         _check_combinations(config)
         return config
 
@@ -266,9 +266,10 @@ def kind(name: str) -> tuple[type, bool, bool]:
     return arguments[0], Ellipsis in arguments, type(None) in arguments
 
 
-def _coerce(name: str, value: Any) -> Any:
-    """`value` as the field's type, or a UserError that names the flag."""
+def checked(name: str, value: Any) -> Any:
+    """`value` as the type of the setting `name`, or a UserError that names the flag."""
     element, is_list, may_be_unset = kind(name)
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's
     if may_be_unset and value in (None, ""):
         return None
     if not is_list:

@@ -109,7 +109,7 @@ def from_arrays(x_train, y_train, x_test, y_test, name: str = "arrays", split: s
                 validation_size: int = 0, standardize: bool = True, seed: int = 0) -> Dataset:
     """As `load`, from NumPy arrays: images [N, height, width] or [N, height, width, channels], labels as class
     numbers or one-hot rows. `name` is what error messages call them."""
-    train, test, classes = _check(name, (x_train, y_train), (x_test, y_test))
+    train, test, classes = _check(name, *((np.asarray(x), np.asarray(y)) for x, y in ((x_train, y_train), (x_test, y_test))))
     if split not in ("standard", "shuffled"):
         raise UserError(f"--split={split} is unknown; choose from standard, shuffled")
     if split == "shuffled":

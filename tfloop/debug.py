@@ -60,9 +60,9 @@ class _Recording(NamedTuple):
         return list(self.activations.values())[-1]
 
 
-def record(state: TrainState, batch: Batch) -> _Recording:
+def record(state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1) -> _Recording:
     """Forward, layer by layer, and the loss, term by term. Changes nothing but moving averages."""
-    key = state.key()
+    key = state.key(part, parts)
     images = state.inputs(batch.images, key)
     activations = {}
     with tf.GradientTape(persistent=True) as tape:
@@ -71,7 +71,7 @@ def record(state: TrainState, batch: Batch) -> _Recording:
             activations[layer] = activation
         logits = activation
         each = example_losses(state, batch.labels, logits)
-        data_loss = tf.reduce_sum(batch.weights * each) / tf.reduce_sum(batch.weights)
+        data_loss = tf.math.divide_no_nan(tf.reduce_sum(batch.weights * each), tf.reduce_sum(batch.weights))
         loss = losses(state, data_loss, model_losses(state))
     return _Recording(images, activations, loss, tape)
 
@@ -106,9 +106,9 @@ def split(state: TrainState, recording: _Recording, name: str, data: tf.Tensor) 
     return Gradient(data + l1 + l2 + custom + model, data, l1, l2, custom, model)
 
 
-def forward_and_backward(state: TrainState, batch: Batch) -> Pass:
-    """The twin of `step.forward_and_backward`: the same loss, logits and gradients, layer by layer."""
-    recording = record(state, batch)
+def forward_and_backward(state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1) -> Pass:
+    """The twin of `step.forward_and_backward`: the same loss, logits and gradients, layer by layer (in float16 without a loss scale)."""
+    recording = record(state, batch, part, parts)
     gradients = {}
     for layer, upstream, found in walk_back(state, recording):
         for name, gradient in found.items():

@@ -22,15 +22,17 @@ FORMATS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite", "weights":
 def plain_model(state: TrainState) -> keras.Sequential:
     """The model with its standardiser in front: raw pixels [batch, height, width, channels] → probabilities.
 
-    Its layers are those of `state.model`, in float32 whatever precision they were trained in.
+    Its layers are those of `state.model`, in float32 whatever precision they were trained in, and with the moving average
+    of their weights where one is kept.
     """
     mean, scale = (np.broadcast_to(v.numpy(), state.model.input_shape[1:]) for v in (state.mean, state.scale))
     standardise = keras.layers.Normalization(axis=(1, 2, 3), mean=mean, variance=np.square(scale.astype(np.float64)), name="standardize")
     layers = [type(layer).from_config({**layer.get_config(), "dtype": "float32"}) for layer in state.model.layers]
     model = keras.Sequential([keras.Input(state.model.input_shape[1:]), standardise, *layers], name="tfloop")
-    for layer, trained in zip(layers, state.model.layers):
-        if not isinstance(layer, keras.layers.Dropout):
-            layer.set_weights(trained.get_weights())
+    with state.averaged():
+        for layer, trained in zip(layers, state.model.layers):
+            if not isinstance(layer, keras.layers.Dropout):
+                layer.set_weights(trained.get_weights())
     return model
 
 
@@ -56,7 +58,8 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
             if format == "keras":
                 model.save(made)
             elif format == "weights":
-                state.model.save_weights(made)
+                with state.averaged():
+                    state.model.save_weights(made)
             elif format == "saved_model":
                 model.export(made, verbose=False)
             else:

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tfloop import models, ops, pipelines
+from tfloop.config import checked
 from tfloop.data import Dataset, Split
 from tfloop.errors import DivergenceError, UserError
 from tfloop.optimizers import Vector
@@ -134,8 +136,11 @@ class Loop:
         Raises:
           UserError: a batch larger than the data, or a model whose outputs do not fit its classes.
         """
+        for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call), ("shards", shards), ("accumulate", accumulate)):
+            checked(name, value)
         if batch_size > len(data.train):
             raise UserError(f"--batch_size={batch_size} is larger than the {len(data.train)} training images")
+        _check_takes(state.model, data.image_shape)
         outputs = models.logits(state.model, state.standardize(data.train.images[:1]))
         if not tf.is_tensor(outputs) or len(outputs.shape) != 2:
             found = f"shape {tuple(outputs.shape)}" if tf.is_tensor(outputs) else type(outputs).__name__
@@ -222,10 +227,10 @@ class Loop:
             self._place = None  # until the call has gone well: what it took of the source is not to be taken for granted
             with tf.profiler.experimental.Trace("train", step_num=int(state.global_step), _r=1):  # marks it in a profile
                 yield ready
+            last, count = ready.last, ready.count
+            state.totals.assign_add(tf.cast(last.sums, tf.float64))  # of the steps that were made, where it diverged
             if state.diverged:
                 raise self._divergence()
-            last, count = ready.last, ready.count
-            state.totals.assign_add(tf.cast(last.sums, tf.float64))
             self._place = self._position()
             yield Call(int(state.epoch) + 1, int(state.global_step), batch + count, count, _metrics(last.sums),
                        float(last.learning_rate), ready.seconds, ready.waited, Vector(last.gradient, state.weights),
@@ -283,7 +288,12 @@ class Loop:
 
         Raises:
           DivergenceError: the loss is not finite.
+          UserError: there are no images, or their pixels are of another type than in training.
         """
+        if not len(split):
+            raise UserError("there are no images to evaluate")
+        if split.images.dtype != self.data.train.images.dtype:
+            raise UserError(f"images to evaluate are {split.images.dtype}, those of the training {self.data.train.images.dtype}")
         if "evaluate" not in self._warm:
             self.timed("tracing", self._evaluate, tf.constant(split.images[:1]), tf.constant(split.labels[:1], tf.int64))
             self._warm.add("evaluate")
@@ -416,6 +426,13 @@ def _alone(records: Iterator) -> Iterator[Call | Epoch]:
             record.make()
         else:
             yield record
+
+
+def _check_takes(model, image_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where the model says what images it takes, and they are others."""
+    takes = getattr(model, "input_shape", None) if isinstance(model, keras.Model) and model.built else None
+    if isinstance(takes, tuple) and len(takes) == 4 and any(side not in (None, found) for side, found in zip(takes[1:], image_shape)):
+        raise UserError(f"the model takes images of {'×'.join(map(str, takes[1:]))}, the data have {'×'.join(map(str, image_shape))}")
 
 
 def _metrics(sums: tf.Tensor) -> Metrics:

@@ -2,8 +2,10 @@
 
 A model here is a keras.Model, or a tf.Module that is callable and has trainable variables. A plain stack of layers
 (`keras.Sequential`) is run layer by layer in `forward`, so that each activation can be seen and the last softmax or
-sigmoid is folded into the loss; any other model is called as it is and must return logits.
+sigmoid is folded into the loss; any other model is called as it is and must return logits, or what a loss of its own takes.
 """
+
+import inspect
 
 import keras
 import numpy as np
@@ -11,7 +13,7 @@ import tensorflow as tf
 
 from tfloop.config import Config
 from tfloop.errors import UserError
-from tfloop.normalization import batch_norm
+from tfloop.normalization import batch_norm, normalizes
 from tfloop.randomness import Key
 
 OUTPUTS = ("softmax", "sigmoid")
@@ -125,7 +127,7 @@ def _variable(variable) -> tf.Variable:
 
 
 def kernels(model, which: str) -> list[tf.Variable]:
-    """The kernels that a penalty counts: of the layers with a `kernel`, "dense", "conv" or "all"; "none" is [].
+    """The kernels that a penalty counts: of the layers with a trainable `kernel`, "dense", "conv" or "all"; "none" is [].
 
     Of a tf.Module that is no Keras model, "all" is every trainable variable with two or more axes.
     """
@@ -135,32 +137,44 @@ def kernels(model, which: str) -> list[tf.Variable]:
         if which != "all":
             raise UserError(f"--penalize={which}: only a Keras model tells its layers apart; use all or none")
         return [v for v in model.trainable_variables if len(v.shape) > 1]
-    layers = [layer for layer in model._flatten_layers() if getattr(layer, "kernel", None) is not None]
+    layers = [layer for layer in model._flatten_layers() if getattr(getattr(layer, "kernel", None), "trainable", False)]
     dense = {id(layer) for layer in layers if isinstance(layer, keras.layers.Dense)}
     return [_variable(layer.kernel) for layer in layers
             if which == "all" or (which == "dense") == (id(layer) in dense)]
 
 
 def output_activation(model) -> str:
-    """"softmax" or "sigmoid" where a stack of layers ends in one; "" where the model returns logits."""
-    return last_activation(model) if isinstance(model, keras.Sequential) else ""
-
-
-def last_activation(model: keras.Model) -> str:
-    """"softmax" or "sigmoid" where the model's last layer is or ends in one, else ""."""
+    """"softmax" or "sigmoid" where a stack of layers ends in one that `forward` leaves out; "" where it gives what the model does."""
+    if not isinstance(model, keras.Sequential) or not model.layers:
+        return ""
     last = model.layers[-1]
-    return "softmax" if isinstance(last, keras.layers.Softmax) else _activation_name(last)
+    known = type(last) in (keras.layers.Dense, keras.layers.Activation, keras.layers.Softmax)
+    return _activation_name(last) if known and last.activity_regularizer is None else ""
+
+
+def last_activation(model) -> str:
+    """"softmax" or "sigmoid" where the last operation of a stack or graph of layers is or ends in one, else ""."""
+    return _activation_name(_last_operation(model))
+
+
+def _last_operation(model):
+    """That of a stack or graph of layers, or of the one that it ends in; None of any other model, whose layers have no order."""
+    last = None
+    while operations := getattr(model, "layers" if isinstance(model, keras.Sequential) else "operations", None):
+        last = model = operations[-1]
+    return last
 
 
 def check_outputs(model) -> None:
     """Raises UserError for a model whose outputs would be taken for logits and are none."""
-    if isinstance(model, keras.Model) and not isinstance(model, keras.Sequential) and model.layers:
-        if activation := last_activation(model):
-            raise UserError(f"the model ends in {activation} ({model.layers[-1].name}); hand in one that "
-                            f"returns logits, or a keras.Sequential, of which the last activation is left out")
+    if (activation := last_activation(model)) and not output_activation(model):
+        raise UserError(f"the model ends in {activation} ({_last_operation(model).name}); hand in one that returns logits, or a "
+                        f"keras.Sequential whose last layer is a Dense, Activation or Softmax, of which the activation is left out")
 
 
 def _activation_name(layer) -> str:
+    if isinstance(layer, keras.layers.Softmax):
+        return "softmax"
     name = getattr(getattr(layer, "activation", None), "__name__", "")
     return name if name in OUTPUTS else ""
 
@@ -180,7 +194,8 @@ def forward(model, images: tf.Tensor, weights: tf.Tensor | None = None, training
       key: the seed of this step's dropout; needed in training where the model has a Dropout layer.
     """
     if not isinstance(model, keras.Sequential):
-        yield getattr(model, "name", "model"), _call(model, images, training)
+        outputs = _call(model, images, training)
+        yield getattr(model, "name", "model"), tf.cast(outputs, tf.float32) if tf.is_tensor(outputs) else outputs
         return
     x = images
     for index, layer in enumerate(model.layers):
@@ -194,7 +209,7 @@ def apply_layer(model: keras.Sequential, index: int, x: tf.Tensor, weights, trai
     layer = model.layers[index]
     if _is_plain_dropout(layer):  # stateless in place of Keras's own generator: the mask depends on the position alone
         return dropout(x, layer.rate, key.fold_in(index)) if training else x
-    if isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
+    if normalizes(layer, weights, training):
         return batch_norm(layer, [x], weights)[0]
     if index == len(model.layers) - 1 and output_activation(model):
         return _without_activation(layer, x)
@@ -214,16 +229,19 @@ def logits(model, images, weights=None, training=False, key=None) -> tf.Tensor:
 
 
 def probabilities(model, outputs: tf.Tensor) -> tf.Tensor:
-    """The model's output activation over its logits; softmax where it has none."""
+    """The model's output activation over its logits; softmax where it has none. Outputs that it ends in are left as they are."""
+    if last_activation(model) and not output_activation(model):
+        return outputs
     return tf.sigmoid(outputs) if output_activation(model) == "sigmoid" else tf.nn.softmax(outputs)
 
 
 def _call(layer, x, training):
-    return layer(x, training=training) if isinstance(layer, keras.layers.Layer) else layer(x)
+    takes_it = isinstance(layer, keras.layers.Layer) or "training" in inspect.signature(layer.__call__).parameters
+    return layer(x, training=training) if takes_it else layer(x)
 
 
 def _without_activation(layer, x):
-    if not isinstance(layer, keras.layers.Dense):
+    if type(layer) is not keras.layers.Dense:
         return x  # an Activation or Softmax layer of its own
     x = tf.matmul(cast(x, layer), cast(layer.kernel, layer))
     return x if layer.bias is None else tf.nn.bias_add(x, cast(layer.bias, layer))

@@ -6,6 +6,11 @@ import keras
 import tensorflow as tf
 
 
+def normalizes(layer, weights, training: bool) -> bool:
+    """Does `batch_norm` stand in for this layer? Not for one that is frozen and goes by its averages, nor for one derived from it."""
+    return training and weights is not None and type(layer) is keras.layers.BatchNormalization and layer.trainable
+
+
 def batch_norm(layer: keras.layers.BatchNormalization, parts: list[tf.Tensor], weights: tf.Tensor) -> list[tf.Tensor]:
     """The layer in training, over the rows with weight 1 of all parts [rows, …, channels] of a batch; moves its averages.
 

@@ -20,18 +20,17 @@ import keras
 import tensorflow as tf
 
 from tfloop import models
-from tfloop.normalization import batch_norm
+from tfloop.normalization import batch_norm, normalizes
 
-MONOTONE = ("relu", "sigmoid", "tanh", "elu", "linear")
+MONOTONE = (keras.activations.relu, keras.activations.sigmoid, keras.activations.tanh, keras.activations.elu, keras.activations.linear)
 
 
 def logits(model, images: tf.Tensor, weights=None, training: bool = False, key=None, shards: int = 1) -> tf.Tensor:
     """As `models.logits`, which it falls back on where the model is no stack of layers."""
     if not isinstance(model, keras.Sequential):
         return models.logits(model, images, weights, training, key)
-    if len(images.shape) == 4:
-        height, width = used_pixels(model)
-        images = images[:, :height, :width]
+    if used := used_pixels(model):
+        images = images[:, :used[0], :used[1]]
     shards = min(shards, images.shape[0] or 1)
     sizes = [(images.shape[0] or 1) // shards] * (shards - 1)
     split = lambda x: tf.split(x, [*sizes, -1]) if shards > 1 else [x]
@@ -43,7 +42,7 @@ def logits(model, images: tf.Tensor, weights=None, training: bool = False, key=N
                 pooled = False
             elif index + 1 < len(model.layers) and _may_pool_first(layer, model.layers[index + 1]):
                 parts, pooled = [_pool_first(layer, model.layers[index + 1], x) for x in parts], True
-            elif isinstance(layer, keras.layers.BatchNormalization) and training and weights is not None:
+            elif normalizes(layer, weights, training):
                 parts = batch_norm(layer, parts, weights)
             elif _is_by_example(layer, training):
                 parts = [models.apply_layer(model, index, x, weights, training, key) for x in parts]
@@ -52,18 +51,23 @@ def logits(model, images: tf.Tensor, weights=None, training: bool = False, key=N
     return join(parts)
 
 
-def used_pixels(model: keras.Sequential) -> tuple[int, int]:
-    """(height, width) of the part of the image, from its first row and column, that the outputs depend on."""
+def used_pixels(model: keras.Sequential) -> tuple[int, int] | None:
+    """(height, width) of the part of the image, from its first row and column, that the outputs depend on.
+
+    None where the first layer takes no images, or images of any size.
+    """
+    if len(model.input_shape) != 4 or None in model.input_shape[1:]:
+        return None
     used = None
     for layer in reversed(model.layers):
         full = layer.input.shape[1:3] if len(layer.input.shape) == 4 else None
         if full is None:
             used = None
-        elif isinstance(layer, keras.layers.MaxPooling2D) and layer.padding == "valid" and layer.strides == layer.pool_size:
+        elif type(layer) is keras.layers.MaxPooling2D and layer.padding == "valid" and layer.strides == layer.pool_size:
             used = [used_out * pool for used_out, pool in zip(used or layer.output.shape[1:3], layer.pool_size)]
         elif _is_plain_convolution(layer) and layer.padding == "valid":
             used = [used_out + kernel - 1 for used_out, kernel in zip(used or layer.output.shape[1:3], layer.kernel_size)]
-        elif not isinstance(layer, keras.layers.Activation) or used is None:
+        elif type(layer) is not keras.layers.Activation or used is None:
             used = full
     return tuple(used)
 
@@ -75,10 +79,10 @@ def _is_plain_convolution(layer) -> bool:
 
 def _may_pool_first(layer, following) -> bool:
     """Is `layer` a convolution or activation, and `following` a max-pool that may run before its monotone part?"""
-    if not isinstance(following, keras.layers.MaxPooling2D) or following.data_format != "channels_last":
+    if type(following) is not keras.layers.MaxPooling2D or following.data_format != "channels_last":
         return False
     known = _is_plain_convolution(layer) or type(layer) is keras.layers.Activation
-    return known and layer.activation.__name__ in MONOTONE
+    return known and layer.activation in MONOTONE and layer.activity_regularizer is None
 
 
 def _pool_first(layer, pool, x: tf.Tensor) -> tf.Tensor:
@@ -113,8 +117,11 @@ def _bias_relu_pool(x: tf.Tensor, bias: tf.Tensor, pool) -> tf.Tensor:
 
 
 def _is_by_example(layer, training: bool) -> bool:
-    """Does each row of the batch go through the layer on its own? In training, random layers and those not known here do not."""
+    """Does each row of the batch go through the layer on its own? In training, random layers and those not known here do not,
+    nor one that has a loss of its own."""
     known = (keras.layers.Conv2D, keras.layers.Dense, keras.layers.Flatten, keras.layers.MaxPooling2D,
              keras.layers.AveragePooling2D, keras.layers.GlobalAveragePooling2D, keras.layers.Activation,
              keras.layers.Softmax, keras.layers.Reshape, keras.layers.ReLU)
+    if layer.activity_regularizer is not None:
+        return False
     return type(layer) in known or not training and type(layer) in (keras.layers.BatchNormalization, keras.layers.Dropout)

@@ -185,7 +185,13 @@ class Optimizer(tf.Module):
         self.count = tf.Variable(0, dtype=tf.int64, trainable=False, name="count")
 
     def build(self, weights: dict[str, tf.Variable]) -> None:
-        """Make the slots for these weights."""
+        """Make the slots for these weights.
+
+        Raises:
+          UserError: it has slots already, which belong to another state.
+        """
+        if self.slots:
+            raise UserError(f"this {self.name} optimizer belongs to another state already; make one for each")
         size = sum(weight.shape.num_elements() for weight in weights.values())
         names = SLOTS[self.name] + (("mean_gradient",) if self._switches.get("centered") else ())
         self.slots = {name: tf.Variable(_initial(name, size), trainable=False, name=name) for name in names}
@@ -228,16 +234,23 @@ class KerasOptimizer(tf.Module):
     def __init__(self, inner, variables):
         """Args: a Keras optimizer that no model was compiled with, and the Keras variables that it is to train."""
         super().__init__(name=type(inner).__name__.lower())
+        kind = type(inner).__name__
         if not isinstance(inner.learning_rate, keras.Variable):
-            raise UserError(f"{type(inner).__name__}: hand it in with a plain learning rate; the loop's schedule drives it")
+            raise UserError(f"{kind}: hand it in with a plain learning rate, and its schedule to the state: schedule=…")
+        if inner.built:
+            raise UserError(f"this {kind} optimizer belongs to another model or state already; make one for each")
+        if isinstance(inner, keras.optimizers.LossScaleOptimizer) or inner.loss_scale_factor:
+            raise UserError(f"{kind} expects a loss that it has scaled; hand in one that does not, and scale_loss=True to the state")
+        if inner.gradient_accumulation_steps:
+            raise UserError(f"{kind}: hand it in without gradient_accumulation_steps, and accumulate=… to the loop")
         self.inner, self.hyper, self._variables = inner, {}, list(variables)
 
     def build(self, weights: dict[str, tf.Variable]) -> None:
         """Make the slots for these weights, which are those of the variables given."""
         self.inner.build(self._variables)
         self.count = self.inner.iterations.value
-        self.slots = {f"{index}/{variable.name}": variable.value for index, variable in enumerate(self.inner.variables)
-                      if variable.value is not self.count}
+        self.slots = {str(index): variable.value for index, variable in enumerate(self.inner.variables)
+                      if variable.value is not self.count}  # Keras counts models in its names: not names to keep
         self._initial = [(variable, variable.numpy()) for variable in self.inner.variables]
 
     def _all(self, weights: dict[str, tf.Variable]) -> list[tf.Variable]:

@@ -52,7 +52,15 @@ def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
-    """Probabilities [N, classes] of images [N, height, width, channels] as they lie in the data: not standardised."""
-    parts = [models.probabilities(state.model, state.predict(images[i:i + BATCH]))
-             for i in range(0, len(images), BATCH)]
+    """Probabilities [N, classes] of images [N, height, width, channels] as they lie in the data: not standardised.
+
+    As in evaluation, the weights are their moving average where one is kept.
+
+    Raises:
+      UserError: there are no images.
+    """
+    if not len(images):
+        raise UserError("there are no images to predict")
+    with state.averaged():
+        parts = [models.probabilities(state.model, state.predict(images[i:i + BATCH])) for i in range(0, len(images), BATCH)]
     return np.concatenate([part.numpy() for part in parts])

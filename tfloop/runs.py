@@ -37,7 +37,7 @@ def make_schedule(config: Config, steps: int) -> Schedule:
     chosen = _chosen(config, HYPER["schedule"])
     accepted = parameters(SCHEDULES[config.schedule])
     if "decay_steps" in accepted and accepted["decay_steps"] is None and "decay_steps" not in chosen:
-        chosen["decay_steps"] = max(config.epochs * steps / unit - config.warmup_steps, 1.0)
+        chosen["decay_steps"] = max(config.epochs * steps / unit - config.warmup_steps, 1.0 / unit)
     return Schedule(config.schedule, learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
                     unit_steps=unit, **chosen)
 

@@ -6,9 +6,11 @@ The names are those of the command line's flags. Formulas follow keras.optimizer
 
 import inspect
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
+from tfloop.config import checked
 from tfloop.errors import UserError
 
 
@@ -104,9 +106,9 @@ class Schedule(tf.Module):
       hyper: name → float32 variable, for every hyperparameter the schedule has.
     """
 
-    def __init__(self, name: str = "constant", *, warmup_steps: float = 0.0, unit_steps: float = 1.0, **hyper):
+    def __init__(self, name: str | Callable = "constant", *, warmup_steps: float = 0.0, unit_steps: float = 1.0, **hyper):
         """Args:
-          name: one of SCHEDULES.
+          name: one of SCHEDULES; or a function step → rate, such as a keras.optimizers.schedules.LearningRateSchedule.
           warmup_steps: length of the linear warm-up in front, in units; 0 is none.
           unit_steps: steps in one unit of the schedule: 1, or the steps of an epoch to count in epochs.
           **hyper: the schedule's hyperparameters; those left out take its defaults.
@@ -114,9 +116,12 @@ class Schedule(tf.Module):
         Raises:
           UserError: an unknown schedule, or a hyperparameter that it does not have, or one it needs and did not get.
         """
-        super().__init__(name=name)
-        function, numbers, switches = bind(SCHEDULES, "schedule", name, hyper)
-        self._function, self._switches = function, switches
+        super().__init__(name=name if isinstance(name, str) else "schedule")
+        self._function, numbers, self._switches = (name, hyper, {}) if callable(name) else bind(SCHEDULES, "schedule", name, hyper)
+        if callable(name) and hyper:
+            raise UserError(f"--{min(hyper)}: a schedule that is a function takes a step alone")
+        if len(numbers.get("boundaries", ())) != len(numbers.get("rates", ())):
+            raise UserError(f"--schedule=piecewise needs as many rates as boundaries; found {len(numbers['rates'])} and {len(numbers['boundaries'])}")
         numbers |= {"warmup_steps": warmup_steps, "unit_steps": unit_steps}
         self.hyper = {key: tf.Variable(value, dtype=tf.float32, trainable=False, name=key)
                       for key, value in numbers.items()}
@@ -125,7 +130,7 @@ class Schedule(tf.Module):
         """The rate at `step` (counted from 0), a float32 scalar."""
         numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
         unit, warmup = numbers.pop("unit_steps"), numbers.pop("warmup_steps")
-        schedule = lambda step: self._function(step / unit, **numbers, **self._switches)
+        schedule = lambda step: tf.cast(self._function(step / unit, **numbers, **self._switches), tf.float32)
         return warm_up(tf.cast(step, tf.float32), warmup * unit, schedule)
 
 
@@ -135,7 +140,7 @@ def bind(table: dict, kind: str, name: str, hyper: dict):
     A boolean default marks a switch, which shapes the computation and is fixed; everything else is a number.
 
     Raises:
-      UserError: an unknown name, a hyperparameter that the function lacks, or one it needs and did not get.
+      UserError: an unknown name, a hyperparameter that the function lacks, one that is out of range, or one it needs and did not get.
     """
     if name not in table:
         raise UserError(f"--{kind}={name} is unknown; choose from {', '.join(table)}")
@@ -143,7 +148,7 @@ def bind(table: dict, kind: str, name: str, hyper: dict):
     for key in hyper:
         if key not in accepted:
             raise UserError(f"--{key}: {kind} '{name}' has no {key}; it has {', '.join(accepted)}")
-    values = accepted | hyper
+    values = accepted | {key: checked(key, value) for key, value in hyper.items() if value is not None}
     for key, value in values.items():
         if value is None:
             raise UserError(f"--{key}: {kind} '{name}' needs it")

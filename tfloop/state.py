@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tfloop import models
 from tfloop.augmentation import Augmentation, shifted
+from tfloop.config import checked
 from tfloop.data import Standardizer
 from tfloop.errors import UserError
 from tfloop.optimizers import KerasOptimizer, Optimizer, f32, flatten
@@ -46,7 +47,7 @@ class TrainState(tf.Module):
       diverged: true once a loss or gradient was not finite; from then on no step changes anything.
     """
 
-    def __init__(self, model, optimizer="rmsprop", schedule: Schedule | float = 0.001, *, l1: float = 0.0,
+    def __init__(self, model, optimizer="rmsprop", schedule: Schedule | Callable | float | None = None, *, l1: float = 0.0,
                  l2: float = 0.0, penalize: str | Sequence[tf.Variable] = "all",
                  penalties: Sequence[Callable] = (), label_smoothing: float = 0.0, loss: Callable | None = None,
                  standardizer: Standardizer | None = None, augmentation: Augmentation | None = None,
@@ -55,12 +56,13 @@ class TrainState(tf.Module):
         """Args:
           model: a keras.Model, or a tf.Module that is callable and has trainable variables.
           optimizer: an Optimizer, the name of one, or a keras.optimizers.Optimizer.
-          schedule: a Schedule, or a constant rate.
+          schedule: a Schedule, a function step → rate, or a constant rate; None: the rate of a Keras optimizer, else 0.001.
           l1, l2: coefficients of Σ|w| and Σw² over the penalised kernels.
-          penalize: "dense", "conv", "all", "none", or the kernels themselves.
+          penalize: "dense", "conv", "all", "none", or the kernels themselves. Those of frozen layers do not count.
           penalties: functions kernel → scalar, each added to the loss for every penalised kernel as it is.
           label_smoothing: share of each label spread over all classes.
-          loss: function (labels [batch] int64, outputs) → [batch], in place of cross-entropy from logits.
+          loss: function (labels [batch] int64, outputs) → [batch], in place of cross-entropy from logits. `outputs` are what
+            the model gives, but of a keras.Sequential that ends in softmax or sigmoid the logits before it.
           standardizer: of the pixels; belongs to the trained model.
           augmentation: of the images, in training alone.
           ema: decay of the moving average of the weights, which is then what is evaluated; None keeps none.
@@ -72,21 +74,29 @@ class TrainState(tf.Module):
             those found now, whatever the seed.
 
         Raises:
-          UserError: a name that is unknown, or a model without trainable variables.
+          UserError: a name that is unknown, a number out of range, or a model that cannot be trained like that.
         """
         super().__init__(name="state")
+        for name, value in (("l1", l1), ("l2", l2), ("label_smoothing", label_smoothing), ("ema", ema), ("average_shifts", average_shifts),
+                            *([("penalize", penalize)] if isinstance(penalize, str) else [])):
+            checked(name, value)
         self.model = model
         self.weights, self.moving = models.named_variables(model)
         if not self.weights:
             raise UserError("the model has no trainable variables: build it (call it once) before it is trained")
-        if loss is None:
+        if loss is None or average_shifts:
             models.check_outputs(model)
-        if isinstance(optimizer, keras.optimizers.Optimizer):
-            optimizer = KerasOptimizer(optimizer, model.trainable_variables)
-        self.optimizer = Optimizer(optimizer) if isinstance(optimizer, str) else optimizer
+        if loss is not None and label_smoothing:
+            raise UserError(f"label_smoothing={label_smoothing} belongs to the cross-entropy; a loss of your own has to do it itself")
+        if schedule is None:
+            schedule = float(optimizer.learning_rate) if isinstance(optimizer, keras.optimizers.Optimizer) else 0.001
+        if not isinstance(schedule, Schedule):
+            schedule = Schedule(schedule) if callable(schedule) else Schedule("constant", learning_rate=schedule)
+        self.schedule, self.optimizer = schedule, _make_optimizer(optimizer, model)
         self.optimizer.build(self.weights)
-        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule("constant", learning_rate=schedule)
         self.kernels = models.kernels(model, penalize) if isinstance(penalize, str) else list(penalize)
+        if penalties and not self.kernels:
+            raise UserError("penalties: the model has no kernels that they could count" + f", with penalize={penalize}" * isinstance(penalize, str))
         self.penalties, self.loss = tuple(penalties), loss
         number = lambda value, name: tf.Variable(value, dtype=tf.float32, trainable=False, name=name)
         self._own_hyper = {"l1": number(l1, "l1"), "l2": number(l2, "l2"),
@@ -258,3 +268,12 @@ class TrainState(tf.Module):
                 value = np.asarray(variable)
                 sha.update(f"{name} {value.dtype} {value.shape}\n".encode() + value.tobytes())
         return sha.hexdigest()
+
+
+def _make_optimizer(optimizer, model) -> Optimizer | KerasOptimizer:
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return KerasOptimizer(optimizer, model.trainable_variables)
+    if constrained := [variable for variable in model.trainable_variables if getattr(variable, "constraint", None) is not None]:
+        raise UserError(f"{getattr(constrained[0], 'path', constrained[0].name)} has a constraint, which Keras's optimizers alone "
+                        f"apply; hand one in, such as keras.optimizers.SGD()")
+    return Optimizer(optimizer) if isinstance(optimizer, str) else optimizer

@@ -30,7 +30,7 @@ class Loss(NamedTuple):
 def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """[batch] float32: the loss of each example, from the model's outputs."""
     if state.loss is not None:
-        return _checked(state.loss(labels, outputs), labels.shape, "the loss function")
+        return _checked(state.loss(labels, outputs), labels.shape, "the loss function", "a value for each example of the batch")
     sigmoid = models.output_activation(state.model) == "sigmoid"
     return cross_entropy(labels, outputs, tf.convert_to_tensor(state.hyper["label_smoothing"]), sigmoid)
 
@@ -48,9 +48,10 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing, sigmoid: bool
     return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, logits)
 
 
-def _checked(tensor: tf.Tensor, shape: tf.TensorShape, what: str) -> tf.Tensor:
+def _checked(tensor: tf.Tensor, shape, what: str, meaning: str) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(tensor)
     if not tensor.shape.is_compatible_with(shape):
-        raise UserError(f"{what} gives {tensor.shape}, expected {shape}: a value for each example of the batch")
+        raise UserError(f"{what} gives {tensor.shape}, expected {tf.TensorShape(shape)}: {meaning}")
     return tensor
 
 
@@ -64,8 +65,8 @@ def losses(state: TrainState, data: tf.Tensor, model: tf.Tensor) -> Loss:
     """The loss, term by term, from the mean data loss and the model's own term."""
     l1 = state.hyper["l1"] * penalties.total(penalties.l1, state.kernels)
     l2 = state.hyper["l2"] * penalties.total(penalties.l2, state.kernels)
-    custom = penalties.total(lambda kernel: tf.add_n([penalty(kernel) for penalty in state.penalties]),
-                             state.kernels if state.penalties else [])
+    custom = penalties.total(lambda kernel: tf.add_n([_checked(penalty(kernel), [], "a penalty", "one number for the kernel")
+                                                      for penalty in state.penalties]), state.kernels if state.penalties else [])
     return Loss(data + l1 + l2 + custom + model, data, l1, l2, custom, model)
 
 
@@ -109,7 +110,7 @@ def hit_rate(batch: Batch, logits: tf.Tensor) -> tf.Tensor:
 
 
 def weighed(found: Pass) -> tf.Tensor:
-    """[n + 9] float32: the examples, and the examples times all else that a pass tells. Such vectors can be added up."""
+    """[n + 8] float32: the examples, and the examples times all else that a pass tells. Such vectors can be added up."""
     return found.examples * tf.concat([[1.0], tf.stack([*found.loss, found.accuracy]), found.gradients.flat], axis=0)
 
 
