@@ -91,15 +91,15 @@ def import_weights(state: TrainState, path: str | Path, images: np.ndarray) -> N
         if path.suffix == ".keras":
             _import_model(state, path, images)
         else:
-            _import_h5(state.model, path)
+            _import_h5(state, path)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-    state.restart_averages()
 
 
-def _import_h5(model: keras.Sequential, path: Path) -> None:
+def _import_h5(state: TrainState, path: Path) -> None:
+    model = state.model
     with h5py.File(path) as file:
         sizes = []
         file.visititems(lambda name, item: sizes.append(item.size) if isinstance(item, h5py.Dataset)
@@ -114,6 +114,7 @@ def _import_h5(model: keras.Sequential, path: Path) -> None:
         shapes = re.search(r"variable\.shape=(\(.*?\)), Received: value\.shape=(\(.*?\))", str(error))
         raise UserError(f"{path}: does not fit {name.group(1) if name else 'the model'}" + (
             f": a weight is {shapes.group(2)}, the model has {shapes.group(1)}" if shapes else "")) from None
+    state.restart_averages()
 
 
 def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
@@ -133,6 +134,7 @@ def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
             raise UserError(f"{path}: layer {index + 1} with weights is {one}, the model has {other}")
     for their, our in zip(theirs, ours):
         our.set_weights(their.get_weights())
+    state.restart_averages()
     if front:
         def scaled(pixel):
             x = tf.fill([1, *state.model.input_shape[1:]], pixel)
