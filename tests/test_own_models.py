@@ -163,7 +163,7 @@ def test_a_module_that_asks_is_told_whether_it_is_trained(train, decorate):
     (dict(penalize="denes"), "--penalize=denes is unknown; choose from dense, conv, all, none"),
     (dict(penalize="none", penalties=[tf.reduce_sum]), "penalties: the model has no kernels that they could count, with penalize=none"),
     (dict(penalties=[lambda kernel: kernel]), r"a penalty gives \(64, 10\), expected \(\): one number for the kernel"),
-    (dict(l2=-1), "--l2=-1.0 is out of range: it must be at least 0"), (dict(ema=7), "--ema=7.0 is out of range: it must lie between 0 and 1"),
+    (dict(l2=-1), "--l2=-1.0 is out of range: it must be at least 0"), (dict(ema=7), "--ema=7.0 is out of range: it must be at least 0 and less than 1"),
     (dict(label_smoothing=3), "--label_smoothing=3.0 is out of range"), (dict(schedule=-0.1), "--learning_rate=-0.1 is out of range")])
 def test_numbers_and_functions_that_do_not_fit_are_refused(train, options, expected):
     with pytest.raises(tfloop.UserError, match=expected):
@@ -255,6 +255,18 @@ def test_predictions_are_those_of_the_weights_that_were_evaluated(train, digits)
 
 
 # --- data
+
+
+@pytest.mark.parametrize("call, expected", [
+    (lambda data: tfloop.TrainState(lambda images: images), "the model must be a keras.Model, or a tf.Module that can be called; found function"),
+    (lambda data: tfloop.TrainState(Gated), "can be called; found the class Gated"),
+    (lambda data: tfloop.Loop(tfloop.TrainState(linear()), (data.train.images, data.train.labels)), r"expected a tfloop.Dataset, found tuple; tfloop.from_arrays"),
+    (lambda data: tfloop.make_loop("digits"), "expected a tfloop.Config, found str"),
+    (lambda data: tfloop.TrainState(linear(), penalties=tf.reduce_sum), "penalties: expected a list of functions"),
+    (lambda data: tfloop.TrainState(linear(), penalties=[0.1]), "penalties: expected a list of functions")])
+def test_what_is_no_model_data_or_function_is_named(digits, call, expected):
+    with pytest.raises(tfloop.UserError, match=expected):
+        call(digits)
 
 
 def test_what_does_not_fit_the_data_is_named(train, digits):

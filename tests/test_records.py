@@ -144,12 +144,17 @@ def test_packing_says_what_is_wrong_and_leaves_nothing(tmp_path, capsys):
     (tmp_path / "broken" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "a" / "1.png").write_bytes(b"nothing")
     (tmp_path / "broken" / "b").mkdir()
-    for source, folder, message in (("in", "out", "is 4×5×1, the first record 4×4×1"), ("in", "there", "is there already"),
-                                    ("broken", "out", "b: holds no pictures"), ("nowhere", "out", "nowhere: not mnist")):
+    for path in ("in/a/2.png", "few/a/1.png", "few/b/1.png", "one/a/1.png", "flat/1.png", "broken/a/2.png"):
+        picture(tmp_path / path, np.zeros((4, 4, 1), np.uint8))
+    for source, folder, message in (("in", "out", "in/b/2.png: is 4×5×1, those before it are 4×4×1; bring all to one size"),
+                                    ("in", "there", "is there already"), ("broken", "out", "b: holds no pictures"),
+                                    ("few", "out", "few/a: holds one picture; a class needs two or more"), ("nowhere", "out", "nowhere: does not exist"),
+                                    ("one", "out", "one: holds 1 class folder; there must be two or more"),
+                                    ("flat", "out", "flat: holds pictures; put those of each class into a folder of its own in it")):
         assert main(["pack", f"{tmp_path}/{source}", f"{tmp_path}/{folder}"]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "in", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "few", "flat", "in", "one", "there"]
 
 
 # --- damage

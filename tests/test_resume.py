@@ -4,6 +4,7 @@ import ctypes
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,8 +213,24 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_again(tmp_path, 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*tfevents*")} == weights
 
 
+@pytest.mark.parametrize("change, flags, message", [
+    (lambda run: shutil.rmtree(run / "checkpoints"), ["--epochs=9"], "made 45 steps, but .* holds no checkpoint of them; put them back"),
+    (lambda run: (run / "result.json").unlink(), ["--epochs=2"], "has made 3 epochs, more than --epochs=2"),
+    (lambda run: (run / "config.json").write_text('{"epoch": 3}'), [], "digits-001/config.json: there is no setting 'epoch'"),
+    (lambda run: (run / "config.json").write_text('{"epochs": "many"}'), ["--epochs=9"], "digits-001/config.json: --epochs: expected a whole"),
+    (lambda run: (run / "config.json").write_text("{"), [], "tfloop: /[^=]*digits-001/config.json: not JSON")])
+def test_a_run_that_cannot_go_on_is_left_as_it_is(tmp_path, capsys, change, flags, message):
+    main(["train", *SMALL, f"--logdir={tmp_path}"])
+    change(tmp_path / "digits-001")
+    before, _ = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, capsys.readouterr()
+    assert main(["train", f"--resume={tmp_path}/digits-001", *flags]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("flags, message", [
-    (["--resume=/nowhere"], "/nowhere: not a run's folder"),
+    (["--resume=/nowhere"], "/nowhere: does not exist; a run's folder is needed"),
     (["--resume=runs/a", "--seeds=1,2"], "--resume=runs/a goes on with one run: leave --seeds, --runs and --ensemble out (or --ensemble=1), or"),
     (["--resume=auto", "--dry_run"], "--resume and --dry_run exclude each other"),
     (["--checkpoint_every=soon"], "--checkpoint_every=soon: expected epoch, a number of steps, or of seconds"),
@@ -293,12 +310,15 @@ def obey_permissions():
     ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
-def test_early_stopping_ends_a_run_after_epochs_without_a_better_validation_accuracy_resumed_or_not(config):
-    settings = dict(early_stopping=2, epochs=30, learning_rate=0.02, ema=0.9, precision="mixed_float16", augment_shift=1)
+def test_early_stopping_ends_a_run_after_epochs_without_a_better_validation_accuracy_resumed_or_not(config, capsys):
+    settings = dict(early_stopping=2, epochs=30, learning_rate=0.02, ema=0.9, precision="mixed_float16", augment_shift=1, quiet=False)
     whole = training.train(config(**settings))[0]
     accuracies = [epoch["validation"]["accuracy"] for epoch in whole["epochs"]]
     assert whole["finished"] and len(accuracies) < 30 and len(accuracies) == 1 + accuracies.index(max(accuracies)) + 2
+    assert re.search(r"stopped early: no better validation accuracy for 2 epochs; the best, .* %, was that of epoch \d+: evaluate .* --best",
+                     capsys.readouterr().out)
     cut = training.train(config(**settings), stop=stop_after(9))[0]
+    assert f"stopped after {cut['steps']} steps; go on with --resume={cut['folder']}" in capsys.readouterr().out
     resumed = training.train(config(**settings), resume=[Path(cut["folder"])])[0]
     assert resumed["state_sha256"] == whole["state_sha256"] and len(resumed["epochs"]) == len(accuracies)
     again = training.train(config(**settings), resume=[Path(cut["folder"])])[0]  # nothing is left to do

@@ -64,7 +64,7 @@ def _main(argv: list[str]) -> int:
     try:
         arguments = parsed([name, *rest])[1:]
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(" ".join(str(error).split()) + f"; see tfloop {name} --help") from None
     except UnicodeDecodeError:
         raise UserError("--flagfile: not a text file") from None
     if arguments and not command.arguments:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 from tfloop.errors import UserError
 
 UNIT = (0.0, 1.0)  # closed interval
+SHARE = (0.0, 0.9999999)
 COUNT = (1, 2**31 - 1)
 POSITIVE = (1e-30, math.inf)
 NOT_NEGATIVE = (0.0, math.inf)
@@ -70,7 +71,7 @@ class Config:
     l2: float = option(0.0, "coefficient of the sum of w²", within=NOT_NEGATIVE)
     penalize: str = option("dense", "whose kernels the penalties count; biases never",
                            choices=("dense", "conv", "all", "none"))
-    label_smoothing: float = option(0.0, "share of each label spread over all classes", within=UNIT)
+    label_smoothing: float = option(0.0, "share of each label spread over all classes", within=SHARE)
 
     # --- optimizer; None is the rule's own default
     optimizer: str = option("rmsprop", "update rule",
@@ -81,14 +82,14 @@ class Config:
     nesterov: bool = option(False, "sgd: Nesterov's momentum")
     rho: float | None = option(None, "rmsprop: decay of the mean square", within=UNIT)
     centered: bool = option(False, "rmsprop: divide by the variance, not by the mean square")
-    beta_1: float | None = option(None, "adam, adamw, nadam, adamax", within=(0.0, 0.9999999))
-    beta_2: float | None = option(None, "adam, adamw, nadam, adamax", within=(0.0, 0.9999999))
+    beta_1: float | None = option(None, "adam, adamw, nadam, adamax", within=SHARE)
+    beta_2: float | None = option(None, "adam, adamw, nadam, adamax", within=SHARE)
     epsilon: float | None = option(None, "all but sgd: added to the divisor", within=NOT_NEGATIVE)
     weight_decay: float | None = option(None, "adamw: decoupled decay, times the rate", within=NOT_NEGATIVE)
     clip_value: float | None = option(None, "limit of each entry of the gradient", within=POSITIVE)
     clip_norm: float | None = option(None, "limit of the norm of each weight's gradient", within=POSITIVE)
     clip_global_norm: float | None = option(None, "limit of the norm of the whole gradient", within=POSITIVE)
-    ema: float | None = option(None, "decay of a moving average of the weights, which then is what is evaluated", within=UNIT)
+    ema: float | None = option(None, "decay of a moving average of the weights, which then is what is evaluated", within=SHARE)
 
     average_shifts: int = option(0, "evaluate the mean prediction over each image and it shifted by so many pixels in 4 directions",
                                  within=(0, 2**15))
@@ -212,16 +213,17 @@ class Config:
         return range(int(first), int(last)) if self.profile else range(0)
 
     @staticmethod
-    def read(path: str | Path) -> dict[str, Any]:
-        """The settings in a JSON file, unchecked: a `config.json`, or any part of one."""
+    def read(path: str | Path, named: str = "--config=") -> dict[str, Any]:
+        """The settings in a JSON file, unchecked: a `config.json`, any part of one, or a folder that holds one."""
+        path = Path(path, "config.json") if Path(path).is_dir() else Path(path)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"--config={path}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{named}{path}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--config={path}: not JSON: {error}") from None
+            raise UserError(f"{named}{path}: not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise UserError(f"--config={path}: expected one JSON object of settings, found {type(values).__name__}")
+            raise UserError(f"{named}{path}: expected one JSON object of settings, found {type(values).__name__}")
         return values
 
 
@@ -275,7 +277,7 @@ def checked(name: str, value: Any) -> Any:
     if not is_list:
         return _coerce_one(name, element, value)
     if isinstance(value, str):
-        value = [part for part in value.split(",") if part.strip()]
+        value = [part for part in value.split(",")] if value.strip() else []
     elif not isinstance(value, (list, tuple)):
         value = [value]
     return tuple(_coerce_one(name, element, part) for part in value)
@@ -304,7 +306,7 @@ def _coerce_one(name: str, element: type, value: Any) -> Any:
     if bounds and not bounds[0] <= value <= bounds[1]:
         low, high = (f"{bound:g}" for bound in bounds)
         raise UserError(f"--{name}={value} is out of range: " + (
-            "it must be positive" if bounds == POSITIVE else
+            "it must be positive" if bounds == POSITIVE else "it must be at least 0 and less than 1" if bounds == SHARE else
             f"it must be at least {low}" if bounds[1] >= 2**31 - 1 and value < bounds[0] else f"it must lie between {low} and {high}"))
     return value
 
@@ -377,6 +379,10 @@ def _check_combinations(config: Config) -> None:
             raise UserError(f"--ensemble={config.ensemble} and --on_nan=rewind exclude each other: a model that diverges ends, the others go on")
     if config.eager and config.jit_compile:
         raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"--seeds={','.join(map(str, config.seeds))}: a seed comes twice")
+    if len(config.seeds) % config.ensemble:
+        raise UserError(f"--ensemble={config.ensemble} trains so many models side by side, and --seeds names {len(config.seeds)}")
     if config.seeds and config.seed:
         raise UserError("--seed and --seeds exclude each other: --seeds trains once for each seed")
     if config.seeds and config.runs > 1:

@@ -96,7 +96,7 @@ def _start(config: Config, asked: Config) -> Machine:
     if kind == "gpu" and int(number or 0) >= len(gpus):
         seen = ", ".join(device.name.removeprefix("/physical_device:") for device in tf.config.list_physical_devices())
         raise UserError(f"--device={config.device}: TensorFlow {tf.__version__} sees no such GPU, only {seen}; use "
-                        f"--device=cpu, or install its GPU build with: pip install 'tfloop[gpu]'")
+                        f"--device=cpu, or install its GPU build with: pip install 'tensorflow[and-cuda]'")
     chosen = [] if kind == "cpu" else gpus[int(number or 0):][:1]
     if config.strategy != "none" and not number and kind != "cpu":
         chosen = gpus[:config.replicas or None]

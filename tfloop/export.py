@@ -87,6 +87,8 @@ def import_weights(state: TrainState, path: str | Path, images: np.ndarray) -> N
         raise UserError(f"{path}: expected a .keras or a .weights.h5 file")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix == ".keras" and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is damaged: it is no archive, as Keras writes it")
     try:
         if path.suffix == ".keras":
             _import_model(state, path, images)
@@ -131,7 +133,8 @@ def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
         one, other = (f"{type(layers[index]).__name__} {[tuple(w.shape) for w in layers[index].weights]}" if index < len(layers)
                       else "nothing" for layers in (theirs, ours))
         if one != other:
-            raise UserError(f"{path}: layer {index + 1} with weights is {one}, the model has {other}")
+            raise UserError(f"{path}: layer {index + 1} with weights is {one}, the model has {other}; give the flags of its layers, such as --preset, "
+                            f"--conv, --dense")
     for their, our in zip(theirs, ours):
         our.set_weights(their.get_weights())
     state.restart_averages()

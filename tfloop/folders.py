@@ -152,9 +152,23 @@ def settings(folder: Path) -> dict:
     Raises:
       UserError: it is no run's folder.
     """
+    if not folder.exists():
+        raise UserError(f"{folder}: does not exist; a run's folder is needed, such as runs/article2-001")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a run's folder: it has no config.json")
-    return Config.read(folder / "config.json")
+    return Config.read(folder, named="")
+
+
+def _of(folder: Path) -> Config:
+    """The settings of the run in `folder`.
+
+    Raises:
+      UserError: it is no run's folder, or its settings are none.
+    """
+    try:
+        return Config.make(**settings(folder))
+    except UserError as error:
+        raise error if str(error).startswith(str(folder)) else UserError(f"{folder / 'config.json'}: {error}") from None
 
 
 def resumed(folder: Path, asked: Config, given: dict, override: bool) -> Config:
@@ -163,7 +177,7 @@ def resumed(folder: Path, asked: Config, given: dict, override: bool) -> Config:
     Raises:
       UserError: a given setting changes the mathematics of the run, unless `override`.
     """
-    old = Config.make(**settings(folder))
+    old = _of(folder)
     where = {name: getattr(asked, name) for name in ("strategy", "replicas")}
     if any(getattr(old, name) != value for name, value in where.items()):
         where |= dict.fromkeys(("shards", "intra_op_threads", "inter_op_threads"), 0)  # to be chosen anew
@@ -181,7 +195,7 @@ def resumed_group(there: list[Path], ensemble: int, asked: Config, given: dict, 
     Raises:
       UserError: as `resumed`; other seeds are asked for; one of them has gone another way since.
     """
-    first, *others = [Config.make(**settings(folder)) for folder in there]
+    first, *others = map(_of, there)
     seeds = tuple(config.seed for config in (first, *others))
     if len(asked.all_seeds) > 1 and (asked.all_seeds, asked.ensemble) != (seeds, ensemble):
         told = lambda seeds, ensemble: f"--seeds={_text(seeds)}" + f" --ensemble={ensemble}" * (ensemble > 1)

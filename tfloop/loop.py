@@ -136,6 +136,8 @@ class Loop:
         Raises:
           UserError: a batch larger than the data, or a model whose outputs do not fit its classes.
         """
+        if not isinstance(data, Dataset):
+            raise UserError(f"expected a tfloop.Dataset, found {type(data).__name__}; tfloop.from_arrays(…) and tfloop.load(…) make one")
         for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call), ("shards", shards), ("accumulate", accumulate)):
             checked(name, value)
         if batch_size > len(data.train):

@@ -51,12 +51,12 @@ def cached(dataset: data.Dataset, folder: str | Path) -> Path:
 
 def _make(folder: Path, parts: dict[str, Iterable], classes: list[str], format: str, shard_mib: int) -> None:
     """The folder with its shards and their index, whole or not at all."""
-    partial = None
+    partial, shape = None, []
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial"))
         for part, examples in parts.items():
-            _write(partial, part, (_example(image, label, format) for image, label in examples), shard_mib << 20)
+            _write(partial, part, (_example(image, label, format, shape) for image, label in examples), shard_mib << 20)
         if classes:
             (partial / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
         records.load(partial)  # checks what was written, and leaves the index
@@ -64,6 +64,8 @@ def _make(folder: Path, parts: dict[str, Iterable], classes: list[str], format: 
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(str(error).replace(f"--dataset={partial}", str(folder)).replace(str(partial), str(folder))) from None
     finally:
         if partial:
             shutil.rmtree(partial, ignore_errors=True)
@@ -82,11 +84,17 @@ def _rows(split: data.Split) -> Iterator[tuple[np.ndarray, int]]:
 
 def _pictures(source: Path) -> tuple[dict[str, list], list[str]] | None:
     """({part: [(file, class)]}, class names), or None where the source is no folder of pictures."""
-    if not source.is_dir() or any(source.glob("*tfrecord*")) or not any(path.is_dir() for path in source.iterdir()):
+    if not source.is_dir() or any(source.glob("*tfrecord*")):
+        return None
+    if not any(path.is_dir() for path in source.iterdir()):
+        if any(path.suffix.lower() in PICTURES for path in source.iterdir()):
+            raise UserError(f"{source}: holds pictures; put those of each class into a folder of its own in it")
         return None
     divided = (source / "train").is_dir() and (source / "test").is_dir()
     roots = {part: source / part for part in ("train", "test")} if divided else {"train": source}
     classes = sorted(path.name for path in roots["train"].iterdir() if path.is_dir())
+    if len(classes) < 2:
+        raise UserError(f"{roots['train']}: holds {len(classes) or 'no'} class folder{'s' * (not classes)}; there must be two or more")
     parts = {"train": [], "test": []}
     for part, root in roots.items():
         if strange := sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in classes):
@@ -95,6 +103,8 @@ def _pictures(source: Path) -> tuple[dict[str, list], list[str]] | None:
             files = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in PICTURES)
             if not files:
                 raise UserError(f"{root / name}: holds no pictures ({', '.join(PICTURES)})")
+            if not divided and len(files) < 2:
+                raise UserError(f"{root / name}: holds one picture; a class needs two or more, since some of each become the test")
             held = 0 if divided else max(1, round(TEST_SHARE * len(files)))
             parts[part] += [(path, number) for path in files[:len(files) - held]]
             if not divided:
@@ -102,8 +112,8 @@ def _pictures(source: Path) -> tuple[dict[str, list], list[str]] | None:
     return parts, classes
 
 
-def _example(image: np.ndarray | Path, label: int, format: str) -> bytes:
-    """A serialized tf.train.Example."""
+def _example(image: np.ndarray | Path, label: int, format: str, shape: list[int]) -> bytes:
+    """A serialized tf.train.Example. All images have the shape of the first, which `shape`, empty before it, becomes."""
     if isinstance(image, Path):
         encoded = image.read_bytes()
         try:
@@ -112,6 +122,9 @@ def _example(image: np.ndarray | Path, label: int, format: str) -> bytes:
             raise UserError(f"{image}: cannot be read as a picture") from None
     else:
         pixels, encoded = image, None
+    shape[:] = shape or pixels.shape
+    if tuple(shape) != pixels.shape:
+        raise UserError(f"{image}: is {'×'.join(map(str, pixels.shape))}, those before it are {'×'.join(map(str, shape))}; bring all to one size")
     if format == "raw":
         encoded = pixels.tobytes()
     elif encoded is None:

@@ -1,5 +1,6 @@
 """Class probabilities of new images, read from a folder of pictures or an .npz file."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         image = tf.io.decode_image(tf.io.read_file(str(file)), channels, expand_animations=False).numpy()
     except tf.errors.OpError as error:
-        raise UserError(f"{file}: cannot be read as a picture: {error.message.split('[Op')[0].strip()}") from None
+        reason = re.sub(r"{{.*?}}|\[Op.*", "", error.message).strip()
+        raise UserError(f"{file}: cannot be read as a picture: {reason}") from None
     if image.shape != tuple(shape):
         raise UserError(f"{file}: is {'×'.join(map(str, image.shape))}, the model takes {'×'.join(map(str, shape))}")
     return image

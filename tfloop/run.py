@@ -18,7 +18,7 @@ import tensorflow as tf
 from tfloop import __version__, checkpoints, folders
 from tfloop.config import Config
 from tfloop.distribution import Replicas
-from tfloop.errors import DivergenceError
+from tfloop.errors import DivergenceError, UserError
 from tfloop.events import finite
 from tfloop.loop import Call, Epoch, Loop, Ready
 from tfloop.plots import LivePlot
@@ -161,6 +161,8 @@ class Run:
         if checkpoints.all_in(folder):
             path, manifest = checkpoints.newest(folder, self._display.warn)
             checkpoints.restore(self._loop.state, path, self._may_change(manifest))
+            if (done := int(self._loop.state.epoch)) > self._config.epochs:
+                raise UserError(f"{self._folder}: has made {done} epochs, more than --epochs={self._config.epochs}")
             self._reached = Reached(**manifest["reached"])
             if self._may_change(manifest):
                 self._loop.state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
@@ -171,6 +173,8 @@ class Run:
             self._reached.resumed_at.append(step)
             self._display.say(f"resumed at step {step}, in epoch {min(int(self._loop.state.epoch) + 1, self._config.epochs)}, "
                               f"from {path}")
+        elif made := folders.result(self._folder).get("steps"):
+            raise UserError(f"{self._folder}: made {made} steps, but {folder} holds no checkpoint of them; put them back, or begin a new run")
         (self._folder / folders.RESULT).unlink(missing_ok=True)
         for path in self._folder.rglob("*tfevents*"):  # what was written after that checkpoint will be written again
             size = kept.get(str(path.relative_to(self._folder)), 0)

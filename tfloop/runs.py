@@ -90,7 +90,12 @@ def make_state(config: Config, image_shape: tuple[int, ...], classes: int, steps
 
 def make_loop(config: Config, dataset: data.Dataset | None = None, replicas=None, **options) -> Loop:
     """Data, unless given, state and loop that `config` describes, on distribution.Replicas; `options` are more of Loop's."""
+    if not isinstance(config, Config):
+        raise UserError(f"expected a tfloop.Config, found {type(config).__name__}; tfloop.Config.make(…) makes one")
     dataset = dataset or load_data(config)
+    for name in ("augment_shift", "augment_cutout", "average_shifts"):
+        if (pixels := getattr(config, name)) >= min(dataset.image_shape[:2]):
+            raise UserError(f"--{name}={pixels} pixels leave nothing of images of {'×'.join(map(str, dataset.image_shape))}")
     steps = -(-len(dataset.train) // config.batch_size)
     state = make_state(config, dataset.image_shape, dataset.classes, steps, dataset.standardizer, replicas)
     loop = Loop(state, dataset, batch_size=config.batch_size, pipeline=config.pipeline,

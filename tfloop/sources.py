@@ -57,6 +57,8 @@ def _read(dataset: str) -> tuple[tuple, tuple]:
         return _read_idx_folder(path, {})
     if path.suffix == ".npz" and path.is_file():
         return _read_keras_npz(path)
+    if not path.exists():
+        raise UserError(f"--dataset={dataset}: does not exist; name mnist, digits, a folder of IDX files or TFRecord shards, or an .npz file")
     raise UserError(f"--dataset={dataset}: not mnist, digits, a folder of IDX files or TFRecord shards, or an .npz file")
 
 
@@ -70,7 +72,7 @@ def _read_idx_folder(folder: Path, sums: dict[str, str]) -> tuple[tuple, tuple]:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return read_idx(path, sums.get(path.name))
-        raise UserError(f"--dataset={folder}: {name} or {name}.gz is missing")
+        raise UserError(f"--dataset={folder}: {name} or {name}.gz is missing (of pictures, tfloop pack first makes shards)")
 
     return tuple((read(f"{part}-images-idx3-ubyte"), read(f"{part}-labels-idx1-ubyte")) for part in ("train", "t10k"))
 

@@ -80,6 +80,9 @@ class TrainState(tf.Module):
         for name, value in (("l1", l1), ("l2", l2), ("label_smoothing", label_smoothing), ("ema", ema), ("average_shifts", average_shifts),
                             *([("penalize", penalize)] if isinstance(penalize, str) else [])):
             checked(name, value)
+        if not isinstance(model, (keras.Model, tf.Module)) or not callable(model):
+            found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            raise UserError(f"the model must be a keras.Model, or a tf.Module that can be called; found {found}")
         self.model = model
         self.weights, self.moving = models.named_variables(model)
         if not self.weights:
@@ -95,6 +98,8 @@ class TrainState(tf.Module):
         self.schedule, self.optimizer = schedule, _make_optimizer(optimizer, model)
         self.optimizer.build(self.weights)
         self.kernels = models.kernels(model, penalize) if isinstance(penalize, str) else list(penalize)
+        if callable(penalties) or not all(map(callable, penalties)):
+            raise UserError("penalties: expected a list of functions, each of which takes a kernel")
         if penalties and not self.kernels:
             raise UserError("penalties: the model has no kernels that they could count" + f", with penalize={penalize}" * isinstance(penalize, str))
         self.penalties, self.loss = tuple(penalties), loss

@@ -106,7 +106,7 @@ def _train_all(config: Config, loop: Loop, display: Display, device: str, starte
             for folder, end in zip(places[batch], ends):
                 if isinstance(end, dict):
                     results.append({**end, "folder": str(folder)})
-                    display.say(f"{_closing_line(end)}\n{folder}")
+                    display.say(f"{_closing_line(end)}\n{folder}{_not_all(end, folder)}")
             complete = all(isinstance(end, dict) and end["finished"] for end in ends)
             if complete and len(runs) > 1:
                 together = _together(loops, runs)
@@ -204,7 +204,22 @@ def _settings_line(config: Config, state: TrainState) -> str:
                                    for name, variable in hyper.items() if usual.get(name) != variable.numpy().tolist())
     return (f"{config.optimizer}: {show(state.optimizer.hyper)}; {config.schedule}: {show(state.schedule.hyper)}; "
             f"l1 {config.l1:g}, l2 {config.l2:g} on {config.penalize} kernels; batch {config.batch_size}, "
-            f"{config.epochs} epochs")
+            f"{_count(config.epochs)}")
+
+
+def _count(epochs: int) -> str:
+    return f"{epochs} epoch{'s' * (epochs != 1)}"
+
+
+def _not_all(result: dict, folder: Path) -> str:
+    """Why a run has not made all its epochs, where it has not."""
+    if not result["finished"]:
+        return f"\nstopped after {result['steps']} steps; go on with --resume={folder}"
+    if len(result["epochs"]) == result["config"]["epochs"]:
+        return ""
+    best = result["best_by_validation"]
+    return (f"\nstopped early: no better validation accuracy for {_count(result['config']['early_stopping'])}; the best, "
+            f"{100 * best['accuracy']:.2f} %, was that of epoch {best['epoch']}: evaluate {folder} --best")
 
 
 def _closing_line(result: dict) -> str:

@@ -46,7 +46,7 @@ def warn(message: str) -> None:
 
 def one(arguments: list[str], name: str, what: str) -> str:
     if len(arguments) != 1:
-        raise UserError(f"expected {name}, {what}; found {len(arguments)} arguments")
+        raise UserError(f"expected {name}, {what}; found {len(arguments)} argument{'s' * (len(arguments) != 1)}")
     return arguments[0]
 
 

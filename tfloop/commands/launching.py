@@ -23,6 +23,8 @@ def launch(config: Config, options: dict, arguments: list[str]) -> int:
         raise UserError(f"--workers={count}: expected a number of processes from 1 to 64")
     if options["given"].get("strategy", "multi_worker") != "multi_worker":
         raise UserError(f"--strategy={config.strategy}: launch starts the workers of --strategy=multi_worker")
+    if config.batch_size % (parts := int(count) * config.accumulate):
+        raise UserError(f"--batch_size={config.batch_size} cannot be cut into {parts} equal parts, one for each worker{' and accumulation' * (config.accumulate > 1)}")
     from tfloop import devices
 
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(int(count))]

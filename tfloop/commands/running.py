@@ -13,6 +13,8 @@ from tfloop.errors import UserError
 def train(config: Config, options: dict, arguments: list[str]) -> int:
     if options["dry_run"] and config.strategy == "multi_worker":
         raise UserError("--dry_run and --strategy=multi_worker exclude each other: try one process")
+    if options["override"] and not options["resume"]:
+        raise UserError("--override counts with --resume only")
     place = cluster.find() if config.strategy == "multi_worker" else None
     stop, resume, asked = Stop(listen=not place), [], config
     if options["resume"] and (not place or place.is_chief):
@@ -23,7 +25,7 @@ def train(config: Config, options: dict, arguments: list[str]) -> int:
                 cluster.refuse(place, asked, str(error))
             raise
     if len(resume) == 1 and (done := folders.epochs_done(resume[0], config)):
-        finished = f"{resume[0]}: is finished, after {done} epochs"
+        finished = f"{resume[0]}: is finished, after {done} epoch{'s' * (done != 1)}; --epochs=N goes on to more"
         print(finished)
         if place:
             cluster.refuse(place, asked, finished)
@@ -70,6 +72,8 @@ def evaluate(config: Config, options: dict, arguments: list[str]) -> int:
 
     loops, outputs = [], []
     for folder in arguments:
+        folders.settings(Path(folder))
+    for folder in arguments:
         trained, state, manifest = runs.open_run(folder, options["best"], warn)
         if options["dataset"]:
             trained = trained.replace(dataset=options["dataset"], cache="", split="standard")
@@ -112,7 +116,7 @@ def _same_test(one, other) -> bool:
 
 def predict(config: Config, options: dict, arguments: list[str]) -> int:
     if len(arguments) != 2:
-        raise UserError(f"predict: expected RUN and IMAGES (a folder or an .npz file), found {len(arguments)} arguments")
+        raise UserError(f"predict: expected RUN and IMAGES (a folder or an .npz file), found {len(arguments)} argument{'s' * (len(arguments) != 1)}")
     start(config)
     from tfloop import predictions, runs
 
@@ -154,7 +158,7 @@ def import_(config: Config, options: dict, arguments: list[str]) -> int:
 
 def pack(config: Config, options: dict, arguments: list[str]) -> int:
     if len(arguments) != 2:
-        raise UserError(f"pack: expected SOURCE and FOLDER, found {len(arguments)} arguments")
+        raise UserError(f"pack: expected SOURCE and FOLDER, found {len(arguments)} argument{'s' * (len(arguments) != 1)}")
     if options["format"] not in ("png", "raw"):
         raise UserError(f"--format={options['format']} is unknown; choose from png, raw")
     if not (options["shard_mib"].isdecimal() and 1 <= int(options["shard_mib"]) <= 2**20):
