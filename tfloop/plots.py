@@ -11,6 +11,7 @@ import numpy as np
 from tfloop.errors import UserError
 
 COLOURS = ("#1f5fa8", "#c05020", "#3a8a4d", "#7a4fa0", "#a08020", "#606a75")
+FEW = 20  # images in a bin, whose share is then hardly known
 
 
 def schedule(rate_at, steps: int, total: int, title: str, path: str | Path) -> None:
@@ -67,12 +68,12 @@ def curves(runs: Mapping[str, Mapping[str, tuple[list[float], list[float]]]], re
     accuracies = [value for value in accuracies if math.isfinite(value)]
     if accuracies:  # from the middle of the first climb on: the rest is decided in the last per cent
         low = max(min(accuracies), 1 - 8 * (1 - max(accuracies)) - 0.01)
-        left.set_ylim(low - 1e-4, min(1.0, max(accuracies)) + 0.05 * (1 - low) + 1e-4)
+        left.set_ylim(low - 0.03 * (1 - low) - 1e-4, min(1.0, max(accuracies)) + 0.05 * (1 - low) + 1e-4)
     left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
     left.set(title="accuracy", xlabel=along)
     right.set(title="loss", xlabel=along)
     if all(value > 0 for line in right.lines for value in line.get_ydata()):
-        right.set_yscale("log")
+        right.set(yscale="log", title="loss, logarithmic")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_minor_formatter("")
     right.yaxis.set_major_formatter("{x:g}")
@@ -182,7 +183,9 @@ def misclassified(images: np.ndarray, labels: np.ndarray, guesses: np.ndarray) -
 
 def report(rows: Sequence):
     """Mean test accuracy by epoch, and every seed by protocol, as a matplotlib Figure; from `reports.Row`s."""
-    figure, (left, right) = _figure(2, (11, 4.2))
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (left, right) = _figure(2, (11, 4.6))
     presets = list(dict.fromkeys(row.preset for row in rows))
     labels = []
     for place, row in enumerate(rows):
@@ -195,16 +198,16 @@ def report(rows: Sequence):
         right.plot(claimed, np.full(len(claimed), -place), "o", color=colour, alpha=0.6, markersize=5)
         right.plot([claimed.mean()] * 2, [-place - 0.3, -place + 0.3], color=colour, linewidth=2)
         right.annotate(f"{claimed.mean():.2f}", (claimed.mean(), -place + 0.32), ha="center", va="bottom", fontsize=8, color=colour)
-        labels.append(f"{row.preset}\n{'last epoch' if row.protocol == 'clean' else 'best epoch, shuffled'}")
-    low = min(100 * value for row in rows for epochs in row.by_epoch for value in epochs[min(1, len(epochs) - 1):])
-    left.set(title="test accuracy, %, mean and range over seeds", xlabel="epoch", ylim=(max(low - 0.1, 100 * max(max(epochs) for row in rows for epochs in row.by_epoch) - 3), None))
+        labels.append(f"{row.preset}\n{row.protocol}")
+    low = min(100 * value for row in rows for epochs in row.by_epoch for value in epochs)
+    left.set(title="clean: test accuracy, %, mean and range over seeds", xlabel="epoch", ylim=(max(low - 0.1, 100 * max(max(epochs) for row in rows for epochs in row.by_epoch) - 3), None))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(loc="lower right", fontsize=8)
     right.set(title="every seed, and the mean", xlabel="test accuracy, %", ylim=(-len(rows) + 0.3, 0.8))
     right.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)
-    for claim, what in ((99.0, "99.0: article, 5 epochs"), (99.35, "99.35: article, mean of 80 epochs")):
-        right.axvline(claim, color="#888888", linewidth=1, linestyle=":")
-        right.annotate(what, (claim, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4), textcoords="offset points", rotation=90,
-                       ha="right", fontsize=7, color="#666666")
+    for claim, style, what in ((99.0, ":", "99.0, says the article of 5 epochs"), (99.35, "--", "99.35, of up to 80, on average")):
+        right.axvline(claim, color="#888888", linewidth=1, linestyle=style, label=what, zorder=0)
+    figure.legend(handles=right.get_legend_handles_labels()[0], loc="outside lower right", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
@@ -216,8 +219,12 @@ def evaluation(calibration, images: np.ndarray, labels: np.ndarray, guesses: np.
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     (axes, below), there = left.subplots(2, 1, sharex=True, height_ratios=(3, 1)), calibration.images > 0
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":")
-    axes.plot(calibration.confidence[there], calibration.accuracy[there], "o-", color=COLOURS[0])
-    axes.set(title=f"calibration error {100 * calibration.error:.2f} %", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.04))
+    few = there & (calibration.images < FEW)
+    axes.plot(calibration.confidence[there & ~few], calibration.accuracy[there & ~few], "o-", color=COLOURS[0])
+    axes.plot(calibration.confidence[few], calibration.accuracy[few], "o", color=COLOURS[0], markerfacecolor="white", label=f"fewer than {FEW} images")
+    if few.any():
+        axes.legend(loc="upper left", fontsize=8)
+    axes.set(title=f"expected calibration error {100 * calibration.error:.2f} %, {len(calibration.images)} bins", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.04))
     bins = len(calibration.images)
     below.bar((np.arange(bins) + 0.5) / bins, calibration.images, 0.9 / bins, color=COLOURS[0])
     below.set(xlabel="confidence", ylabel="images", yscale="log", ylim=(0.7, None))
