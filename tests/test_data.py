@@ -96,7 +96,7 @@ def test_labels_in_place_of_images_are_noticed(folder):
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(UserError, match="--dataset=cifar: not mnist, digits, a folder"):
+    with pytest.raises(UserError, match="--dataset=cifar: does not exist; name mnist, digits, a folder"):
         tfloop.load("cifar")
 
 

@@ -175,7 +175,7 @@ def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys)
     (lambda: stack(activation="tanh"), ".keras", "the weights fit, but its model computes something else"),
     (lambda: stack(dense=9), ".weights.h5", "holds .* weights, the model has"),
     (lambda: keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(6, 3), keras.layers.Conv2D(4, 1)]), ".weights.h5", "holds"),
-    (lambda: None, ".keras", "cannot be read"), (lambda: None, ".weights.h5", "cannot be read"), (lambda: None, ".h5", "expected a .keras"),
+    (lambda: None, ".keras", "is damaged: it is no archive"), (lambda: None, ".weights.h5", "cannot be read"), (lambda: None, ".h5", "expected a .keras"),
 ])
 def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path, capsys, made, ending, message):
     import re

@@ -277,7 +277,7 @@ def checked(name: str, value: Any) -> Any:
     if not is_list:
         return _coerce_one(name, element, value)
     if isinstance(value, str):
-        value = [part for part in value.split(",")] if value.strip() else []
+        value = value.split(",") if value.strip() else []
     elif not isinstance(value, (list, tuple)):
         value = [value]
     return tuple(_coerce_one(name, element, part) for part in value)
@@ -379,10 +379,6 @@ def _check_combinations(config: Config) -> None:
             raise UserError(f"--ensemble={config.ensemble} and --on_nan=rewind exclude each other: a model that diverges ends, the others go on")
     if config.eager and config.jit_compile:
         raise UserError("--eager and --jit_compile exclude each other: one runs op by op, the other compiles")
-    if len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"--seeds={','.join(map(str, config.seeds))}: a seed comes twice")
-    if len(config.seeds) % config.ensemble:
-        raise UserError(f"--ensemble={config.ensemble} trains so many models side by side, and --seeds names {len(config.seeds)}")
     if config.seeds and config.seed:
         raise UserError("--seed and --seeds exclude each other: --seeds trains once for each seed")
     if config.seeds and config.runs > 1:

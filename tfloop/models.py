@@ -160,7 +160,8 @@ def last_activation(model) -> str:
 def _last_operation(model):
     """That of a stack or graph of layers, or of the one that it ends in; None of any other model, whose layers have no order."""
     last = None
-    while operations := getattr(model, "layers" if isinstance(model, keras.Sequential) else "operations", None):
+    while isinstance(model, keras.Model) and (
+            operations := getattr(model, "layers" if isinstance(model, keras.Sequential) else "operations", None)):
         last = model = operations[-1]
     return last
 

@@ -112,8 +112,8 @@ def _pictures(source: Path) -> tuple[dict[str, list], list[str]] | None:
     return parts, classes
 
 
-def _example(image: np.ndarray | Path, label: int, format: str, shape: list[int]) -> bytes:
-    """A serialized tf.train.Example. All images have the shape of the first, which `shape`, empty before it, becomes."""
+def _example(image: np.ndarray | Path, label: int, format: str, shape: list[int] | None = None) -> bytes:
+    """A serialized tf.train.Example. Where `shape` is given it becomes that of the first image, which all must have."""
     if isinstance(image, Path):
         encoded = image.read_bytes()
         try:
@@ -122,8 +122,9 @@ def _example(image: np.ndarray | Path, label: int, format: str, shape: list[int]
             raise UserError(f"{image}: cannot be read as a picture") from None
     else:
         pixels, encoded = image, None
-    shape[:] = shape or pixels.shape
-    if tuple(shape) != pixels.shape:
+    if shape is not None:
+        shape[:] = shape or pixels.shape
+    if shape and tuple(shape) != pixels.shape:
         raise UserError(f"{image}: is {'×'.join(map(str, pixels.shape))}, those before it are {'×'.join(map(str, shape))}; bring all to one size")
     if format == "raw":
         encoded = pixels.tobytes()
