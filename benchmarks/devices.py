@@ -111,8 +111,8 @@ def main() -> None:
     save("devices", options.out, {"environment": found, "preset": options.preset, "epochs": options.epochs, "results": runs})
     if options.plot:
         bars(Path(options.out) / "devices.png", f"One training step of {options.preset} on each device",
-             list(runs), [statistics.median(r["ms_per_step"] for r in repeats) for repeats in runs.values()],
-             "ms per step, less is better")
+             {label: [run["ms_per_step"] for run in repeats] for label, repeats in runs.items()},
+             "ms per step (median, 95 %), less is better")
 
 
 if __name__ == "__main__":

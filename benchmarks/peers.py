@@ -53,12 +53,11 @@ def main() -> None:
     print(table(["", "ms per step, median (95 %)", "fastest turn", "÷ tfloop, median of pairs (95 %)", "peak memory, MiB"], rows))
     save("peers", options.out, {"environment": found, "batch_size": options.batch_size, "precision": options.precision, "skipped": skipped, "results": results})
     if options.plot:
-        shown = [c for c in contenders if c.name != "floor"]
-        shown = [shown[0], *sorted(shown[1:], key=lambda c: with_interval(c.turns)[0])]
-        floor = {c.label: with_interval(c.turns)[0] for c in contenders if c.name == "floor"}
-        bars(Path(options.out) / "peers.png", f"One training step, batch {options.batch_size}, {found['cores']} CPU cores",
-             [c.label for c in shown], [with_interval(c.turns)[0] for c in shown], "ms per step, less is better",
-             floor)
+        median = lambda c: with_interval(c.turns)[0]
+        shown = [first, *sorted((c for c in contenders[1:] if c.name != "floor"), key=median)]
+        bars(Path(options.out) / "peers.png", f"One training step, batch {options.batch_size}, {found['cores']} cores of {found['cpu']}",
+             {c.label: c.turns for c in shown}, "ms per step (median, 95 %), less is better",
+             {c.label: median(c) for c in contenders if c.name == "floor"})
 
 
 if __name__ == "__main__":

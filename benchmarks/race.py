@@ -163,21 +163,24 @@ def arguments(description: str, rounds: int = 7, seconds: float = 1.5):
     return parser
 
 
-def bars(path: Path, title: str, labels: list[str], values: list[float], unit: str, lines: dict[str, float] = {}) -> None:
-    """A bar for each label, longest last, the first one in colour, with `lines` across."""
+def bars(path: Path, title: str, measured: dict[str, list[float]], unit: str, lines: dict[str, float] = {}) -> None:
+    """A bar for each label, as long as the median of what was measured, with its 95 % interval, the first one in colour;
+    `lines` go across."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 0.42 * len(labels) + 1.3), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.42 * len(measured) + 1.3), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(range(len(labels)), values, color=["#1f5fa8"] + ["#b9c4d0"] * (len(labels) - 1))
-    axes.set_yticks(range(len(labels)), labels)
+    medians, lows, highs = zip(*map(with_interval, measured.values()))
+    reach = [[m - low for m, low in zip(medians, lows)], [high - m for m, high in zip(medians, highs)]]
+    axes.barh(range(len(measured)), medians, color=["#1f5fa8"] + ["#b9c4d0"] * (len(measured) - 1), xerr=reach, ecolor="#505860", capsize=3)
+    axes.set_yticks(range(len(measured)), measured)
     axes.invert_yaxis()
-    for i, value in enumerate(values):
-        axes.text(value, i, f" {value:.2f}", va="center")
+    for i, (median, high) in enumerate(zip(medians, highs)):
+        axes.text(high, i, f" {median:.2f}", va="center")
     for label, value in lines.items():
         axes.axvline(value, color="#c05020", linestyle="--", linewidth=1)
-        axes.text(value, len(labels) - 0.45, f" {label} {value:.2f}", color="#c05020", va="top")
-    axes.set(title=title, xlabel=unit, xlim=(0, 1.12 * max(values)))
+        axes.text(value, len(measured) - 0.45, f" {label} {value:.2f}", color="#c05020", va="top")
+    axes.set(title=title, xlabel=unit, xlim=(0, 1.12 * max(highs)))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     print(f"written: {os.path.relpath(path)}")

@@ -71,6 +71,7 @@ def main() -> None:
 def plot(results: dict, path: Path) -> None:
     """Time against size on logarithmic axes, each curve as a multiple of its first point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -82,6 +83,10 @@ def plot(results: dict, path: Path) -> None:
     axes.plot([1, 16], [1, 16], color="#888888", linewidth=1, linestyle=":", label="proportional")
     axes.set(xscale="log", yscale="log", xlabel="size, as a multiple of the smallest", ylabel="time, as a multiple",
              title="How the time grows")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(base=2))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
