@@ -134,7 +134,12 @@ def _has(program: str) -> bool:
 def describe(found: dict) -> str:
     """The environment in one line."""
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    return f"{found['date']}, {found['cores']} cores of {found['cpu']}, {', '.join(found['gpus']) or 'no GPU'}; {packages}"
+    return f"{found['date']}, {machine(found)}; {packages}"
+
+
+def machine(found: dict) -> str:
+    """The environment's part that stays the same from day to day."""
+    return f"{found['cores']} cores of {found['cpu']}, {', '.join(found['gpus']) or 'no GPU'}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import contenders  # noqa: E402
 import devices  # noqa: E402
 import race  # noqa: E402
+import regress  # noqa: E402
 
 
 def test_the_articles_first_network_costs_16_4_million_operations_an_image():
@@ -64,3 +65,20 @@ def test_without_a_gpu_the_check_says_so_and_exits_with_0(tmp_path):
         pytest.skip("there is a GPU here")
     found = subprocess.run(["bash", str(BENCHMARKS / "gpu_check.sh"), str(tmp_path), sys.executable], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.endswith("gpu_check: no GPU here, nothing to check\n")
+
+
+def test_ratios_are_compared_with_those_of_the_same_kind_of_machine(tmp_path, monkeypatch, capsys):
+    def run(cpu, *ratio):
+        monkeypatch.setattr(regress, "measure", lambda *_: {"keras fit": ratio})
+        monkeypatch.setattr(regress, "environment", lambda: {"date": "2026-01-01", "cpu": cpu, "cores": 2, "gpus": [], "packages": {}})
+        monkeypatch.setattr(sys, "argv", ["regress.py", f"--out={tmp_path}"])
+        regress.main()
+
+    run("one kind", 3.0, 2.8, 3.2)
+    run("another", 2.0, 1.9, 2.1)  # nothing to compare with: kept
+    assert "No ratios are stored for 2 cores of another" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as same:
+        run("another", 1.8, 1.7, 1.95)  # within the noise
+    with pytest.raises(SystemExit) as slower:
+        run("one kind", 2.0, 1.9, 2.1)
+    assert (same.value.code, slower.value.code) == (0, 1)
