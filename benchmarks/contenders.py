@@ -183,11 +183,13 @@ def tf_guide(job: Job):
     return float(loss_of(images[:n], labels[:n])[0]), run, 1
 
 
-def torch_eager(job: Job, channels_last=False, compiled=False):
-    """The usual PyTorch loop on tensors in memory."""
+def torch_eager(job: Job, channels_last=False, compiled=False, captured=False):
+    """The usual PyTorch loop on tensors in memory; `captured`: its step is one CUDA graph."""
     import torch
     from torch import nn
 
+    if captured and not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no GPU")
     set_up(job.config, gpu=False)
     images, labels, weights = job.arrays()
     config, shape = job.config, job.data.image_shape
@@ -228,7 +230,7 @@ def torch_eager(job: Job, channels_last=False, compiled=False):
     y, model = torch.from_numpy(labels).to(device), model.to(device)
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=RATE, alpha=RHO, eps=EPSILON)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=RATE, alpha=RHO, eps=EPSILON, capturable=captured)
     criterion = nn.CrossEntropyLoss()
 
     def loss_of(x, y):
@@ -237,21 +239,50 @@ def torch_eager(job: Job, channels_last=False, compiled=False):
     forward = torch.compile(loss_of) if compiled else loss_of
     n = config.batch_size
 
-    def run(steps):
-        for i in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            loss = forward(x[i * n:(i + 1) * n], y[i * n:(i + 1) * n])
-            loss.backward()
-            optimizer.step()
-        loss.item()
+    def train_step(x, y):
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward(x, y)
+        loss.backward()
+        optimizer.step()
+        return loss
 
     with torch.no_grad():
-        loss = loss_of(x[:n], y[:n]).item()
-    return loss, run, 1
+        first_loss = loss_of(x[:n], y[:n]).item()
+    step = capture(train_step, x[:n].clone(), y[:n].clone()) if captured else train_step
+
+    def run(steps):
+        for i in range(steps):
+            loss = step(x[i * n:(i + 1) * n], y[i * n:(i + 1) * n])
+        loss.item()
+
+    return first_loss, run, 1
 
 
-def jax_jit(job: Job):
-    """A jitted JAX step, with convolutions in NHWC and RMSprop written out."""
+def capture(step, x, y):
+    """`step` as a CUDA graph, after three warm-up steps; it reads every batch from where `x` and `y` are."""
+    import torch
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step(x, y)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(x, y)
+
+    def replay(images, labels):
+        x.copy_(images)
+        y.copy_(labels)
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def jax_jit(job: Job, steps_per_call=1):
+    """A jitted JAX step, with convolutions in NHWC and RMSprop written out; several to a call are a `lax.scan`."""
     import jax
     import jax.numpy as jnp
 
@@ -279,7 +310,6 @@ def jax_jit(job: Job):
         penalty = sum(jnp.sum(jnp.square(v)) for k, v in w.items() if k.endswith("kernel") and v.ndim == 2)
         return -jnp.mean(jnp.take_along_axis(log_p, y[:, None], axis=1)) + config.l2 * penalty
 
-    @jax.jit
     def step(w, s, i):
         xb, yb = (jax.lax.dynamic_slice_in_dim(a, i * n, n) for a in (x, y))
         loss, g = jax.value_and_grad(loss_of)(w, xb, yb)
@@ -288,12 +318,24 @@ def jax_jit(job: Job):
 
     state = [{k: jnp.asarray(v) for k, v in weights.items()}, {k: jnp.zeros_like(v) for k, v in weights.items()}]
 
+    @jax.jit
+    def call(w, s, i):
+        if steps_per_call == 1:
+            return step(w, s, i)
+
+        def scanned(state, i):
+            *state, loss = step(*state, i)
+            return state, loss
+
+        state, losses = jax.lax.scan(scanned, [w, s], i + jnp.arange(steps_per_call))
+        return *state, losses[-1]
+
     def run(steps):
-        for i in range(steps):
-            *state[:], loss = step(*state, i)
+        for i in range(0, steps, steps_per_call):
+            *state[:], loss = call(*state, i)
         loss.block_until_ready()
 
-    return float(loss_of(state[0], x[:n], y[:n])), run, 1
+    return float(loss_of(state[0], x[:n], y[:n])), run, steps_per_call
 
 
 def floor(job: Job):
@@ -346,8 +388,11 @@ CONTENDERS = {
     "TensorFlow guide": tf_guide, "PyTorch": torch_eager,
     "PyTorch, channels last": lambda job: torch_eager(job, channels_last=True),
     "PyTorch, compiled": lambda job: torch_eager(job, compiled=True),
-    "JAX": jax_jit,
+    "PyTorch, CUDA graphs": lambda job: torch_eager(job, captured=True),
+    "JAX": jax_jit, "JAX, lax.scan": lambda job: jax_jit(job, steps_per_call=50),
 }
+ON_A_CPU = ("keras fit, 50 steps, primitives kept", "keras fit, 50 steps, one thread an op", "keras fit, 50 steps, oneDNN off")
+ON_A_GPU = ("PyTorch, CUDA graphs", "JAX, lax.scan")  # in a loop on a CPU, XLA's gradients of convolutions fall to a naive one
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ cd "$here/.." || exit 2
 part warm-up 60 "${train[@]}"
 part warm-up-xla 60 "${train[@]}" --jit_compile
 part gpu-tests 120 "${tests[@]}"
-part peers 120 "$python" "$here/peers.py" --rounds=5 --seconds=0.5 --out="$out" --plot --only="XLA,guide,PyTorch,JAX"
+part peers 150 "$python" "$here/peers.py" --rounds=5 --seconds=0.5 --out="$out" --plot
 part devices 120 "$python" "$here/devices.py" --repeats=1 --epochs=2 --only=GPU --out="$out" --plot
 part speedrun 40 "$python" "$here/accuracy.py" --preset=speedrun --seeds=0,1,2 --target=0.9935 --out="$out"
 part ops 40 "$python" "$here/ops.py" --rounds=3 --seconds=0.3 --out="$out" --only=article2

@@ -15,10 +15,12 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "tf32"), help="of every contender")
     parser.add_argument("--only", default="", help="contenders to run, by a part of their names, comma-separated")
     options = parser.parse_args()
-    from contenders import CONTENDERS
+    from contenders import CONTENDERS, ON_A_CPU, ON_A_GPU
 
+    found = environment()
     parts = [part.strip() for part in options.only.split(",") if part.strip()]
-    names = [name for name in CONTENDERS if name in ("tfloop", "floor") or (any(p in name for p in parts) if parts else name != "side by side")]
+    left_out = ("side by side", *(ON_A_CPU if found["gpus"] else ON_A_GPU))
+    names = [name for name in CONTENDERS if name in ("tfloop", "floor") or (any(p in name for p in parts) if parts else name not in left_out)]
     contenders, skipped = [], []
     for name in names:
         try:
@@ -40,7 +42,7 @@ def main() -> None:
         raise SystemExit(f"no report: {', '.join(wrong)} compute another loss than tfloop's {first.loss:.6f} on the same "
                          f"weights and batch")
     race(contenders, options.seconds, options.rounds)
-    found, rows, results = environment(), [], {}
+    rows, results = [], {}
     for c in contenders:
         c.close()
         ms, low, high = with_interval(c.turns)

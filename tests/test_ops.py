@@ -1,6 +1,7 @@
 """The fast forward pass against its plain twin: values and gradients, for every kind of layer stack."""
 
 import os
+import sys
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from tfloop import models, ops
 from tfloop.config import Config
-from tfloop.devices import choose, start
+from tfloop.devices import _hidden, choose, start
 from tfloop.randomness import Key, seed_of
 
 CASES = {
@@ -50,12 +51,15 @@ def test_values_and_gradients_are_those_of_the_twin(random, case, shards):
 @pytest.mark.parametrize("rows", [8, 5, 1])
 def test_batch_normalisation_sees_all_shards_and_not_what_fills_them_up(random, rows, precision):
     images = tf.constant(random.normal(3, 2, size=(8, 12, 12, 1)).astype(np.float32))
-    build = lambda: models.build(Config.make(batch_norm=True, conv=(4, 5), pool=(2,), dense=(6,), precision=precision), (12, 12, 1), 3)
-    plain, fast = (outputs_and_gradients(forward, build(), images, rows) for forward in (models.logits, lambda *a: ops.logits(*a, shards=3)))
-    largest = max(np.abs(value).max() for value in plain.values())
-    for name, expected in plain.items():
-        rounding = 1e-3 if "moving_" in name else 0.1 * largest
-        np.testing.assert_allclose(fast[name], expected, atol=2e-5 * largest if precision == "float32" else rounding, err_msg=name)
+    build = lambda precision: models.build(Config.make(batch_norm=True, conv=(4, 5), pool=(2,), dense=(6,), precision=precision), (12, 12, 1), 3)
+    exact, plain = (outputs_and_gradients(models.logits, build(p), images, rows) for p in ("float32", precision))
+    fast = outputs_and_gradients(lambda *a: ops.logits(*a, shards=3), build(precision), images, rows)
+    largest = max(np.abs(value).max() for value in exact.values())
+    for name, expected in exact.items():
+        rounding = 2e-5 * largest
+        if precision == "mixed_bfloat16":  # the first kernel's gradient is a small difference, and wrong by a third without shards too
+            rounding = 1.5 * np.abs(plain[name] - expected).max() + (1e-3 if "moving_" in name else 0.1 * largest)
+        np.testing.assert_allclose(fast[name], expected, atol=rounding, err_msg=name)
 
 
 def test_ties_go_where_the_twin_sends_them(random):
@@ -151,3 +155,14 @@ def test_onednn_keeps_its_backward_primitives_unless_told_otherwise(monkeypatch,
         monkeypatch.delenv(name)
     start(Config.make())
     assert os.environ[name] == found
+
+
+def test_what_keras_would_import_for_nothing_is_hidden_until_tensorflow_is_there(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with _hidden("colorsys", "numpy"):  # one that is not yet imported, as scikit-learn is then, and one that is
+        with pytest.raises(ModuleNotFoundError):
+            import colorsys
+        assert sys.modules["numpy"] is np
+    import colorsys
+
+    assert colorsys.rgb_to_hsv(1, 0, 0) == (0, 1, 1)
