@@ -51,6 +51,12 @@ def test_every_pipeline_gives_the_batches_of_the_plain_function(split, name, fir
             np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["host", "prefetch"])
+def test_no_autotuner_keeps_an_iterator_from_being_freed(split, name):
+    """It sleeps up to a minute, and now and then misses that it is to end; so long the process stood still."""
+    assert pipelines.make(name, split, 5).batches(0, 0, 0).options().autotune.enabled is False
+
+
 def test_an_unknown_pipeline_is_named(split):
     with pytest.raises(UserError, match="--pipeline=residant is unknown"):
         pipelines.make("residant", split, 5)

@@ -17,6 +17,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.util.tensor_util import make_ndarray
 
 from tfloop.errors import UserError
+from tfloop.pipelines import UNTUNED
 
 _numbers = itertools.count()
 
@@ -109,7 +110,7 @@ def read_scalars(folder: str | Path) -> list[Scalar]:
 
 def _events(path: Path) -> Iterator[Event]:
     try:
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        for record in tf.data.TFRecordDataset(str(path)).with_options(UNTUNED).as_numpy_iterator():
             yield Event.FromString(record)
     except DecodeError:
         raise UserError(f"{path}: holds records that are no events") from None

@@ -17,6 +17,8 @@ from tfloop.errors import UserError
 from tfloop.randomness import fold_in, seed_of
 
 PIPELINES = ("host", "prefetch", "resident")
+UNTUNED = tf.data.Options()  # for every iterator: freeing one waits for its autotuner, which may miss the call and sleep on for a minute
+UNTUNED.autotune.enabled = False
 SHARE_OF_MEMORY = 0.1  # images that take less than this of the memory are kept resident
 GPU_BYTES = 4 << 30  # and on a GPU, less than this
 
@@ -64,7 +66,7 @@ class Resident:
 
 
 class Streamed:
-    """tf.data makes the batches on the CPU, ahead of the step; `to_device` also copies them ahead to the device.
+    """tf.data makes the batches on the CPU, ahead of the step; `to_device` also copies them ahead to a GPU.
 
     Images in memory are gathered; those on disk (`records.Records`) are read and decoded, several batches at once.
     """
@@ -81,6 +83,9 @@ class Streamed:
             self._images, self._labels = split.images if self._on_disk else tf.constant(split.images), tf.constant(split.labels, tf.int64)
 
     def begin(self, seed, epoch, first: int):
+        return iter(self.batches(seed, epoch, first))
+
+    def batches(self, seed, epoch, first: int) -> tf.data.Dataset:
         with tf.device("CPU"):
             rows = order(seed, epoch, self.size)
             rows = tf.concat([rows, rows[:self.steps * self.batch_size - self.size]], axis=0)
@@ -94,12 +99,10 @@ class Streamed:
         own = tf.reshape(rows, [self.steps, self.batch_size])[:, self._first:self._first + self._rows]
         batches = tf.data.Dataset.from_tensor_slices(own)
         batches = tf.data.Dataset.zip(tf.data.Dataset.range(self.steps), batches).skip(first)
-        batches = batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        if self.name == "prefetch":
-            batches = batches.apply(tf.data.experimental.prefetch_to_device(self._device, 2))
-        else:
-            batches = batches.prefetch(tf.data.AUTOTUNE)
-        return iter(batches)
+        batches = batches.map(batch, num_parallel_calls=min(os.cpu_count() or 1, 16), deterministic=True).with_options(UNTUNED)
+        if self.name == "prefetch" and "GPU" in self._device:
+            return batches.apply(tf.data.experimental.prefetch_to_device(self._device, 2))
+        return batches.prefetch(2)
 
     def _read(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(images, 1 or 0 for each: 0 where its record is damaged and left out)"""

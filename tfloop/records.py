@@ -23,6 +23,7 @@ import tensorflow as tf
 from tfloop.data import Dataset, Split, Standardizer, hold_out
 from tfloop.errors import UserError
 from tfloop.formats import read_npz
+from tfloop.pipelines import UNTUNED
 
 INDEX = "index.npz"
 FORMAT = 2
@@ -306,7 +307,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, bytes, str]]:
     nothing is.
     """
     size, number, start = path.stat().st_size, 0, 0
-    whole = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    whole = tf.data.TFRecordDataset(str(path)).with_options(UNTUNED).as_numpy_iterator()
     while start < size:
         try:
             record = next(whole) if whole else _check_record(path, start)
