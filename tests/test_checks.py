@@ -10,7 +10,7 @@ from tfloop import checks, penalties
 SMALL = dict(preset="digits", conv=(3,), pool=(2,), dense=(6,), batch_size=50)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(batch_norm=True, dropout=0.4), dict(batch_norm=True, seed=3), dict(dense=1, conv=2, seed=2), dict(conv_activation="elu", padding="same", kernel=5)], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(batch_norm=True, dropout=0.4), dict(dense=1, conv=2, seed=2), dict(conv_activation="elu", padding="same", kernel=5)], ids=str)
 def test_gradients_agree_with_central_differences(settings):
     found = list(checks.check_gradients(tfloop.Config.make(**{**SMALL, **settings}), (8, 8, 1), 4, settings.get("seed", 0)))
     assert {"conv1", "dense1", "output", "penalty l1", "penalty l2", "plain forward pass", "fast forward pass"} <= {c.what for c in found}
@@ -70,7 +70,7 @@ def test_a_loop_that_does_not_learn_is_told():
     assert last.step == 5 and not last.done
 
 
-@pytest.mark.parametrize("settings", [dict(schedule="cosine"), dict(label_smoothing=0.1), dict(label_smoothing=0.05, output="sigmoid")], ids=str)
+@pytest.mark.parametrize("settings", [dict(schedule="cosine", label_smoothing=0.1), dict(label_smoothing=0.05, output="sigmoid")], ids=str)
 def test_schedules_and_smoothed_labels_do_not_stand_in_the_way(settings):
     *_, last = checks.overfit(tfloop.Config.make(**{**SMALL, "learning_rate": 0.003, **settings}), 800)
     assert last.done, last

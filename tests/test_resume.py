@@ -56,30 +56,30 @@ def undisturbed():
 
 
 @pytest.mark.parametrize("case", [
-    kill.Case("resident", "nadam", (("writing a checkpoint", 17), ("writing a checkpoint", 9))),
+    kill.Case("resident", "nadam", (("writing a checkpoint", 17),)),
     kill.Case("resident", "nadam", (("writing summaries", 12), ("evaluation", 2), ("a training call", 3))),
-    kill.Case("host", "rmsprop", (("anywhere", 120), ("anywhere", 60))),
+    kill.Case("host", "rmsprop", (("anywhere", 120),)),
 ], ids=lambda case: case.kills[0][0])
 def test_a_killed_run_ends_as_one_that_nobody_killed(undisturbed, case):
     _, killed, differs = kill.check(case, undisturbed(case.pipeline, case.optimizer))
     assert killed >= 1 and differs == []
 
 
-@pytest.mark.parametrize("stopped_at", [1, 4, 7, 12])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "nadam"])
-def test_a_stopped_run_ends_as_one_that_went_through(config, tmp_path, stopped_at, optimizer):
-    whole = training.train(config(optimizer=optimizer, name="whole"))[0]
-    own = config(optimizer=optimizer, name="stopped")
-    first = training.train(own, stop=stop_after(stopped_at))[0]
-    assert not first["finished"] and first["steps"] < whole["steps"]
-    second = training.train(own, resume=[Path(first["folder"])])[0]
-    assert second["state_sha256"] == whole["state_sha256"] and second["finished"]
-    assert second["resumed_at"] == [first["steps"]]
+def test_a_stopped_run_ends_as_one_that_went_through(config, optimizer):
     without_time = lambda r: [{k: v for k, v in epoch.items() if k not in ("seconds", "steps")} for epoch in r["epochs"]]
-    assert without_time(second) == without_time(whole)
-    scalars = lambda r: [(s.run, s.tag, s.step, s.value) for s in read_scalars(r["folder"])
-                         if not s.tag.startswith(("speed/", "memory/"))]
-    assert sorted(scalars(second)) == sorted(scalars(whole))
+    scalars = lambda r: sorted((s.run, s.tag, s.step, s.value) for s in read_scalars(r["folder"])
+                               if not s.tag.startswith(("speed/", "memory/")))
+    whole = training.train(config(optimizer=optimizer, name="whole"))[0]
+    for stopped_at in (1, 4, 7, 12):
+        own = config(optimizer=optimizer, name=f"stopped-{stopped_at}")
+        first = training.train(own, stop=stop_after(stopped_at))[0]
+        assert not first["finished"] and first["steps"] < whole["steps"]
+        second = training.train(own, resume=[Path(first["folder"])])[0]
+        assert second["state_sha256"] == whole["state_sha256"] and second["finished"]
+        assert second["resumed_at"] == [first["steps"]]
+        assert without_time(second) == without_time(whole)
+        assert scalars(second) == scalars(whole)
 
 
 def test_where_and_how_it_runs_may_change_and_what_it_writes(config):
@@ -289,7 +289,7 @@ def test_a_second_process_on_the_same_run_is_refused_and_a_crash_leaves_no_lock(
         pass
 
 
-@pytest.mark.parametrize("limit", [2_000, 12_000, 40_000])
+@pytest.mark.parametrize("limit", [2_000, 40_000])
 def test_a_disk_that_is_full_stops_training_with_the_reason_and_keeps_what_is_there(tmp_path, limit):
     """A limit on the size of files stands in for the end of the disk."""
     process = start(tmp_path, "--epochs=400", "--checkpoint_every=30",

@@ -31,8 +31,7 @@ def fresh_process() -> dict[str, str]:
     return dict(line.split() for line in lines.stdout.splitlines())
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer, pipeline", zip(OPTIMIZERS, itertools.cycle(PIPELINES)))
 def test_reset_repeats_the_first_run_bit_for_bit(loop, fresh_process, optimizer, pipeline):
     trained = loop(optimizer=optimizer, pipeline=pipeline, **RICH)
     first, digest = trained.fit(2), trained.state.digest()
