@@ -12,31 +12,91 @@ Names are loaded on first use, so that importing tfloop does not import TensorFl
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tfloop.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from tfloop.assembly import make_loop as make_loop
+    from tfloop.assembly import make_state as make_state
+    from tfloop.config import PRESETS as PRESETS
+    from tfloop.config import Config as Config
+    from tfloop.data.augmentation import Augmentation as Augmentation
+    from tfloop.data.dataset import Dataset as Dataset
+    from tfloop.data.dataset import Split as Split
+    from tfloop.data.dataset import Standardizer as Standardizer
+    from tfloop.data.dataset import from_arrays as from_arrays
+    from tfloop.data.pipelines import Batch as Batch
+    from tfloop.data.sources import load as load
+    from tfloop.errors import DivergenceError as DivergenceError
+    from tfloop.errors import UserError as UserError
+    from tfloop.inspection import checks as checks
+    from tfloop.inspection import debugger
+    from tfloop.inspection.plots import LivePlot as LivePlot
+    from tfloop.inspection.summaries import Summaries as Summaries
+    from tfloop.loop import Call as Call
+    from tfloop.loop import Epoch as Epoch
+    from tfloop.loop import Loop as Loop
+    from tfloop.metrics import Loss as Loss
+    from tfloop.metrics import Metrics as Metrics
+    from tfloop.optimizers import Optimizer as Optimizer
+    from tfloop.schedules import Schedule as Schedule
+    from tfloop.state import TrainState as TrainState
+    from tfloop.step import example_losses as example_losses
+    from tfloop.step import forward_and_backward as forward_and_backward
+    from tfloop.step import losses as losses
+    from tfloop.step import train_step as train_step
+    from tfloop.training.checkpoints import Checkpoints as Checkpoints
+    from tfloop.training.predictions import predict as predict
+    from tfloop.training.saved_run import open_run as open_run
+    from tfloop.training.session import train as train
+
+    debug = debugger
 
 _HOME = {
-    "Config": "config", "PRESETS": "config", "UserError": "errors", "DivergenceError": "errors",
-    "Dataset": "data", "Split": "data", "Standardizer": "data", "load": "sources", "from_arrays": "data",
-    "Optimizer": "optimizers", "Schedule": "schedules", "TrainState": "state",
-    "Augmentation": "augmentation", "Checkpoints": "checkpoints", "Batch": "pipelines", "Loop": "loop", "Call": "loop", "Epoch": "loop", "Metrics": "loop", "Loss": "step",
-    "train_step": "step", "forward_and_backward": "step", "losses": "step", "example_losses": "step",
-    "LivePlot": "plots", "Summaries": "summaries", "make_loop": "runs", "make_state": "runs", "train": "training", "open_run": "runs",
-    "predict": "predictions",
+    "Augmentation": "data.augmentation",
+    "Batch": "data.pipelines",
+    "Call": "loop",
+    "Checkpoints": "training.checkpoints",
+    "Config": "config",
+    "Dataset": "data.dataset",
+    "DivergenceError": "errors",
+    "Epoch": "loop",
+    "LivePlot": "inspection.plots",
+    "Loop": "loop",
+    "Loss": "metrics",
+    "Metrics": "metrics",
+    "Optimizer": "optimizers",
+    "PRESETS": "config",
+    "Schedule": "schedules",
+    "Split": "data.dataset",
+    "Standardizer": "data.dataset",
+    "Summaries": "inspection.summaries",
+    "TrainState": "state",
+    "UserError": "errors",
+    "example_losses": "step",
+    "forward_and_backward": "step",
+    "from_arrays": "data.dataset",
+    "load": "data.sources",
+    "losses": "step",
+    "make_loop": "assembly",
+    "make_state": "assembly",
+    "open_run": "training.saved_run",
+    "predict": "training.predictions",
+    "train": "training.session",
+    "train_step": "step",
 }
-__all__ = sorted(_HOME)
+_MODULES = {"checks": "inspection.checks", "debug": "inspection.debugger"}
+__all__ = sorted([*_HOME, *_MODULES])
 
 
-_MODULES = ("debug", "checks")
-
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"tfloop.{name}")
+        return importlib.import_module(f"tfloop.{_MODULES[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'tfloop' has no attribute '{name}'")
     return getattr(importlib.import_module(f"tfloop.{_HOME[name]}"), name)
 
 
-def __dir__():
-    return [*__all__, *_MODULES]
+def __dir__() -> list[str]:
+    return __all__

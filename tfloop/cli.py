@@ -1,19 +1,23 @@
-"""The command line: flags make a Config, a command runs with it, and every mistake is one line and an exit code.
+"""The command line: flags make a Config, a command runs with it, a mistake is one line.
 
-Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is lost, 130 interrupted, 143 terminated. Only this module knows
-absl.
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is lost, 130 interrupted,
+143 terminated. Only this module knows absl.
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
-from tfloop import __version__
 from tfloop.commands import COMMANDS, Command
-from tfloop.config import FIELDS, GROUPS, PRESETS, Config, kind
+from tfloop.config import FIELDS, GROUPS, PRESETS, Config
 from tfloop.errors import DivergenceError, UserError, WorkerLost
+from tfloop.version import __version__
+from tfloop.wording import value_text
 
 BAD_INPUT, DIVERGED, WORKER_LOST, INTERRUPTED = 2, 3, 4, 130
+_CODES = {UserError: BAD_INPUT, DivergenceError: DIVERGED, WorkerLost: WORKER_LOST}
+_HELP = ("--help", "-h", "-help", "--helpfull")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,33 +25,36 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _main(argv)
-    except UserError as error:
-        print(f"tfloop: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except DivergenceError as error:
-        print(f"tfloop: {error}", file=sys.stderr)
-        return DIVERGED
-    except WorkerLost as error:
-        print(f"tfloop: {error}", file=sys.stderr)
-        return WORKER_LOST
+    except (UserError, DivergenceError, WorkerLost) as error:
+        _say(error.as_flags)
+        return next(code for kind, code in _CODES.items() if isinstance(error, kind))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
-            sys.stderr.close()
-            return 0
-        print(f"tfloop: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        _say(f"{error.filename or 'writing'}: {error.strerror or error}")
         return BAD_INPUT
     except Exception as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "ResourceExhaustedError":  # TensorFlow's
+        if not _is_out_of_memory(error):
             raise
-        print("tfloop: out of memory; try a smaller model or --batch_size", file=sys.stderr)
+        _say("out of memory; try a smaller model or --batch_size")
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("tfloop: interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
 
 
+def _say(message: str) -> None:
+    print(f"tfloop: {message}", file=sys.stderr)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    is_tensorflows = type(error).__name__ == "ResourceExhaustedError"
+    return is_tensorflows or isinstance(error, MemoryError)
+
+
 def _main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("--help", "-h", "help", "--helpfull"):
+    if not argv or argv[0] in (*_HELP, "help"):
         print(_overview())
         return 0
     if argv[0] == "--version":
@@ -55,9 +62,10 @@ def _main(argv: list[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise UserError(f"'{name}' is no command; choose from {', '.join(COMMANDS)}, or see --help")
+        known = ", ".join(COMMANDS)
+        raise UserError(f"'{name}' is no command; choose from {known}, or see --help")
     command = COMMANDS[name]
-    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in rest):
+    if any(argument in _HELP for argument in rest):
         print(_help(name, command))
         return 0
     parsed = _flags(command)
@@ -70,19 +78,35 @@ def _main(argv: list[str]) -> int:
     if arguments and not command.arguments:
         raise UserError(f"{name} takes flags only, found '{arguments[0]}'; a flag begins with --")
     given = {field: parsed[field].value for field in command.settings if parsed[field].present}
-    values = Config.read(parsed["config"].value) if "config" in parsed and parsed["config"].present else {}
-    values = {name: value for name, value in values.items() if name in command.settings or name not in FIELDS}
+    values = _config_file(command, parsed)
     config = Config.make(**{**values, **given})
-    return command.function(config, {option: parsed[option].value for option in command.options} | {"given": given}, arguments)
+    options = {option: parsed[option].value for option in command.options}
+    return command.function(config, options | {"given": given}, arguments)
+
+
+def _config_file(command: Command, parsed: flags.FlagValues) -> dict[str, Any]:
+    """What --config holds, less the settings that the command has no flags for."""
+    if "config" not in parsed or not parsed["config"].present:
+        return {}
+    values = Config.read(parsed["config"].value)
+    return {
+        name: value
+        for name, value in values.items()
+        if name in command.settings or name not in FIELDS
+    }
 
 
 def _flags(command: Command) -> flags.FlagValues:
-    """The command's flags, every one unset. Values stay text: Config.make checks them, wherever they come from."""
+    """The command's flags, every one unset.
+
+    Values stay text: Config.make checks them, wherever they come from.
+    """
     values = flags.FlagValues()
     flags.DEFINE_string("flagfile", None, "a file of flags, one a line", flag_values=values)
     for name in command.settings:
-        define = flags.DEFINE_boolean if kind(name)[0] is bool else flags.DEFINE_string
-        define(name, None, FIELDS[name].metadata["help"], flag_values=values)
+        is_switch = FIELDS[name].element is bool
+        define = flags.DEFINE_boolean if is_switch else flags.DEFINE_string
+        define(name, None, FIELDS[name].help, flag_values=values)
     if "preset" in command.settings:
         flags.DEFINE_string("config", None, "a config.json to start from", flag_values=values)
     for name, (default, help) in command.options.items():
@@ -92,22 +116,29 @@ def _flags(command: Command) -> flags.FlagValues:
 
 
 def _overview() -> str:
-    lines = [f"tfloop {__version__}: a TensorFlow 2 training loop that one can read, step through, reset and measure.", "",
-             "usage: tfloop COMMAND [--flag=value …]", ""]
+    lines = [
+        f"tfloop {__version__}: a TensorFlow 2 training loop that one can read, step through, "
+        "reset and measure.",
+        "",
+        "usage: tfloop COMMAND [--flag=value …]",
+        "",
+    ]
     lines += [f"  {name:16} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(lines + ["", "tfloop COMMAND --help lists its flags. Presets: " + ", ".join(PRESETS) + "."])
+    presets = ", ".join(PRESETS)
+    return "\n".join([*lines, "", f"tfloop COMMAND --help lists its flags. Presets: {presets}."])
 
 
 def _help(name: str, command: Command) -> str:
-    lines = [f"usage: tfloop {name} {command.arguments}{' ' * bool(command.arguments)}[--flag=value …]",
-             f"  {command.help}"]
-    for option, (default, help) in command.options.items():
-        lines += ["", "this command"] if option == next(iter(command.options)) else []
-        lines.append(_flag_line(option, default, help))
+    arguments = f"{command.arguments} " if command.arguments else ""
+    lines = [f"usage: tfloop {name} {arguments}[--flag=value …]", f"  {command.help}"]
+    if command.options:
+        lines += ["", "this command"]
+        for option, (default, help) in command.options.items():
+            lines.append(_flag_line(option, default, help))
     for group, names in GROUPS.items():
-        names = [field for field in names if field in command.settings]
-        lines += ["", group] if names else []
-        lines += [_flag_line(field, FIELDS[field].default, help_text(field)) for field in names]
+        if names := [field for field in names if field in command.settings]:
+            lines += ["", group]
+            lines += [_flag_line(field, FIELDS[field].default, help_text(field)) for field in names]
     lines += ["", "files", _flag_line("flagfile", "", "a file of flags, one a line")]
     if "preset" in command.settings:
         lines.append(_flag_line("config", "", "start from a config.json"))
@@ -116,18 +147,17 @@ def _help(name: str, command: Command) -> str:
 
 def help_text(name: str) -> str:
     """A setting's help with the values it may take."""
-    metadata = FIELDS[name].metadata
-    choices = ", ".join(PRESETS) if name == "preset" else ", ".join(metadata["choices"])
-    return metadata["help"] + (f" ({choices})" if choices else "")
+    choices = ", ".join(PRESETS if name == "preset" else FIELDS[name].choices)
+    return f"{FIELDS[name].help} ({choices})" if choices else FIELDS[name].help
 
 
-def flag(name: str, default) -> str:
+def flag(name: str, default: Any) -> str:
     """`--name=default` as one would type it."""
+    return f"--[no]{name}" if isinstance(default, bool) else f"--{name}={value_text(default)}"
+
+
+def _flag_line(name: str, default: Any, help: str) -> str:
+    suffix = ""
     if isinstance(default, bool):
-        return f"--[no]{name}"
-    return f"--{name}={','.join(map(str, default)) if isinstance(default, tuple) else '' if default is None else default}"
-
-
-def _flag_line(name: str, default, help: str) -> str:
-    suffix = f" [{'on' if default else 'off'}]" if isinstance(default, bool) else ""
+        suffix = " [on]" if default else " [off]"
     return f"  {flag(name, default):28} {help}{suffix}"

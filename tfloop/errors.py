@@ -1,25 +1,51 @@
-"""What can go wrong, as the user is told it: one line that names the thing, what was found, what to do."""
+"""What can go wrong, in one line that names the thing, what was found, and what to do.
+
+A message writes a setting as its flag, `--l2=-1`. In Python it reads as an argument, `l2=-1`; the
+command line prints `as_flags`. What stands between backticks is a command and stays as it is.
+"""
+
+import re
+
+_FLAG_OR_COMMAND = re.compile(r"(`[^`]*`)|(?<![\w-])--(?=[a-z])")
+
+
+def as_arguments(message: str) -> str:
+    """The message with arguments in place of flags: "--l2=-1" → "l2=-1"."""
+    return _FLAG_OR_COMMAND.sub(lambda match: match[1] or "", message)
 
 
 class UserError(ValueError):
-    """A mistake in the input: a flag, a file, a combination. The command line prints it and exits with 2."""
+    """A mistake in the input: an argument, a flag, a file, a combination of them.
 
-    def __init__(self, message: str):
-        super().__init__(message.replace("\n", " "))  # one line, whatever the input held
+    The command line prints it and exits with 2.
+
+    Attributes:
+      as_flags: the message as the command line prints it.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.as_flags = message.replace("\n", " ")  # one line, whatever the input held
+        super().__init__(as_arguments(self.as_flags))
 
 
 class WorkerLost(RuntimeError):
     """Another process of the cluster is gone. The command line prints it and exits with 4."""
+
+    def __init__(self, message: str) -> None:
+        self.as_flags = message
+        super().__init__(as_arguments(message))
 
 
 class DivergenceError(ArithmeticError):
     """The loss or a gradient became NaN or infinite. The command line prints it and exits with 3.
 
     Attributes:
-      step: global step at which it happened; that step's update was not made, so the weights are the last good ones.
+      step: global step at which it happened. That step's update was not made, so the weights are
+        the last good ones.
       layer: name of the first layer whose weights, activations or gradients are not finite.
     """
 
-    def __init__(self, message: str, step: int, layer: str):
-        super().__init__(message)
+    def __init__(self, message: str, step: int, layer: str) -> None:
+        self.as_flags = message
+        super().__init__(as_arguments(message))
         self.step, self.layer = step, layer

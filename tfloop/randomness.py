@@ -1,8 +1,10 @@
-"""Randomness as a pure function of the position in the data: there is no generator, so there is nothing to save.
+"""Randomness as a pure function of the position in the data.
 
-TensorFlow and XLA give the same bits, those of Philox, and make other floats of them; so floats are made here.
+There is no generator, so there is nothing to save. TensorFlow and XLA give the same bits, those of
+Philox, and make other floats of them; so floats are made here.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -11,8 +13,8 @@ import tensorflow as tf
 class Key(NamedTuple):
     """The seed of one step's randomness, and the part of the batch that it is for.
 
-    What is drawn for a part of a batch is that part of what is drawn for the whole, so it does not matter into how many
-    parts, on however many devices, a batch is cut.
+    What is drawn for a part of a batch is that part of what is drawn for the whole. So it does not
+    matter into how many parts, on however many devices, a batch is cut.
     """
 
     seed: tf.Tensor  # int64 [2]
@@ -20,30 +22,41 @@ class Key(NamedTuple):
     parts: int = 1
     numbers: tuple = ()  # folded into the seed when something is drawn: most steps draw nothing
 
-    def fold_in(self, *numbers) -> "Key":
+    def fold_in(self, *numbers: tf.Tensor | int) -> "Key":
         """A new key from this one and some whole numbers."""
         return self._replace(numbers=(*self.numbers, *numbers))
 
-    def uniform(self, shape, low=0.0, high=1.0) -> tf.Tensor:
-        """float32, uniform in [low, high), for the rows of this part: `shape` is static and begins with their number."""
+    def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> tf.Tensor:
+        """float32, uniform in [low, high), for the rows of this part.
+
+        Args:
+          shape: static; begins with the number of rows.
+          low, high: the interval.
+        """
         rows, *rest = shape
+        all_rows = self.parts * rows
         seed = fold_in(self.seed, *self.numbers)
-        bits = tf.random.stateless_uniform([self.parts * rows, *rest], seed, None, None, tf.int32, alg="philox")
+        bits = tf.random.stateless_uniform(
+            [all_rows, *rest], seed, None, None, tf.int32, alg="philox"
+        )
         mantissa = tf.bitwise.bitwise_and(bits, 0x7FFFFF)
-        unit = tf.bitcast(tf.bitwise.bitwise_or(mantissa, 0x3F800000), tf.float32) - 1.0  # 1.mantissa in binary, less 1
-        whole = unit * (high - low) + low
-        return tf.slice(whole, [self.part * rows] + [0] * len(rest), shape) if self.parts > 1 else whole
+        one_to_two = tf.bitcast(tf.bitwise.bitwise_or(mantissa, 0x3F800000), tf.float32)
+        whole = (one_to_two - 1.0) * (high - low) + low
+        if self.parts == 1:
+            return whole
+        return tf.slice(whole, [self.part * rows] + [0] * len(rest), shape)
 
 
-def seed_of(number, use: int) -> tf.Tensor:
+def seed_of(number: tf.Tensor | int, use: int) -> tf.Tensor:
     """An int64 [2] seed from a whole number and what it is used for."""
     return tf.stack([_bits32(number), tf.constant(use, tf.int64)])
 
 
-def fold_in(seed, *numbers) -> tf.Tensor:
-    """A new int64 [2] seed from a seed and some whole numbers, all of which count by their last 32 bits.
+def fold_in(seed: tf.Tensor, *numbers: tf.Tensor | int) -> tf.Tensor:
+    """A new int64 [2] seed from a seed and some whole numbers, which count by their last 32 bits.
 
-    As tf.random.experimental.stateless_fold_in; but its int32 numbers are kept in the host's memory, beside a GPU.
+    As tf.random.experimental.stateless_fold_in; but its int32 numbers are kept in the host's
+    memory, beside a GPU.
     """
     for number in numbers:
         drawn = tf.random.stateless_uniform([], seed, None, None, tf.int32, alg="philox")
@@ -51,5 +64,5 @@ def fold_in(seed, *numbers) -> tf.Tensor:
     return seed
 
 
-def _bits32(number) -> tf.Tensor:
+def _bits32(number: tf.Tensor | int) -> tf.Tensor:
     return tf.cast(tf.cast(number, tf.int32), tf.int64)

@@ -1,84 +1,124 @@
-"""Learning-rate schedules: pure functions `step → rate`, and the object that keeps their numbers as variables.
+"""Learning-rate schedules: pure functions `step → rate`, and the object that keeps their numbers.
 
-Each function takes the step as float32 (or a number) and its hyperparameters by name, and returns a float32 scalar.
-The names are those of the command line's flags. Formulas follow keras.optimizers.schedules where it has the schedule.
+Each function takes the step as float32 (or a number) and its hyperparameters by name, and returns
+a float32 scalar. The names are those of the command line's flags. Formulas follow
+keras.optimizers.schedules where it has the schedule.
+
+To add a schedule, write its function here with `@SCHEDULES.register`, and a field of
+`ScheduleSettings` for each hyperparameter that no other schedule has.
 """
 
-import inspect
+from __future__ import annotations
+
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, ClassVar
 
-import tensorflow as tf
-
-from tfloop.config import checked
 from tfloop.errors import UserError
+from tfloop.lazy import tf
+from tfloop.registry import Bound, Registry, parameters
+from tfloop.settings import NOT_NEGATIVE, POSITIVE, fields_of, option
+
+SCHEDULES = Registry("schedule")
 
 
+@SCHEDULES.register
 def constant(step, *, learning_rate):
     """learning_rate, whatever the step."""
     return tf.convert_to_tensor(learning_rate, tf.float32)
 
 
+@SCHEDULES.register
 def inverse_time(step, *, learning_rate, decay_steps=1.0, decay_rate=0.001, staircase=False):
-    """learning_rate / (1 + decay_rate · step / decay_steps): Keras's InverseTimeDecay, the "power" schedule."""
+    """learning_rate / (1 + decay_rate · step / decay_steps).
+
+    Keras's InverseTimeDecay, the "power" schedule.
+    """
     return learning_rate / (1.0 + decay_rate * _progress(step, decay_steps, staircase))
 
 
+@SCHEDULES.register
 def exponential(step, *, learning_rate, decay_steps=1.0, decay_rate=0.999, staircase=False):
     """learning_rate · decay_rate ** (step / decay_steps)."""
-    return learning_rate * tf.pow(tf.cast(decay_rate, tf.float32), _progress(step, decay_steps, staircase))
+    base = tf.cast(decay_rate, tf.float32)
+    return learning_rate * tf.pow(base, _progress(step, decay_steps, staircase))
 
 
+@SCHEDULES.register
 def polynomial(step, *, learning_rate, decay_steps, end_rate=0.0, power=1.0):
-    """(learning_rate - end_rate) · (1 - step / decay_steps) ** power + end_rate, and end_rate from decay_steps on."""
+    """(learning_rate - end_rate) · (1 - step / decay_steps) ** power + end_rate.
+
+    From decay_steps on it is end_rate.
+    """
     share = tf.minimum(_progress(step, decay_steps), 1.0)
     return (learning_rate - end_rate) * tf.pow(1.0 - share, power) + end_rate
 
 
+@SCHEDULES.register
 def piecewise(step, *, learning_rate, boundaries, rates):
-    """learning_rate up to and with boundaries[0], then rates[0] up to and with boundaries[1], and so on."""
+    """learning_rate up to and with boundaries[0], then rates[0] up to and with boundaries[1], …"""
     passed = tf.reduce_sum(tf.cast(tf.cast(step, tf.float32) > boundaries, tf.int64))
     return tf.gather(tf.concat([[learning_rate], rates], axis=0), passed)
 
 
+@SCHEDULES.register
 def cosine(step, *, learning_rate, decay_steps, end_rate=0.0, t_mul=2.0, m_mul=1.0, restarts=False):
-    """end_rate + (learning_rate - end_rate) · (1 + cos(π · step / decay_steps)) / 2, and end_rate from then on.
+    """end_rate + (learning_rate - end_rate) · (1 + cos(π · step / decay_steps)) / 2.
 
-    With `restarts` it starts again at each end (Loshchilov and Hutter, arXiv:1608.03983): the i-th period lasts
-    decay_steps · t_mul ** i and its peak lies at learning_rate · m_mul ** i.
+    From decay_steps on it is end_rate. With `restarts` it starts again at each end (Loshchilov and
+    Hutter, arXiv:1608.03983): period i lasts decay_steps · t_mul ** i and its peak lies at
+    learning_rate · m_mul ** i.
     """
     share = _progress(step, decay_steps)
     peak = tf.convert_to_tensor(learning_rate, tf.float32)
     if restarts:
-        # Periods passed: i, for t_mul = 1; else the greatest i with (t_mul**i - 1) / (t_mul - 1) <= share.
-        grows = tf.not_equal(t_mul, 1.0)
-        t = tf.where(grows, t_mul, 2.0)
-        i = tf.floor(tf.where(grows, tf.math.log1p(share * (t - 1.0)) / tf.math.log(t), share))
-        # The logarithm may round across a boundary: step back or on where it did.
-        start = lambda i: tf.where(grows, (tf.pow(t, i) - 1.0) / (t - 1.0), i)
-        i = tf.where(start(i) > share, i - 1.0, i)
-        i = tf.where(start(i + 1.0) <= share, i + 1.0, i)
-        share = (share - start(i)) / tf.where(grows, tf.pow(t, i), 1.0)
-        peak *= tf.pow(tf.cast(m_mul, tf.float32), i)
+        period, share = _period(share, t_mul)
+        peak *= tf.pow(tf.cast(m_mul, tf.float32), period)
     share = tf.minimum(share, 1.0)
     return end_rate + (peak - end_rate) * 0.5 * (1.0 + tf.cos(math.pi * share))
 
 
-def one_cycle(step, *, learning_rate, decay_steps, peak_at=0.25, start_rate=0.0, end_rate=0.0):
-    """A triangle: from start_rate up to learning_rate at peak_at · decay_steps, then down to end_rate at decay_steps.
+def _period(share, t_mul):
+    """(number i of the period that `share` lies in, how much of that period has passed).
 
-    The one-cycle policy in its linear form (Smith, arXiv:1803.09820, section 4).
+    Period 0 has length 1 and each is t_mul times as long as the last. For t_mul = 1 the number of
+    periods passed is floor(share), else the greatest i for which (t_mul ** i - 1) / (t_mul - 1) is
+    not above share.
+    """
+    grows = tf.not_equal(t_mul, 1.0)
+    t = tf.where(grows, t_mul, 2.0)
+
+    def start(i):
+        return tf.where(grows, (tf.pow(t, i) - 1.0) / (t - 1.0), i)
+
+    passed = tf.where(grows, tf.math.log1p(share * (t - 1.0)) / tf.math.log(t), share)
+    i = tf.floor(passed)
+    # The logarithm may round across a boundary: step back or on where it did.
+    i = tf.where(start(i) > share, i - 1.0, i)
+    i = tf.where(start(i + 1.0) <= share, i + 1.0, i)
+    return i, (share - start(i)) / tf.where(grows, tf.pow(t, i), 1.0)
+
+
+@SCHEDULES.register
+def one_cycle(step, *, learning_rate, decay_steps, peak_at=0.25, start_rate=0.0, end_rate=0.0):
+    """A triangle: start_rate, up to learning_rate at peak_at · decay_steps, down to end_rate.
+
+    It reaches end_rate at decay_steps. The one-cycle policy in its linear form (Smith,
+    arXiv:1803.09820, section 4).
     """
     share = tf.minimum(_progress(step, decay_steps), 1.0)
     up, down = share / peak_at, (1.0 - share) / (1.0 - peak_at)
-    return tf.where(share < peak_at, start_rate + (learning_rate - start_rate) * up,
-                    end_rate + (learning_rate - end_rate) * down)
+    rising = start_rate + (learning_rate - start_rate) * up
+    falling = end_rate + (learning_rate - end_rate) * down
+    return tf.where(share < peak_at, rising, falling)
 
 
-def warm_up(step, warmup_steps, schedule):
-    """`schedule`, reached linearly: schedule(0) · (step + 1) / warmup_steps before warmup_steps, then shifted by it.
+def warm_up(step, warmup_steps, schedule: Callable):
+    """`schedule`, reached linearly and then shifted by warmup_steps.
 
-    `step` and `warmup_steps` count steps, whatever the schedule counts.
+    Before warmup_steps the rate is schedule(0) · (step + 1) / warmup_steps. `step` and
+    `warmup_steps` count steps, whatever the schedule counts.
     """
     late = schedule(tf.maximum(step - warmup_steps, 0.0))
     return late * tf.minimum((step + 1.0) / tf.maximum(warmup_steps, 1.0), 1.0)
@@ -89,12 +129,69 @@ def _progress(step, decay_steps, staircase=False):
     return tf.floor(share) if staircase else share
 
 
-SCHEDULES = {function.__name__: function for function in
-             (constant, inverse_time, exponential, polynomial, piecewise, cosine, one_cycle)}
+def needs_length(name: str) -> bool:
+    """Has the schedule a length, decay_steps, without a default? Then it is as long as the run."""
+    accepted = parameters(SCHEDULES[name])
+    return "decay_steps" in accepted and accepted["decay_steps"] is None
 
 
-class Schedule(tf.Module):
-    """A schedule with its numbers as variables: called with a step it gives the rate; assigning a number never retraces.
+@dataclasses.dataclass(frozen=True)
+class ScheduleSettings:
+    """The schedule that is chosen, and the hyperparameters of all of them."""
+
+    HEADING: ClassVar[str] = "schedule"
+
+    schedule: str = option(
+        "constant", "rate as a function of the step", choices=SCHEDULES, retrace="value"
+    )
+    learning_rate: float = option(
+        0.001,
+        "rate at the start of the schedule (the peak, for one_cycle)",
+        within=NOT_NEGATIVE,
+    )
+    schedule_unit: str = option(
+        "step", "what decay_steps, warmup_steps and boundaries count", choices=("step", "epoch")
+    )
+    decay_steps: float | None = option(
+        None,
+        "length of the schedule's step; unset, inverse_time and exponential take 1, the others the "
+        "whole run",
+        within=POSITIVE,
+    )
+    decay_rate: float | None = option(None, "inverse_time, exponential", within=NOT_NEGATIVE)
+    staircase: bool = option(False, "inverse_time, exponential: whole steps only", retrace="value")
+    end_rate: float | None = option(
+        None, "polynomial, cosine, one_cycle: last rate", within=NOT_NEGATIVE
+    )
+    power: float | None = option(None, "polynomial: exponent", within=POSITIVE)
+    restarts: bool = option(False, "cosine: start again at each end", retrace="value")
+    t_mul: float | None = option(
+        None, "cosine: each restart's length over the last one's", within=(1.0, math.inf)
+    )
+    m_mul: float | None = option(
+        None, "cosine: each restart's rate over the last one's", within=NOT_NEGATIVE
+    )
+    start_rate: float | None = option(None, "one_cycle: first rate", within=NOT_NEGATIVE)
+    peak_at: float | None = option(
+        None,
+        "one_cycle: where the peak lies, as a share of decay_steps",
+        within=(1e-6, 0.999999),
+    )
+    boundaries: tuple[float, ...] = option(
+        (), "piecewise: where the rate changes", within=NOT_NEGATIVE, retrace="length"
+    )
+    rates: tuple[float, ...] = option(
+        (), "piecewise: the rate after each boundary", within=NOT_NEGATIVE, retrace="length"
+    )
+    warmup_steps: float = option(
+        0.0, "linear warm-up in front of any schedule", within=NOT_NEGATIVE
+    )
+
+
+class Schedule:
+    """A schedule with its numbers as variables: called with a step it gives the rate.
+
+    Assigning a number never retraces.
 
     Example:
       >>> schedule = Schedule("inverse_time", learning_rate=0.001, decay_rate=0.001)
@@ -103,61 +200,56 @@ class Schedule(tf.Module):
       >>> schedule.hyper["learning_rate"].assign(0.01)
 
     Attributes:
+      name: of the schedule; "schedule" where it is a function of the user's own.
       hyper: name → float32 variable, for every hyperparameter the schedule has.
     """
 
-    def __init__(self, name: str | Callable = "constant", *, warmup_steps: float = 0.0, unit_steps: float = 1.0, **hyper):
+    def __init__(
+        self,
+        name: str | Callable = "constant",
+        *,
+        warmup_steps: float = 0.0,
+        unit_steps: float = 1.0,
+        **hyper: Any,
+    ) -> None:
         """Args:
-          name: one of SCHEDULES; or a function step → rate, such as a keras.optimizers.schedules.LearningRateSchedule.
+          name: one of SCHEDULES; or a function step → rate, such as a
+            keras.optimizers.schedules.LearningRateSchedule.
           warmup_steps: length of the linear warm-up in front, in units; 0 is none.
-          unit_steps: steps in one unit of the schedule: 1, or the steps of an epoch to count in epochs.
+          unit_steps: steps in one unit of the schedule: 1, or an epoch's steps to count epochs.
           **hyper: the schedule's hyperparameters; those left out take its defaults.
 
         Raises:
-          UserError: an unknown schedule, or a hyperparameter that it does not have, or one it needs and did not get.
+          UserError: an unknown schedule; a hyperparameter that it does not have, or that it needs
+            and did not get.
         """
-        super().__init__(name=name if isinstance(name, str) else "schedule")
-        self._function, numbers, self._switches = (name, hyper, {}) if callable(name) else bind(SCHEDULES, "schedule", name, hyper)
-        if callable(name) and hyper:
-            raise UserError(f"--{min(hyper)}: a schedule that is a function takes a step alone")
-        if len(numbers.get("boundaries", ())) != len(numbers.get("rates", ())):
-            raise UserError(f"--schedule=piecewise needs as many rates as boundaries; found {len(numbers['rates'])} and {len(numbers['boundaries'])}")
+        if callable(name):
+            if hyper:
+                raise UserError(f"--{min(hyper)}: a schedule that is a function takes a step alone")
+            self.name, bound = "schedule", Bound(name, {}, {})
+        else:
+            self.name = name
+            bound = SCHEDULES.bind(name, hyper, fields_of(ScheduleSettings))
+        self._function, numbers, self._switches = bound
+        boundaries, rates = len(numbers.get("boundaries", ())), len(numbers.get("rates", ()))
+        if boundaries != rates:
+            raise UserError(
+                f"--schedule=piecewise needs as many rates as boundaries; found {rates} and "
+                f"{boundaries}"
+            )
         numbers |= {"warmup_steps": warmup_steps, "unit_steps": unit_steps}
-        self.hyper = {key: tf.Variable(value, dtype=tf.float32, trainable=False, name=key)
-                      for key, value in numbers.items()}
+        self.hyper = {
+            key: tf.Variable(value, dtype=tf.float32, trainable=False, name=key)
+            for key, value in numbers.items()
+        }
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step):
         """The rate at `step` (counted from 0), a float32 scalar."""
         numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
         unit, warmup = numbers.pop("unit_steps"), numbers.pop("warmup_steps")
-        schedule = lambda step: tf.cast(self._function(step / unit, **numbers, **self._switches), tf.float32)
+
+        def schedule(step):
+            rate = self._function(step / unit, **numbers, **self._switches)
+            return tf.cast(rate, tf.float32)
+
         return warm_up(tf.cast(step, tf.float32), warmup * unit, schedule)
-
-
-def bind(table: dict, kind: str, name: str, hyper: dict):
-    """(function, its numbers, its switches) for `name` in `table`: defaults from the signature, `hyper` over them.
-
-    A boolean default marks a switch, which shapes the computation and is fixed; everything else is a number.
-
-    Raises:
-      UserError: an unknown name, a hyperparameter that the function lacks, one that is out of range, or one it needs and did not get.
-    """
-    if name not in table:
-        raise UserError(f"--{kind}={name} is unknown; choose from {', '.join(table)}")
-    accepted = parameters(table[name])
-    for key in hyper:
-        if key not in accepted:
-            raise UserError(f"--{key}: {kind} '{name}' has no {key}; it has {', '.join(accepted)}")
-    values = accepted | {key: checked(key, value) for key, value in hyper.items() if value is not None}
-    for key, value in values.items():
-        if value is None:
-            raise UserError(f"--{key}: {kind} '{name}' needs it")
-    switches = {key: value for key, value in values.items() if isinstance(value, bool)}
-    return table[name], {key: value for key, value in values.items() if key not in switches}, switches
-
-
-def parameters(function) -> dict:
-    """The hyperparameters of a rule or schedule with their defaults; None where it has none."""
-    return {key: None if parameter.default is parameter.empty else parameter.default
-            for key, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY}

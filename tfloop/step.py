@@ -1,7 +1,7 @@
 """One training step, top to bottom: losses → forward_and_backward → train_step.
 
-It serves every mode: compiled, under XLA, eager in a debugger, on a part of a batch, benchmarked. It returns tensors and
-touches nothing but the state.
+It serves every mode: compiled, under XLA, eager in a debugger, on a part of a batch, benchmarked.
+It returns tensors and touches nothing but the state.
 """
 
 from collections.abc import Callable
@@ -10,45 +10,49 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tfloop import models, penalties
+from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError
-from tfloop.optimizers import Vector, select
-from tfloop.pipelines import Batch
+from tfloop.metrics import SUMS, Loss
 from tfloop.state import TrainState
-
-
-class Loss(NamedTuple):
-    """total = data + l1 + l2 + custom + model, each a float32 scalar."""
-
-    total: tf.Tensor
-    data: tf.Tensor  # mean over the batch of the loss of each example
-    l1: tf.Tensor  # l1 · Σ|w| over the penalised kernels
-    l2: tf.Tensor  # l2 · Σw²
-    custom: tf.Tensor  # the user's own penalties
-    model: tf.Tensor  # what the model's own layers add
+from tfloop.vectors import Vector, count_elements, select
 
 
 def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """[batch] float32: the loss of each example, from the model's outputs."""
     if state.loss is not None:
-        return _checked(state.loss(labels, outputs), labels.shape, "the loss function", "a value for each example of the batch")
+        meaning = "a value for each example of the batch"
+        found = state.loss(labels, outputs)
+        return _check_shape(found, labels.shape, "the loss function", meaning)
     sigmoid = models.output_activation(state.model) == "sigmoid"
-    return cross_entropy(labels, outputs, tf.convert_to_tensor(state.hyper["label_smoothing"]), sigmoid)
+    smoothing = tf.convert_to_tensor(state.hyper["label_smoothing"])
+    return cross_entropy(labels, outputs, smoothing, sigmoid)
 
 
-def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing, sigmoid: bool = False) -> tf.Tensor:
-    """[batch]: the cross-entropy of each example, from labels [batch] int64 and logits [batch, classes].
+def cross_entropy(
+    labels: tf.Tensor, logits: tf.Tensor, smoothing: tf.Tensor | float, sigmoid: bool = False
+) -> tf.Tensor:
+    """[batch]: the cross-entropy of each example.
 
-    Softmax: -Σ_k t_k · log p_k. Sigmoid: the mean over k of the binary cross-entropy, as Keras has it. The target t is
-    one-hot, smoothed to (1 - s) · t + s / classes, or with sigmoid to (1 - s) · t + s / 2.
+    Softmax: -Σ_k t_k · log p_k. Sigmoid: the mean over k of the binary cross-entropy, as Keras has
+    it. The target t is one-hot, smoothed to (1 - s) · t + s / classes, or with sigmoid to
+    (1 - s) · t + s / 2.
+
+    Args:
+      labels: [batch] int64.
+      logits: [batch, classes].
+      smoothing: s, the share of each label spread over all classes.
+      sigmoid: one sigmoid for each class, in place of a softmax over all.
     """
     classes = logits.shape[-1]
     targets = tf.one_hot(labels, classes, dtype=logits.dtype) * (1.0 - smoothing)
     if sigmoid:
-        return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets + smoothing / 2.0, logits), axis=-1)
+        targets = targets + smoothing / 2.0
+        binary = tf.nn.sigmoid_cross_entropy_with_logits(targets, logits)
+        return tf.reduce_mean(binary, axis=-1)
     return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, logits)
 
 
-def _checked(tensor: tf.Tensor, shape, what: str, meaning: str) -> tf.Tensor:
+def _check_shape(tensor, shape, what: str, meaning: str) -> tf.Tensor:
     tensor = tf.convert_to_tensor(tensor)
     if not tensor.shape.is_compatible_with(shape):
         raise UserError(f"{what} gives {tensor.shape}, expected {tf.TensorShape(shape)}: {meaning}")
@@ -56,18 +60,33 @@ def _checked(tensor: tf.Tensor, shape, what: str, meaning: str) -> tf.Tensor:
 
 
 def model_losses(state: TrainState) -> tf.Tensor:
-    """What the layers of a user's own model added to the loss in the forward pass just made (Keras's model.losses)."""
-    own = getattr(state.model, "losses", [])
-    return tf.add_n([tf.reduce_sum(loss) for loss in own]) if own else tf.constant(0.0)
+    """What the layers of a user's own model added to the loss in the last forward pass.
+
+    Keras's model.losses; a float32 scalar.
+    """
+    added = getattr(state.model, "losses", [])
+    return tf.add_n([tf.reduce_sum(loss) for loss in added]) if added else tf.constant(0.0)
 
 
 def losses(state: TrainState, data: tf.Tensor, model: tf.Tensor) -> Loss:
     """The loss, term by term, from the mean data loss and the model's own term."""
     l1 = state.hyper["l1"] * penalties.total(penalties.l1, state.kernels)
     l2 = state.hyper["l2"] * penalties.total(penalties.l2, state.kernels)
-    custom = penalties.total(lambda kernel: tf.add_n([_checked(penalty(kernel), [], "a penalty", "one number for the kernel")
-                                                      for penalty in state.penalties]), state.kernels if state.penalties else [])
+    custom = custom_penalties(state)
     return Loss(data + l1 + l2 + custom + model, data, l1, l2, custom, model)
+
+
+def custom_penalties(state: TrainState) -> tf.Tensor:
+    """The user's own penalties, summed over the penalised kernels; a float32 scalar."""
+
+    def penalize(kernel: tf.Tensor) -> tf.Tensor:
+        found = [
+            _check_shape(penalty(kernel), [], "a penalty", "one number for the kernel")
+            for penalty in state.penalties
+        ]
+        return tf.add_n(found)
+
+    return penalties.total(penalize, state.kernels if state.penalties else [])
 
 
 class Pass(NamedTuple):
@@ -75,70 +94,109 @@ class Pass(NamedTuple):
 
     loss: Loss
     accuracy: tf.Tensor
-    examples: tf.Tensor  # float32, how many the means are over: rows that fill up the batch do not count
+    examples: tf.Tensor  # float32, Σ sample_weight: how many the means are over
     gradients: Vector  # of loss.total, by weight: "conv1/kernel"
-    logits: tf.Tensor | None = None  # [batch, classes]; None where a pass was put together from parts
+    logits: tf.Tensor | None = None  # [batch, classes]; None where it was put together from parts
 
 
-def forward_and_backward(state: TrainState, batch: Batch, forward: Callable = models.logits, part: tf.Tensor | int = 0,
-                         parts: int = 1) -> Pass:
+def forward_and_backward(
+    state: TrainState,
+    batch: Batch,
+    forward: Callable = models.logits,
+    part: tf.Tensor | int = 0,
+    parts: int = 1,
+) -> Pass:
     """The loss of a batch, term by term, and its gradients. Changes nothing but moving averages.
 
     Args:
-      state, batch: what is trained, and on what.
-      forward: `models.logits`, layer by layer as Keras has it, or its fast twin `ops.logits`.
-      part, parts: which part of the step's batch this is, of how many, for its randomness.
+      state: what is trained.
+      batch: on what.
+      forward: `models.logits`, layer by layer as Keras has it, or its fast twin `fast.logits`.
+      part: which part of the step's batch this is, for its randomness.
+      parts: of how many.
     """
     key = state.key(part, parts)
     images = state.inputs(batch.images, key)
     with tf.GradientTape() as tape:
-        logits = forward(state.model, images, batch.weights, training=True, key=key)
+        logits = forward(state.model, images, batch.sample_weight, training=True, key=key)
         each = example_losses(state, batch.labels, logits)
-        examples = tf.reduce_sum(batch.weights)
-        data_loss = tf.math.divide_no_nan(tf.reduce_sum(batch.weights * each), examples)
-        loss = losses(state, data_loss, model_losses(state))
-        on_the_way_back = loss.total if state.loss_scale is None else state.loss_scale * loss.total
-    gradients = Vector.of(tape.gradient(on_the_way_back, state.weights, unconnected_gradients=tf.UnconnectedGradients.ZERO))
+        loss = losses(state, weighted_mean(each, batch.sample_weight), model_losses(state))
+        scaled = loss.total if state.loss_scale is None else state.loss_scale * loss.total
+    zero = tf.UnconnectedGradients.ZERO
+    gradients = Vector.of(tape.gradient(scaled, state.weights, unconnected_gradients=zero))
     if state.loss_scale is not None:
         gradients = Vector(gradients.flat / state.loss_scale, state.weights)
-    return Pass(loss, hit_rate(batch, logits), examples, gradients, logits)
+    examples = tf.reduce_sum(batch.sample_weight)
+    return Pass(loss, accuracy(batch, logits), examples, gradients, logits)
 
 
-def hit_rate(batch: Batch, logits: tf.Tensor) -> tf.Tensor:
+def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+    """Σ w · x / Σ w, from two vectors [batch]; 0 where all weights are 0."""
+    total = tf.reduce_sum(sample_weight * values)
+    return tf.math.divide_no_nan(total, tf.reduce_sum(sample_weight))
+
+
+def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """[batch] float32: 1 for each example whose largest output is that of its class, else 0."""
+    guesses = tf.argmax(logits, axis=-1)
+    return tf.cast(tf.equal(guesses, tf.cast(labels, tf.int64)), tf.float32)
+
+
+def accuracy(batch: Batch, logits: tf.Tensor) -> tf.Tensor:
     """The share of the batch's examples whose largest output is that of their class."""
-    return tf.math.divide_no_nan(tf.reduce_sum(batch.weights * hits(logits, batch.labels)), tf.reduce_sum(batch.weights))
+    return weighted_mean(is_correct(logits, batch.labels), batch.sample_weight)
 
 
-def weighed(found: Pass) -> tf.Tensor:
-    """[n + 8] float32: the examples, and the examples times all else that a pass tells. Such vectors can be added up."""
-    return found.examples * tf.concat([[1.0], tf.stack([*found.loss, found.accuracy]), found.gradients.flat], axis=0)
+def to_sums(result: Pass) -> tf.Tensor:
+    """[n + 8] float32: the examples, and the examples times all else that a pass tells.
 
-
-def whole(total: tf.Tensor, state: TrainState) -> Pass:
-    """The pass over a whole batch, from the sum of its parts' `weighed`.
-
-    All means are over the examples of the whole batch, and a penalty, which every part has, counts once.
+    Such vectors of several parts of a batch can be added up.
     """
-    means = tf.math.divide_no_nan(total[1:], total[0])
+    terms = tf.stack([*result.loss, result.accuracy])
+    return result.examples * tf.concat([[1.0], terms, result.gradients.flat], axis=0)
+
+
+def from_sums(sums: tf.Tensor, state: TrainState) -> Pass:
+    """The pass over a whole batch, from the sum of its parts' `to_sums`.
+
+    All means are over the examples of the whole batch, and a penalty, which every part has, counts
+    once.
+    """
+    means = tf.math.divide_no_nan(sums[1:], sums[0])
     terms = len(Loss._fields)
-    return Pass(Loss(*tf.unstack(means[:terms])), means[terms], total[0], Vector(means[terms + 1:], state.weights))
+    loss = Loss(*tf.unstack(means[:terms]))
+    return Pass(loss, means[terms], sums[0], Vector(means[terms + 1 :], state.weights))
 
 
-def accumulated(differentiate: Callable, times: int) -> Callable:
-    """`differentiate`, on a batch that is cut in so many parts, one after the other, in the memory that one part takes.
+def accumulated(grad_fn: Callable, parts_in_turn: int) -> Callable:
+    """`grad_fn` on a batch cut into N parts, one after the other, in the memory of one part.
 
-    The gradient is that of the whole batch, but for layers that look at the batch: batch normalisation sees a part.
+    The gradient is that of the whole batch, but for layers that look at the batch: batch
+    normalisation sees a part.
+
+    Args:
+      grad_fn: as `forward_and_backward`.
+      parts_in_turn: N.
     """
-    def in_parts(state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1) -> Pass:
-        cut = Batch(*(tf.reshape(tensor, [times, -1, *tensor.shape[1:]]) for tensor in batch))
 
-        def body(i, total):
-            found = differentiate(state, Batch(*(tensor[i] for tensor in cut)), part=part * times + i, parts=parts * times)
-            return i + 1, total + weighed(found)
+    def in_parts(
+        state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1
+    ) -> Pass:
+        def cut(tensor: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(tensor, [parts_in_turn, -1, *tensor.shape[1:]])
 
-        size = sum(weight.shape.num_elements() for weight in state.weights.values())
-        start = tf.constant(0), tf.zeros([size + len(Loss._fields) + 2])
-        return whole(tf.while_loop(lambda i, _: i < times, body, start, parallel_iterations=1)[1], state)
+        cut_batch = [cut(tensor) for tensor in batch]
+
+        def body(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            own = Batch(*(tensor[i] for tensor in cut_batch))
+            index = part * parts_in_turn + i
+            result = grad_fn(state, own, part=index, parts=parts * parts_in_turn)
+            return i + 1, sums + to_sums(result)
+
+        size = count_elements(state.weights.values()) + len(Loss._fields) + 2
+        start = tf.constant(0), tf.zeros([size])
+        _, sums = tf.while_loop(lambda i, _: i < parts_in_turn, body, start, parallel_iterations=1)
+        return from_sums(sums, state)
 
     return in_parts
 
@@ -146,39 +204,48 @@ def accumulated(differentiate: Callable, times: int) -> Callable:
 class Step(NamedTuple):
     """What one step tells; all tensors."""
 
-    sums: tf.Tensor  # float32 [10]: steps, examples, and the sums over the examples of what loop.Metrics names
+    sums: tf.Tensor  # float32 [SUMS]: steps, examples, Σ over the examples of each of Metrics
     learning_rate: tf.Tensor
     gradient: tf.Tensor  # float32 [n], over all weights
     update: tf.Tensor  # float32 [n], what was added to the weights
 
 
-def train_step(state: TrainState, batch: Batch, differentiate: Callable = forward_and_backward) -> Step:
+def no_step(state: TrainState) -> Step:
+    """What is told before the first step: zeros."""
+    size = count_elements(state.weights.values())
+    return Step(tf.zeros([SUMS]), tf.constant(0.0), tf.zeros([size]), tf.zeros([size]))
+
+
+def train_step(state: TrainState, batch: Batch, grad_fn: Callable = forward_and_backward) -> Step:
     """One step: forward, loss, backward, update.
 
-    A step whose loss, gradient or update is not finite changes no weight, slot or counter, and neither does any step after
-    it, so that the state is found as it was before: `state.diverged` tells.
+    A step whose loss, gradient or update is not finite changes no weight, slot or counter, and
+    neither does any step after it: the state stays as it was before, and `state.diverged` tells.
 
-    `differentiate` is `forward_and_backward`, or its twin `debug.forward_and_backward`, which goes layer by layer, or either
-    on parts of the batch (`accumulated`, `distribution.Replicas.differentiate`), for which it takes `part` and `parts`, too.
+    Args:
+      state: what is trained.
+      batch: on what.
+      grad_fn: `forward_and_backward`, or its twin `debugger.forward_and_backward`, which goes layer
+        by layer, or either on parts of the batch (`accumulated`, `Replicas.grad_fn`), for which it
+        takes `part` and `parts`, too.
     """
-    images, labels, weights = batch
+    images, labels, sample_weight = batch
     learning_rate = state.schedule(state.schedule_step)
-    averages = [tf.identity(variable) for variable in state.moving.values()]
-    loss, accuracy, examples, gradients, logits = differentiate(state, batch)
+    non_trainable = [tf.identity(variable) for variable in state.non_trainable.values()]
+    loss, accuracy, examples, gradients, logits = grad_fn(state, batch)
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
 
-    finite = tf.math.is_finite(loss.total + gradients.norm + updates.norm)  # one test for all that they hold
+    # One test for all the values that the three hold.
+    finite = tf.math.is_finite(loss.total + gradients.norm + updates.norm)
     overflowed = state.overflowed(loss.total, finite)
     valid = finite & ~state.diverged
     state.optimizer.apply(updates, slots, state.weights, valid)
-    for variable, before in zip(state.moving.values(), averages):
+    for variable, before in zip(state.non_trainable.values(), non_trainable, strict=True):
         variable.assign(select(valid, variable, before))
-    state.keep_average(valid)
+    state.update_ema(valid)
     state.advance(valid, overflowed)
 
-    sums = tf.concat([[1.0, examples], examples * tf.stack([*loss, accuracy, gradients.norm])], axis=0)
-    return Step(select(valid, sums, tf.zeros_like(sums)), learning_rate, gradients.flat, updates.flat)
-
-
-def hits(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.equal(tf.argmax(logits, axis=-1), tf.cast(labels, tf.int64)), tf.float32)
+    metrics = tf.stack([*loss, accuracy, gradients.norm])
+    sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
+    sums = select(valid, sums, tf.zeros_like(sums))
+    return Step(sums, learning_rate, gradients.flat, updates.flat)

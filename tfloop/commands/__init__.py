@@ -1,9 +1,24 @@
-"""The commands of the command line: each a function (settings, its own options, arguments) → exit code."""
+"""The commands of the command line, a module each, named after the command.
 
-from tfloop.commands import checking, launching, looking, running, searching
-from tfloop.commands.command import Command
+To add a command, add a module with a `COMMAND` here. Where the command's name is a word of Python,
+the module's ends in an underscore.
+"""
 
-_ALL = running.COMMANDS | launching.COMMANDS | looking.COMMANDS | checking.COMMANDS | searching.COMMANDS
-_ORDER = ("train", "launch", "sweep", "lr_find", "report", "evaluate", "predict", "export", "import", "pack", "model", "tensorboard", "scalars", "plot", "debug", "check_gradients",
-          "parity", "overfit", "schedule")
-COMMANDS: dict[str, Command] = {name: _ALL[name] for name in _ORDER}
+import importlib
+import pkgutil
+
+from tfloop.commands.command import TOPICS, Command
+
+
+def find() -> dict[str, Command]:
+    """Every command by name: by topic, and in a topic by name."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.name != "command":
+            imported = importlib.import_module(f"{__name__}.{module.name}")
+            found[module.name.rstrip("_")] = imported.COMMAND
+    order = sorted(found, key=lambda name: (TOPICS.index(found[name].topic), name))
+    return {name: found[name] for name in order}
+
+
+COMMANDS: dict[str, Command] = find()

@@ -1,41 +1,73 @@
 """What a command is, and what commands share. TensorFlow is imported when a command needs it."""
 
+import contextlib
+import math
+import signal
+import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import IO, Any, NamedTuple
 
-STARTED = time.perf_counter()
+from tfloop.config import FIELDS, GROUPS, Config
+from tfloop.errors import UserError
+from tfloop.wording import counted
 
-import signal  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from typing import NamedTuple  # noqa: E402
-
-from tfloop.config import FIELDS, GROUPS, Config  # noqa: E402
-from tfloop.errors import UserError  # noqa: E402
-
+STARTED = time.perf_counter()  # when the program began, but for the imports above
 FAILED, TERMINATED = 1, 143  # exit codes: a check failed; as after SIGTERM
+TOPICS = ("train", "use", "look", "search", "check", "cluster")
 
 
 class Command(NamedTuple):
-    function: Callable[[Config, dict, list[str]], int]
+    """A command.
+
+    Attributes:
+      function: (settings, its own options, arguments) → exit code.
+      help: one line.
+      topic: one of TOPICS, by which commands are listed.
+      arguments: what it takes beside flags, as help shows it.
+      settings: the fields of Config that it takes as flags.
+      options: flags of its own: name → (default, help).
+    """
+
+    function: Callable[[Config, dict[str, Any], list[str]], int]
     help: str
+    topic: str
     arguments: str = ""
-    settings: tuple[str, ...] = tuple(FIELDS)  # the fields of Config that it takes as flags
-    options: dict[str, tuple] = {}  # flags of its own: name → (default, help)
+    settings: Sequence[str] = tuple(FIELDS)
+    options: dict[str, tuple[Any, str]] = {}  # noqa: RUF012 (never changed)
 
 
-WHERE = ("device", "intra_op_threads", "inter_op_threads", "memory_growth", "memory_limit", "log_device_placement",
-         "tensorflow_log")
-MANY = ("strategy", "replicas", "worker_timeout")
-HOW = tuple(name for name in FIELDS  # and how it learns
-            if name not in (*GROUPS["looking inside"], *GROUPS["what is written"], *MANY))
+# Settings that commands take: what TensorFlow runs on; several processes; what and how it learns;
+# the same for one model; which model.
+WHERE = (
+    "device",
+    "intra_op_threads",
+    "inter_op_threads",
+    "memory_growth",
+    "memory_limit",
+    "log_device_placement",
+    "tensorflow_log",
+)
+SEVERAL = ("strategy", "replicas", "worker_timeout")
+_NOT_HOW = {*GROUPS["looking inside"], *GROUPS["what is written"], *SEVERAL}
+HOW = tuple(name for name in FIELDS if name not in _NOT_HOW)
 ALONE = tuple(name for name in HOW if name != "ensemble")
 MODEL = tuple(name for group in ("start from", "data", "model") for name in GROUPS[group])
-BEST = "the checkpoint that did best on the validation images, not the newest"
+BEST = (False, "the checkpoint that did best on the validation images, not the newest")
+
+
+def without(settings: Sequence[str], *names: str) -> tuple[str, ...]:
+    """The settings, less these."""
+    return tuple(name for name in settings if name not in names)
 
 
 def start(config: Config) -> tuple[Config, str]:
-    """(the settings with what they leave to the machine decided, the device's name), and TensorFlow set up for them."""
-    from tfloop import devices
+    """Set TensorFlow up.
+
+    Returns:
+      (the settings with what they leave to the machine decided, the device's name).
+    """
+    from tfloop.machine import devices
 
     return devices.start(config)[:2]
 
@@ -44,21 +76,94 @@ def warn(message: str) -> None:
     print(f"tfloop: {message}", file=sys.stderr)
 
 
-def one(arguments: list[str], name: str, what: str) -> str:
+def one_argument(arguments: list[str], name: str, what: str) -> str:
+    """The only argument.
+
+    Raises:
+      UserError: there is none, or there are several.
+    """
     if len(arguments) != 1:
-        raise UserError(f"expected {name}, {what}; found {len(arguments)} argument{'s' * (len(arguments) != 1)}")
+        found = counted(len(arguments), "argument")
+        raise UserError(f"expected {name}, {what}; found {found}")
     return arguments[0]
 
 
-def some(arguments: list[str]) -> list[str]:
+def run_folders(arguments: list[str]) -> list[str]:
+    """The arguments, of which there must be one at least.
+
+    Raises:
+      UserError: there is none.
+    """
     if not arguments or "" in arguments:
         raise UserError("expected RUN, one or several folders with event files; found none")
     return arguments
 
 
-def output(path: str):
-    import contextlib
+def whole_number(options: dict[str, Any], name: str, least: int) -> int:
+    """An option's value.
 
+    Raises:
+      UserError: it is no whole number, or less than `least`.
+    """
+    text = options[name]
+    if not (text.isdecimal() and least <= int(text) < 2**31):
+        raise UserError(f"--{name}={text}: expected a whole number, {least} or more")
+    return int(text)
+
+
+def number_of_steps(options: dict[str, Any]) -> int:
+    """The value of --steps.
+
+    Raises:
+      UserError: it is no number of steps.
+    """
+    text = options["steps"]
+    if not (text.isdecimal() and int(text)):
+        raise UserError(f"--steps={text}: expected a number of steps, 1 or more")
+    return int(text)
+
+
+def positive_rate(options: dict[str, Any], name: str) -> float:
+    """An option's value.
+
+    Raises:
+      UserError: it is no learning rate above 0.
+    """
+    try:
+        rate = float(options[name])
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise UserError(f"--{name}={options[name]}: expected a rate above 0")
+    return rate
+
+
+def one_of(options: dict[str, Any], name: str, choices: Sequence[str]) -> str:
+    """An option's value.
+
+    Raises:
+      UserError: it is none of the choices.
+    """
+    value = options[name]
+    if value not in choices:
+        raise UserError(f"--{name}={value} is unknown; choose from {', '.join(choices)}")
+    return value
+
+
+def curves_only(config: Config, options: dict[str, Any]) -> Config:
+    """--summaries=scalars, where nothing else was asked for: many runs write many pictures."""
+    is_default = config.summaries == FIELDS["summaries"].default
+    if is_default and "summaries" not in options["given"]:
+        return config.replace(summaries="scalars")
+    return config
+
+
+def output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
+    """The file to write to; standard output where there is no path.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     if not path:
         return contextlib.nullcontext(sys.stdout)
     try:
@@ -68,19 +173,26 @@ def output(path: str):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM once asks the run to end after its current call, with a checkpoint; twice ends the program."""
+    """Ctrl-C or SIGTERM once asks the run to end after its current call, with a checkpoint.
 
-    def __init__(self, listen: bool = True):
+    Twice ends the program.
+    """
+
+    def __init__(self, listen: bool = True) -> None:
         self._signal = 0
         if listen:
             self.listen()
 
     def listen(self) -> None:
-        """Take the signals, again where TensorFlow took them: with several workers it watches for SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM) if not self._signal else ():
-            signal.signal(number, self._ask)
+        """Take the signals.
 
-    def _ask(self, number: int, _) -> None:
+        Again where TensorFlow took them: with several workers it watches for SIGTERM.
+        """
+        if not self._signal:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
         self._signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)

@@ -1,0 +1,39 @@
+"""The layers of a model."""
+
+import sys
+from typing import Any
+
+from tfloop.commands.command import MODEL, WHERE, Command, start
+from tfloop.config import Config
+from tfloop.wording import shape_text
+
+
+def model(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
+    start(config)
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from tfloop import assembly, models
+
+    data = assembly.load_data(config.replace(standardize=False))
+    built = models.build(config, data.image_shape, data.classes)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    table.add_column("layer", footer="total")
+    table.add_column("output")
+    table.add_column("weights")
+    table.add_column("parameters", justify="right", footer=f"{built.count_params():,}")
+    for layer, shape, weights, parameters in models.table(built):
+        table.add_row(layer, shape, weights, f"{parameters:,}")
+    shape = shape_text(data.image_shape)
+    print(f"input {shape}; a dense kernel is (inputs, units): y = x·W + b, row by row")
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+COMMAND = Command(
+    model,
+    "the model's layers, shapes and parameters",
+    topic="look",
+    settings=(*MODEL, *WHERE),
+)

@@ -1,0 +1,51 @@
+"""Curves of any runs."""
+
+import math
+import os
+from typing import Any
+
+from tfloop.commands.command import Command, run_folders, start
+from tfloop.config import Config
+from tfloop.errors import UserError
+
+
+def plot(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
+    folders, reference = run_folders(arguments), _reference(options["reference"])
+    if not options["out"]:
+        raise UserError("--out: expected a PNG file, found nothing")
+    start(config)
+    from tfloop.inspection import event_files, plots
+
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    runs = {}
+    for name, folder in zip(names, folders, strict=True):
+        label = name if names.count(name) == 1 else folder
+        runs[label] = plots.by_epoch(event_files.read_scalars(folder), folder)
+    plots.save(plots.curves(runs, reference), options["out"])
+    print(options["out"])
+    return 0
+
+
+def _reference(text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        reference = float(text)
+    except ValueError:
+        reference = math.nan
+    if not 0 < reference <= 1:
+        raise UserError(f"--reference={text}: expected an accuracy between 0 and 1")
+    return reference
+
+
+COMMAND = Command(
+    plot,
+    "accuracy and loss over epochs, several runs overlaid, as PNG",
+    topic="look",
+    arguments="RUN…",
+    settings=(),
+    options={
+        "out": ("curves.png", "the PNG file"),
+        "reference": ("", "an accuracy to draw a line at, such as 0.99"),
+    },
+)

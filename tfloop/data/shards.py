@@ -1,0 +1,515 @@
+"""Data sets larger than memory: folders of TFRecord shards, of which any record can be read.
+
+A shard is a TFRecord file of tf.train.Example with a label and an image: PNG, JPEG, or raw bytes
+with height, width and channels, and best with format "raw". Its name begins with the part it
+belongs to, "train-00000-of-00004.tfrecord", "test-…", or holds it
+("mnist-train.tfrecord-00000-of-00001").
+
+The first time a folder is used every record is read once and checked, and an index is left there:
+where each record lies, its CRC-32 and label, and the mean and scale of the pixels. After that,
+memory holds the index, 29 bytes a record, and nothing of the images: a batch is read from its
+places in the shards.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import resource
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfloop.data.dataset import Dataset, Split, Standardizer, hold_out
+from tfloop.data.readers import read_npz
+from tfloop.data.tf_data import UNTUNED
+from tfloop.errors import UserError
+from tfloop.wording import shape_text
+
+INDEX = "index.npz"
+FORMAT = 2
+PARTS = ("train", "test")
+HEADER, FOOTER = 12, 4  # bytes around a record: its length and the CRC of that, and its own CRC
+CHUNK = 1024  # records that are decoded at once
+COLUMNS = {
+    "shard": np.int32,
+    "number": np.int32,
+    "offset": np.int64,
+    "length": np.int32,
+    "crc": np.uint32,
+    "raw": np.bool_,
+    "label": np.int32,
+}
+
+
+def shards(folder: str | Path, part: str) -> list[Path]:
+    """The shards of "train" or "test" in a folder, by name."""
+    files = sorted(path for path in Path(folder).glob("*tfrecord*") if path.is_file())
+    return [path for path in files if path.name.startswith(part) or f"-{part}." in path.name]
+
+
+class Records:
+    """The images of a part, as an array that is read when it is indexed: images[5:9], images[rows].
+
+    Attributes:
+      shape: (N, height, width, channels).
+      dtype: uint8.
+      nbytes: what the images would take in memory.
+      skipped: the records that were found damaged and left out since, "FILE: record 7".
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        files: list[Path],
+        index: dict[str, np.ndarray],
+        image_shape: tuple[int, int, int],
+        skip: bool,
+    ) -> None:
+        """Args:
+        files: the shards.
+        index: for each record its shard, number, offset, length, crc, and whether it is raw.
+        image_shape: of each image.
+        skip: leave a damaged record out, where else it is an error.
+        """
+        self.files, self.index, self._skip = files, index, skip
+        self.shape = (len(index["offset"]), *image_shape)
+        self.nbytes = int(np.prod(self.shape))
+        self.skipped: dict[str, None] = {}
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if len(files) + 256 > soft:  # every shard stays open
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def select(self, rows: np.ndarray | slice) -> "Records":
+        """Some of the records, in this order; nothing is read."""
+        index = {name: column[rows] for name, column in self.index.items()}
+        return Records(self.files, index, self.shape[1:], self._skip)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """The images of these rows.
+
+        Raises:
+          UserError: a record is not the one that was indexed.
+        """
+        rows = np.arange(len(self))[rows]
+        if not len(rows):
+            return np.zeros((0, *self.shape[1:]), np.uint8)
+        images = []
+        for first in range(0, len(rows), CHUNK):
+            part = rows[first : first + CHUNK]
+            examples = tf.constant([self._read(row) for row in part.tolist()])
+            images.append(self._decode(examples, tf.constant(self.index["raw"][part])).numpy())
+        return np.concatenate(images)
+
+    @functools.cached_property
+    def _decode(self) -> Callable:
+        signature = [tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.bool)]
+        to_images = functools.partial(decode, image_shape=self.shape[1:])
+        return tf.function(to_images, autograph=False, input_signature=signature)
+
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(serialized examples, whether each is raw, 1 or 0 for each).
+
+        0 stands where a record is damaged and another one stands in its place.
+
+        Raises:
+          UserError: a record is damaged, and none is to be left out.
+        """
+        records: list[bytes | None] = []
+        whole = np.ones(len(rows), np.float32)
+        for place, row in enumerate(rows.tolist()):
+            try:
+                records.append(self._read(row))
+            except UserError as error:
+                if not self._skip:
+                    raise
+                self.skipped[str(error).partition(" is damaged")[0]] = None
+                whole[place] = 0.0
+                records.append(None)
+        good = next((place for place, record in enumerate(records) if record is not None), None)
+        if good is None:
+            raise UserError(f"{self.files[0].parent}: a whole batch of records is damaged")
+        raw = self.index["raw"][rows]
+        raw = np.where(whole > 0, raw, raw[good])
+        examples = [records[good] if record is None else record for record in records]
+        return np.array(examples, object), raw, whole
+
+    def _read(self, row: int) -> bytes:
+        shard, offset, length = (
+            int(self.index[name][row]) for name in ("shard", "offset", "length")
+        )
+        path = self.files[shard]
+        try:
+            with self._lock:
+                if shard not in self._open:
+                    self._open[shard] = os.open(path, os.O_RDONLY)
+            record = os.pread(self._open[shard], length, offset)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if zlib.crc32(record) != int(self.index["crc"][row]):
+            number = int(self.index["number"][row])
+            raise UserError(
+                f"{path}: record {number} is damaged: it is not the one that was indexed; remove "
+                f"{INDEX} to have all of them checked anew"
+            )
+        return record
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+IMAGE_KEYS, LABEL_KEYS = ("image", "image/encoded"), ("label", "image/class/label")
+# The index knows all else.
+FEATURES = {key: tf.io.FixedLenFeature([], tf.string, "") for key in IMAGE_KEYS}
+
+
+def decode(examples: tf.Tensor, raw: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
+    """uint8 [n, *image_shape] from serialized examples that were checked before.
+
+    Args:
+      examples: [n] string.
+      raw: [n] bool, whether each holds raw bytes.
+      image_shape: (height, width, channels).
+    """
+    images = _image(tf.io.parse_example(examples, FEATURES))
+
+    def decode_encoded(image: tf.Tensor) -> tf.Tensor:
+        pixels = tf.io.decode_image(image, image_shape[-1], expand_animations=False)
+        return tf.ensure_shape(pixels, image_shape)
+
+    def decode_one(image_and_raw: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        image, is_raw = image_and_raw
+        return tf.cond(
+            is_raw,
+            lambda: tf.reshape(tf.io.decode_raw(image, tf.uint8), image_shape),
+            lambda: decode_encoded(image),
+        )
+
+    return tf.cond(
+        tf.reduce_all(raw),
+        lambda: tf.reshape(tf.io.decode_raw(images, tf.uint8), [-1, *image_shape]),
+        lambda: tf.map_fn(
+            decode_one, (images, raw), fn_output_signature=tf.uint8, parallel_iterations=16
+        ),
+    )
+
+
+def _image(parsed: dict[str, tf.Tensor]) -> tf.Tensor:
+    first, second = (parsed[key] for key in IMAGE_KEYS)
+    return tf.where(first == "", second, first)
+
+
+# --- the index
+
+
+@dataclasses.dataclass
+class _Part:
+    files: list[Path]
+    columns: dict[str, np.ndarray]  # as COLUMNS
+    damaged: list[str]
+
+
+class _Index(NamedTuple):
+    state: str  # of the shards that it is of
+    parts: list[_Part]
+    image_shape: tuple[int, int, int]
+    standardizer: Standardizer
+
+    @property
+    def damaged(self) -> list[str]:
+        return [name for part in self.parts for name in part.damaged]
+
+
+def load(
+    folder: str | Path,
+    validation_size: int = 0,
+    standardize: bool = True,
+    seed: int = 0,
+    skip: bool = False,
+) -> Dataset:
+    """The data set in a folder of shards.
+
+    Args:
+      folder: that of the shards.
+      validation_size, standardize, seed: as in sources.load, but that the standardiser has seen the
+        validation images, too.
+      skip: leave out what is damaged, where else it is an error.
+
+    Raises:
+      UserError: a part is missing, a record is damaged, or its image or label does not fit the
+        others.
+    """
+    folder = Path(folder)
+    index = _indexed(folder, skip)
+    train, test = (_split(part, index.image_shape, skip) for part in index.parts)
+    classes = int(train.labels.max()) + 1
+    if classes < 2 or int(test.labels.max()) >= classes:
+        raise UserError(
+            f"--dataset={folder}: training labels go from 0 to {classes - 1}, test labels to "
+            f"{int(test.labels.max())}"
+        )
+    train, validation = hold_out(train, validation_size, seed)
+    fit = index.standardizer if standardize else Standardizer.identity(index.image_shape)
+    return Dataset(
+        f"--dataset={folder}",
+        train,
+        validation,
+        test,
+        classes,
+        fit,
+        left_out=tuple(index.damaged),
+        digest=index.state,
+    )
+
+
+def _split(part: _Part, image_shape: tuple[int, int, int], skip: bool) -> Split:
+    columns = {name: column for name, column in part.columns.items() if name != "label"}
+    return Split(Records(part.files, columns, image_shape, skip), part.columns["label"])
+
+
+def _indexed(folder: Path, skip: bool) -> _Index:
+    files = {part: shards(folder, part) for part in PARTS}
+    for part, found in files.items():
+        if not found:
+            raise UserError(
+                f"--dataset={folder}: has no {part} shards, files named like "
+                f"{part}-00000-of-00004.tfrecord"
+            )
+    state = _state(list(files.values()))
+    if index := _read_index(folder, state, files):
+        if index.damaged and not skip:
+            raise UserError(f"{index.damaged[0]}; --on_bad_record=skip leaves it out")
+        return index
+    scan = _Scan(skip)
+    parts = [scan.part(files["train"], fit=True), scan.part(files["test"], fit=False)]
+    index = _Index(state, parts, scan.image_shape, scan.standardizer())
+    _write_index(folder, index)
+    return index
+
+
+def _state(files: list[list[Path]]) -> str:
+    """Changes with the name, size or date of any shard."""
+    paths = [path for part in files for path in part]
+    about = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr((FORMAT, about)).encode()).hexdigest()
+
+
+def _read_index(folder: Path, state: str, files: dict[str, list[Path]]) -> _Index | None:
+    """None where there is no index of these very files."""
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        arrays = read_npz(folder / INDEX)
+        if str(arrays["state"]) != state:
+            return None
+        parts = []
+        for part, shard_files in files.items():
+            columns = {name: arrays[f"{part}_{name}"] for name in COLUMNS}
+            parts.append(_Part(shard_files, columns, arrays[f"{part}_damaged"].tolist()))
+        fit = Standardizer(arrays["mean"], arrays["scale"])
+        return _Index(state, parts, tuple(arrays["image_shape"].tolist()), fit)
+    except (UserError, KeyError):  # damaged, so of no use
+        return None
+
+
+def _write_index(folder: Path, index: _Index) -> None:
+    arrays: dict[str, np.ndarray] = {
+        "state": np.array(index.state),
+        "image_shape": np.array(index.image_shape),
+        "mean": index.standardizer.mean,
+        "scale": index.standardizer.scale,
+    }
+    for name, part in zip(PARTS, index.parts, strict=True):
+        arrays |= {f"{name}_{column}": values for column, values in part.columns.items()}
+        arrays[f"{name}_damaged"] = np.array(part.damaged, dtype=np.str_)
+    partial = folder / f"{INDEX}.{os.getpid()}.partial.npz"
+    try:
+        np.savez(partial, **arrays)  # type: ignore[arg-type]
+        partial.replace(folder / INDEX)
+    except OSError:  # a folder that may not be written to is indexed anew each time
+        partial.unlink(missing_ok=True)
+
+
+class _Problem(Exception):
+    """What is wrong with a record."""
+
+
+class _Scan:
+    """Reads every record once: checks it, notes where it lies, and fits the standardiser.
+
+    Attributes:
+      image_shape: that of the first image, which all must have.
+    """
+
+    def __init__(self, skip: bool) -> None:
+        from sklearn.preprocessing import StandardScaler
+
+        self.image_shape: Any = None
+        self._skip, self._scaler = skip, StandardScaler()
+
+    def standardizer(self) -> Standardizer:
+        return Standardizer.of_scaler(self._scaler, self.image_shape)
+
+    def part(self, files: list[Path], fit: bool) -> _Part:
+        """All records of a part; `fit` the standardiser on them, too."""
+        rows: list[tuple] = []
+        damaged: list[str] = []
+        waiting: list[np.ndarray] = []  # to be fitted
+        for shard, path in enumerate(files):
+            for number, offset, record, problem in _records(path):
+                try:
+                    if problem:
+                        raise _Problem(problem)
+                    image, raw, label = self._check(record)
+                except _Problem as found:
+                    damaged.append(f"{path}: record {number} {found}")
+                    if not self._skip:
+                        raise UserError(
+                            f"{damaged[-1]}; --on_bad_record=skip leaves it out"
+                        ) from None
+                    continue
+                crc = zlib.crc32(record)
+                rows.append((shard, number, offset, len(record), crc, raw, label))
+                if fit:
+                    waiting.append(image)
+                if len(waiting) == Standardizer.at_once(image.size):
+                    self._fit(waiting)
+        self._fit(waiting)
+        if not rows:
+            names = ", ".join(path.name for path in files[:3])
+            raise UserError(f"{files[0].parent}: there are no records in {names}")
+        columns: dict[str, np.ndarray] = {
+            name: np.array(column, dtype)
+            for (name, dtype), column in zip(COLUMNS.items(), zip(*rows, strict=True), strict=True)
+        }
+        return _Part(files, columns, damaged)
+
+    def _fit(self, waiting: list[np.ndarray]) -> None:
+        if waiting:
+            self._scaler.partial_fit(np.stack(waiting).reshape(len(waiting), -1))
+        waiting.clear()
+
+    def _check(self, record: bytes) -> tuple[np.ndarray, bool, int]:
+        """(image, is it raw bytes, label)
+
+        Raises:
+          _Problem: the record is no example with an image and a label that fit the others.
+        """
+        try:
+            features = tf.train.Example.FromString(record).features.feature
+        except Exception:  # google.protobuf's DecodeError is not the only one
+            raise _Problem("is no tf.train.Example") from None
+        image = _first(features, IMAGE_KEYS, "bytes_list")
+        label = _first(features, LABEL_KEYS, "int64_list")
+        if image is None or label is None or not 0 <= label < 2**31 - 1:
+            wanted = " or ".join(IMAGE_KEYS if image is None else LABEL_KEYS)
+            found = ", ".join(features) or "nothing"
+            raise _Problem(f"has no {wanted}; found {found}")
+        pixels, raw = self._pixels(features, image)
+        self.image_shape = self.image_shape or pixels.shape
+        if pixels.shape != self.image_shape:
+            expected = shape_text(self.image_shape)
+            raise _Problem(f"is {shape_text(pixels.shape)}, the first record {expected}")
+        return pixels, raw, label
+
+    def _pixels(self, features: Any, image: bytes) -> tuple[np.ndarray, bool]:
+        """(the image, is it raw bytes)"""
+        named = [_first(features, (key,), "int64_list") for key in ("height", "width", "channels")]
+        sizes = [size for size in named if size is not None]
+        volume = np.prod(sizes, dtype=np.int64)
+        may_be_raw = len(sizes) == 3 and len(image) == volume > 0
+        says_raw = features["format"].bytes_list.value[:] == [b"raw"]
+        if not (may_be_raw and says_raw):
+            # A PNG can be just as long as its raw bytes: decode first, then think of these.
+            channels = self.image_shape[-1] if self.image_shape else 0
+            try:
+                decoded = tf.io.decode_image(image, channels, expand_animations=False)
+                return decoded.numpy(), False
+            except tf.errors.OpError:
+                if not may_be_raw:
+                    raise _Problem(
+                        "holds an image that is neither PNG, JPEG, GIF, BMP nor raw bytes of "
+                        "height × width × channels"
+                    ) from None
+        return np.frombuffer(image, np.uint8).reshape(sizes), True
+
+
+def _first(features: Any, keys: tuple[str, ...], kind: str) -> Any:
+    """The first value under any of these keys; None where there is none."""
+    for key in keys:
+        if key in features and (values := getattr(features[key], kind).value):
+            return values[0]
+    return None
+
+
+def _records(path: Path) -> Iterator[tuple[int, int, bytes, str]]:
+    """(number, offset of the content, content, "" or what is wrong) of each record, in order.
+
+    TensorFlow checks the CRCs. After a record whose content is damaged the next one is found by its
+    length; after a damaged length nothing is.
+    """
+    size, number, start = path.stat().st_size, 0, 0
+    whole = tf.data.TFRecordDataset(str(path)).with_options(UNTUNED).as_numpy_iterator()
+    while start < size:
+        try:
+            record = next(whole) if whole else _check_record(path, start)
+        except StopIteration:
+            return
+        except (tf.errors.DataLossError, _Damaged):
+            length = _length(path, start)
+            if length is None or start + HEADER + length + FOOTER > size:
+                problem = "is truncated or damaged, and with it the rest of the file"
+                yield number, start, b"", problem
+                return
+            yield number, start + HEADER, b"", "is damaged: its CRC is wrong"
+            whole, start, number = None, start + HEADER + length + FOOTER, number + 1
+            continue
+        except tf.errors.OpError as error:
+            reason = error.message.splitlines()[0]
+            raise UserError(f"{path}: cannot be read: {reason}") from None
+        yield number, start + HEADER, record, ""
+        start, number = start + HEADER + len(record) + FOOTER, number + 1
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _length(path: Path, start: int) -> int | None:
+    """The length of the record that starts here; None where that itself is damaged."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    with open(path, "rb") as file:
+        file.seek(start)
+        header = file.read(HEADER)
+    crc = int.from_bytes(header[8:], "little")
+    if len(header) < HEADER or masked_crc32c(header[:8]) != crc:
+        return None
+    return int.from_bytes(header[:8], "little")
+
+
+def _check_record(path: Path, start: int) -> bytes:
+    """The record that starts here, checked in Python: TensorFlow cannot begin inside a file."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    length = _length(path, start)
+    if length is None:
+        raise _Damaged
+    with open(path, "rb") as file:
+        file.seek(start + HEADER)
+        record, crc = file.read(length), file.read(FOOTER)
+    if len(crc) < FOOTER or masked_crc32c(record) != int.from_bytes(crc, "little"):
+        raise _Damaged
+    return record

@@ -1,0 +1,182 @@
+"""Where the images come from: the shipped MNIST, scikit-learn's digits, files in several formats.
+
+To add a format, register a `Source` here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tfloop.data.dataset import Dataset, from_arrays
+from tfloop.data.readers import read_idx, read_npz
+from tfloop.errors import UserError
+
+SHIPPED = {"mnist": Path(__file__).parent / "mnist"}
+Part = tuple[np.ndarray, np.ndarray]  # images, labels
+
+
+class Cut(NamedTuple):
+    """How a data set is read and cut; the arguments of `load`."""
+
+    split: str = "standard"
+    validation_size: int = 0
+    standardize: bool = True
+    seed: int = 0
+    on_bad_record: str = "stop"
+
+
+class Source(NamedTuple):
+    """A kind of data set.
+
+    Attributes:
+      what: how messages describe it: "an .npz file".
+      matches: name or path → is it of this kind?
+      read: (name or path, cut) → the data set.
+    """
+
+    what: str
+    matches: Callable[[str], bool]
+    read: Callable[[str, Cut], Dataset]
+
+
+SOURCES: list[Source] = []
+
+
+def register(source: Source) -> None:
+    """Let `load` read what the source matches; those registered first are asked first."""
+    SOURCES.append(source)
+
+
+def load(
+    dataset: str = "mnist",
+    split: str = "standard",
+    validation_size: int = 0,
+    standardize: bool = True,
+    seed: int = 0,
+    on_bad_record: str = "stop",
+) -> Dataset:
+    """Read a data set, check it, cut it and fit the standardiser on its training images.
+
+    Args:
+      dataset: "mnist", "digits", or the path of a folder with IDX files or TFRecord shards (see
+        `shards`), or of an .npz with x_train, y_train, x_test and y_test.
+      split: "standard" keeps the set's own test images; "shuffled" joins all images, shuffles them
+        by `seed` and cuts off as many for the test as the set had.
+      validation_size: training images to hold out, the same share of every class.
+      standardize: fit a `Standardizer`; otherwise it is the identity.
+      seed: of the shuffle and of the choice of validation images.
+      on_bad_record: "stop", or "skip" to leave out records of shards that are damaged.
+
+    Raises:
+      UserError: a missing, damaged or mislabelled file, or sizes that leave nothing to train on.
+    """
+    cut = Cut(split, validation_size, standardize, seed, on_bad_record)
+    for source in SOURCES:
+        if source.matches(dataset):
+            return source.read(dataset, cut)
+    kinds = list(dict.fromkeys(source.what for source in SOURCES))
+    choices = f"{', '.join(kinds[:-1])}, or {kinds[-1]}"
+    if not Path(dataset).exists():
+        raise UserError(f"--dataset={dataset}: does not exist; name {choices}")
+    raise UserError(f"--dataset={dataset}: not {choices}")
+
+
+def _from_parts(read: Callable[[str], tuple[Part, Part]]) -> Callable[[str, Cut], Dataset]:
+    """A `Source.read` from a function that gives the (training, test) arrays as they lie there."""
+
+    def read_and_cut(dataset: str, cut: Cut) -> Dataset:
+        (x_train, y_train), (x_test, y_test) = read(dataset)
+        return from_arrays(
+            x_train,
+            y_train,
+            x_test,
+            y_test,
+            name=f"--dataset={dataset}",
+            split=cut.split,
+            validation_size=cut.validation_size,
+            standardize=cut.standardize,
+            seed=cut.seed,
+        )
+
+    return read_and_cut
+
+
+def _read_shipped(dataset: str) -> tuple[Part, Part]:
+    folder = SHIPPED[dataset]
+    lines = (folder / "SHA256SUMS").read_text(encoding="ascii").splitlines()
+    sums = {name: digest for digest, name in (line.split() for line in lines)}
+    return _read_idx_parts(folder, sums)
+
+
+def _read_digits(dataset: str) -> tuple[Part, Part]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = digits.images.astype(np.uint8)
+    rows, held_out = train_test_split(
+        np.arange(len(images)), test_size=360, random_state=0, stratify=digits.target
+    )
+    return (images[rows], digits.target[rows]), (images[held_out], digits.target[held_out])
+
+
+def _read_idx_folder(dataset: str) -> tuple[Part, Part]:
+    return _read_idx_parts(Path(dataset), {})
+
+
+def _read_idx_parts(folder: Path, sums: dict[str, str]) -> tuple[Part, Part]:
+    """The four files of MNIST's layout, whose SHA-256 sums are checked where they are known."""
+
+    def read(name: str) -> np.ndarray:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return read_idx(path, sums.get(path.name))
+        raise UserError(
+            f"--dataset={folder}: {name} or {name}.gz is missing (of pictures, tfloop pack first "
+            "makes shards)"
+        )
+
+    def part(name: str) -> Part:
+        return read(f"{name}-images-idx3-ubyte"), read(f"{name}-labels-idx1-ubyte")
+
+    return part("train"), part("t10k")
+
+
+def _read_npz(dataset: str) -> tuple[Part, Part]:
+    """An archive as Keras writes its data sets."""
+    arrays = read_npz(dataset)
+    names = ("x_train", "y_train", "x_test", "y_test")
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        found = ", ".join(arrays) or "nothing"
+        raise UserError(f"{dataset}: has no {', '.join(missing)}; found {found}")
+    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
+
+
+def _read_shards(dataset: str, cut: Cut) -> Dataset:
+    from tfloop.data import shards
+
+    if cut.split != "standard":
+        raise UserError(
+            f"--split={cut.split}: shards keep the test images that they have; use --split=standard"
+        )
+    skip = cut.on_bad_record == "skip"
+    return shards.load(dataset, cut.validation_size, cut.standardize, cut.seed, skip)
+
+
+def _holds_shards(dataset: str) -> bool:
+    return any(Path(dataset).glob("*tfrecord*"))
+
+
+def _is_npz(dataset: str) -> bool:
+    return Path(dataset).suffix == ".npz" and Path(dataset).is_file()
+
+
+_FOLDER = "a folder of IDX files or TFRecord shards"
+register(Source("mnist", lambda name: name in SHIPPED, _from_parts(_read_shipped)))
+register(Source("digits", lambda name: name == "digits", _from_parts(_read_digits)))
+register(Source(_FOLDER, _holds_shards, _read_shards))
+register(Source(_FOLDER, lambda name: Path(name).is_dir(), _from_parts(_read_idx_folder)))
+register(Source("an .npz file", _is_npz, _from_parts(_read_npz)))

@@ -1,0 +1,148 @@
+"""TensorBoard's event files: TFRecord files of Event messages."""
+
+import contextlib
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.util.tensor_util import make_ndarray
+
+from tfloop.data.tf_data import UNTUNED
+from tfloop.errors import UserError
+
+_numbers = itertools.count()
+
+
+class EventFile:
+    """A new event file in `folder`.
+
+    What is written is on its way to the disk at once, so that TensorBoard shows it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{next(_numbers):06d}.tfloop"
+        self._path = Path(folder) / name
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = tf.io.TFRecordWriter(str(self._path))
+        self._write(Event(file_version="brain.Event:2"))
+
+    def write(self, step: int, *summaries: Any) -> None:
+        """Summary messages, TensorBoard's or TensorFlow's, as one event."""
+        merged = Summary()
+        for summary in summaries:
+            merged.MergeFromString(summary.SerializeToString())
+        self._write(Event(step=step, summary=merged))
+
+    def write_graph(self, graph: tf.Graph) -> None:
+        content = graph.as_graph_def(add_shapes=True).SerializeToString()
+        self._write(Event(graph_def=content))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        try:
+            self._file.write(event.SerializeToString())
+            self._file.flush()
+        except tf.errors.OpError as error:
+            raise UserError(f"{self._path}: cannot be written: {_plain(error)}") from None
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        descriptor = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        with contextlib.suppress(tf.errors.OpError):  # all was written by `write`, or it said why
+            self._file.close()
+
+
+class Scalar(NamedTuple):
+    """A point of a curve."""
+
+    run: str  # folder, relative to the one that was read; "." is that folder itself
+    tag: str
+    step: int
+    wall_time: float  # seconds since 1970
+    value: float
+
+
+def event_paths(folder: str | Path) -> list[Path]:
+    """The event files in `folder` and below, sorted."""
+    return sorted(path for path in Path(folder).rglob("*tfevents*") if path.is_file())
+
+
+def read_scalars(folder: str | Path) -> list[Scalar]:
+    """Every scalar in the event files in `folder` and below, in the order of files and events.
+
+    Files of any writer are read, TensorFlow's first version of summaries too. A last record that is
+    not whole yet, as in the files of a live run, is left out.
+
+    Raises:
+      UserError: no event files, or a damaged one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'does not exist'}")
+    files = event_paths(folder)
+    if not files:
+        raise UserError(f"{folder}: holds no event files, here or below")
+    scalars: list[Scalar] = []
+    known: set[tuple[str, str]] = set()
+    for path in files:
+        run = str(path.parent.relative_to(folder))
+        for event in _events(path):
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "scalars":
+                    known.add((run, value.tag))  # later values of a tag may come without it
+                number = _number(value, (run, value.tag) in known)
+                if number is not None:
+                    scalars.append(Scalar(run, value.tag, event.step, event.wall_time, number))
+    return scalars
+
+
+def _number(value: Any, is_scalar: bool) -> float | None:
+    """The number that a summary's value holds; None where it is no scalar in TensorBoard's sense.
+
+    Args:
+      value: a Summary.Value.
+      is_scalar: does its tag belong to TensorBoard's scalars?
+    """
+    kind = value.WhichOneof("value")
+    if kind == "simple_value":
+        return value.simple_value
+    if kind != "tensor" or not is_scalar:
+        return None
+    array = make_ndarray(value.tensor)
+    if array.size != 1 or array.dtype.kind not in "fiub":
+        return None
+    return float(array.reshape(()))
+
+
+def _events(path: Path) -> Iterator[Event]:
+    try:
+        records = tf.data.TFRecordDataset(str(path)).with_options(UNTUNED)
+        for record in records.as_numpy_iterator():
+            yield Event.FromString(record)
+    except DecodeError:
+        raise UserError(f"{path}: holds records that are no events") from None
+    except tf.errors.DataLossError as error:
+        if "truncated" not in error.message:
+            raise UserError(f"{path}: is damaged: {_plain(error)}") from None
+    except tf.errors.OpError as error:
+        raise UserError(f"{path}: cannot be read: {_plain(error)}") from None
+
+
+def _plain(error: tf.errors.OpError) -> str:
+    """TensorFlow's message without the names of nodes around it."""
+    return re.sub(r"\{\{.*?\}\} ?", "", error.message).split(" [Op")[0].strip()

@@ -1,0 +1,87 @@
+"""When a summary is written, and what it may look at.
+
+Each summary is a function that is registered for the moments when it is written. To add one, write
+its function in `dashboards` with `@summary`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfloop import models
+from tfloop.config import FIELDS
+from tfloop.loop import Call, Epoch, Loop
+
+LEVELS = tuple(FIELDS["summaries"].choices)
+Moment = Literal["start", "call", "epoch", "end"]
+
+
+class Context:
+    """What a summary may look at.
+
+    Attributes:
+      loop: whose records are written.
+      level: how much is written, one of LEVELS.
+      folder: the run's own.
+      settings: what is told of the run.
+      step: the global step that the summary stands at.
+      call: the last record of a compiled call; None before the first.
+      epoch: the last record of an epoch; None before the first.
+    """
+
+    def __init__(
+        self, loop: Loop, level: str, folder: Path, settings: Mapping[str, object]
+    ) -> None:
+        self.loop, self.level, self.folder, self.settings = loop, level, folder, settings
+        self.step = 0
+        self.call: Call | None = None
+        self.epoch: Epoch | None = None
+
+    def outputs(self) -> np.ndarray:
+        """[test images, outputs]: those of the last epoch, or of the present weights."""
+        if self.epoch is not None and self.epoch.outputs is not None:
+            return self.epoch.outputs
+        return self.loop.evaluate_with_outputs(self.loop.data.test)[1]
+
+    def activations(self, images: np.ndarray) -> list[tuple[str, tf.Tensor]]:
+        """(layer, activation) of images as they lie in the data."""
+        state = self.loop.state
+        return list(models.activations(state.model, state.standardize(images)))
+
+
+class Summary(NamedTuple):
+    """When a summary is written, into which run, and how it is made."""
+
+    moment: Moment
+    run: str  # "train", "test", "validation", or "" for the run's own folder
+    levels: tuple[str, ...]
+    needs_test: bool  # does it look at test images?
+    make: Callable[[Context], Iterable[Any]]  # messages, TensorBoard's or TensorFlow's
+
+
+REGISTERED: list[Summary] = []
+
+
+def summary(
+    moment: Moment,
+    run: str = "train",
+    levels: tuple[str, ...] = ("scalars", "default", "full"),
+    needs_test: bool = False,
+) -> Callable[[Callable], Callable]:
+    """Register a function `Context → Summary messages`; a decorator.
+
+    Args:
+      moment: "start", after each compiled "call", after each "epoch", or at the "end".
+      run: the TensorBoard run that it belongs to.
+      levels: of `--summaries`, those with which it is written.
+      needs_test: it is left out where the data have no test images.
+    """
+
+    def register(make: Callable[[Context], Iterable[Any]]) -> Callable:
+        REGISTERED.append(Summary(moment, run, levels, needs_test, make))
+        return make
+
+    return register

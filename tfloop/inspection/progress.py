@@ -1,0 +1,94 @@
+"""What a person sees of a run: a bar per epoch on a terminal, a line per epoch elsewhere."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tfloop.loop import Call, Epoch
+
+
+class Display:
+    """Shows records as they come; `quiet` shows none. Use it in a `with` block."""
+
+    def __init__(self, epochs: int, steps: int, quiet: bool = False) -> None:
+        """Args:
+        epochs: of the run.
+        steps: of an epoch.
+        quiet: show nothing but warnings.
+        """
+        self._epochs, self._steps = epochs, steps
+        self._console = Console(quiet=quiet, highlight=False)
+        self._errors = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+            auto_refresh=False,
+            disable=not self._console.is_terminal or quiet,
+        )
+        self._task = self._bar.add_task("", total=steps, text="")
+
+    def say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False)
+
+    def warn(self, line: str) -> None:
+        """Say it even when quiet, on standard error."""
+        self._errors.print(f"tfloop: {line}", soft_wrap=True, markup=False, highlight=False)
+
+    def write(self, record: Call | Epoch, label: str = "") -> None:
+        """Show a record.
+
+        Args:
+          record: of the run.
+          label: which of several runs it is of.
+        """
+        prefix = f"{label}  " if label else ""
+        if isinstance(record, Epoch):
+            self.say(prefix + epoch_line(record, self._epochs))
+            self._bar.reset(self._task, total=self._steps, text="")
+            return
+        self._bar.update(
+            self._task,
+            completed=record.batch_index,
+            description=f"{prefix}epoch {record.epoch}/{self._epochs}",
+            text=call_line(record),
+        )
+        self._bar.refresh()
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+
+def call_line(record: Call) -> str:
+    """One compiled call, beside the bar."""
+    train, ms = record.train, 1000 * record.seconds / record.steps
+    return (
+        f"loss {train.total:.4f}  accuracy {100 * train.accuracy:.2f} %  rate "
+        f"{record.learning_rate:.3g}  step {record.step}  {ms:.1f} ms/step"
+    )
+
+
+def epoch_line(record: Epoch, epochs: int) -> str:
+    """One epoch in one line."""
+    parts = [
+        f"epoch {record.epoch}/{epochs}",
+        f"loss {record.train.total:.4f}",
+        f"accuracy {100 * record.train.accuracy:.2f} %",
+    ]
+    if record.test:
+        parts.append(f"test loss {record.test.total:.4f}")
+        parts.append(f"test accuracy {100 * record.test.accuracy:.2f} %")
+    if record.validation:
+        parts.append(f"validation accuracy {100 * record.validation.accuracy:.2f} %")
+    parts.append(f"rate {record.learning_rate:.3g}")
+    if record.steps:
+        parts.append(f"{1000 * record.seconds / record.steps:.1f} ms/step")
+    return "  ".join(parts)

@@ -1,0 +1,128 @@
+"""What the forward passes must know of each kind of layer. Any other layer is called as Keras does.
+
+To add a kind, register a `LayerRule` for it here. A layer that is derived from a known one is
+another kind: its own `call` may do anything.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfloop.models.normalization import batch_norm
+from tfloop.randomness import Key
+
+Size = tuple[int, int]  # (height, width)
+
+
+class LayerRule(NamedTuple):
+    """How a kind of layer is computed.
+
+    Attributes:
+      by_example: does each row of the batch go through on its own, so that parts of the batch can
+        be computed apart? In evaluation alone, say, where in training it looks at the whole batch.
+      over_parts: (layer, parts, sample_weight) → parts; stands in for the layer in training, over
+        all parts of the batch.
+      draw: (layer, x, key) → x; stands in for the layer in training, with random numbers that
+        depend on the position in the data alone.
+      stands_in: layer → do `over_parts` and `draw` count for it?
+      used: (layer, size of its output that is used) → size of its input that is used; None where
+        all of it is.
+    """
+
+    by_example: Literal["always", "evaluation", "never"] = "never"
+    over_parts: Callable | None = None
+    draw: Callable | None = None
+    stands_in: Callable[[keras.layers.Layer], bool] = lambda layer: True
+    used: Callable[[keras.layers.Layer, Size], Size | None] | None = None
+
+
+LAYER_RULES: dict[type, LayerRule] = {}
+
+
+def register(kind: type, rule: LayerRule) -> None:
+    """Let the forward passes treat layers of exactly this class by `rule`."""
+    LAYER_RULES[kind] = rule
+
+
+def rule_of(layer: keras.layers.Layer) -> LayerRule:
+    return LAYER_RULES.get(type(layer), LayerRule())
+
+
+def is_by_example(layer: keras.layers.Layer, training: bool) -> bool:
+    """Does each row of the batch go through the layer on its own?
+
+    Not where the layer has a loss of its own, which is that of the whole batch.
+    """
+    if layer.activity_regularizer is not None:
+        return False
+    by_example = rule_of(layer).by_example
+    return by_example == "always" or (by_example == "evaluation" and not training)
+
+
+def draws_by_position(layer: keras.layers.Layer) -> bool:
+    """Do the layer's random numbers come from the position in the data, not from Keras?"""
+    rule = rule_of(layer)
+    return rule.draw is not None and rule.stands_in(layer)
+
+
+def over_parts(layer: keras.layers.Layer, training: bool) -> Callable | None:
+    """The function of all parts of the batch that stands in for the layer, where there is one."""
+    rule = rule_of(layer)
+    return rule.over_parts if training and rule.stands_in(layer) else None
+
+
+def is_plain_convolution(layer: keras.layers.Layer) -> bool:
+    """Is it a convolution without strides, dilation or groups, over channels that come last?"""
+    return (
+        type(layer) is keras.layers.Conv2D
+        and layer.strides == (1, 1)
+        and layer.dilation_rate == (1, 1)
+        and layer.groups == 1
+        and layer.data_format == "channels_last"
+    )
+
+
+def _drop(layer: keras.layers.Dropout, x: tf.Tensor, key: Key) -> tf.Tensor:
+    """x / (1 - rate), or 0 for the share `rate` of all units."""
+    kept = key.uniform(x.shape) >= layer.rate
+    return tf.where(kept, x / tf.cast(1.0 - layer.rate, x.dtype), tf.zeros_like(x))
+
+
+def _used_by_convolution(layer: keras.layers.Conv2D, used: Size) -> Size | None:
+    if not is_plain_convolution(layer) or layer.padding != "valid":
+        return None
+    height, width = layer.kernel_size
+    return used[0] + height - 1, used[1] + width - 1
+
+
+def _used_by_pool(layer: keras.layers.MaxPooling2D, used: Size) -> Size | None:
+    if layer.padding != "valid" or layer.strides != layer.pool_size:
+        return None
+    height, width = layer.pool_size
+    return used[0] * height, used[1] * width
+
+
+_layers = keras.layers
+for _kind in (
+    _layers.Dense,
+    _layers.Flatten,
+    _layers.AveragePooling2D,
+    _layers.GlobalAveragePooling2D,
+    _layers.Softmax,
+    _layers.Reshape,
+    _layers.ReLU,
+):
+    register(_kind, LayerRule("always"))
+register(_layers.Activation, LayerRule("always", used=lambda layer, used: used))
+register(_layers.Conv2D, LayerRule("always", used=_used_by_convolution))
+register(_layers.MaxPooling2D, LayerRule("always", used=_used_by_pool))
+register(
+    _layers.Dropout,
+    LayerRule("evaluation", draw=_drop, stands_in=lambda layer: layer.noise_shape is None),
+)
+register(  # one that is frozen goes by its averages
+    _layers.BatchNormalization,
+    LayerRule("evaluation", over_parts=batch_norm, stands_in=lambda layer: layer.trainable),
+)

@@ -1,0 +1,139 @@
+"""What a setting is: a name with a type, a default, a range and a help text. Needs no TensorFlow.
+
+A group of settings is a frozen dataclass whose fields are made with `option`; `Config` joins the
+groups. A value is checked in one place, `Field.parse`, wherever it comes from: a flag, a file, or
+an argument in Python.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+from tfloop.errors import UserError
+
+UNIT = (0.0, 1.0)  # closed interval
+SHARE = (0.0, 0.9999999)
+COUNT = (1, 2**31 - 1)
+WHOLE = (0, 2**31 - 1)
+POSITIVE = (1e-30, math.inf)
+NOT_NEGATIVE = (0.0, math.inf)
+
+Retrace = Literal["never", "value", "set", "nonzero", "length"]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Collection[str] = (),
+    within: tuple[float, float] | None = None,
+    retrace: Retrace = "never",
+) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+      default: its value where nothing is given.
+      help: one line for `--help` and the table of flags.
+      choices: the values it accepts; a registry stays open for what is registered later.
+      within: the closed interval it must lie in.
+      retrace: when another value needs another graph. "never": it is a variable. "value": always.
+        "set": where it is given in one run and not in the other. "nonzero": where it is 0 in one
+        of them. "length": for a list of another length.
+    """
+    metadata = {"help": help, "choices": choices, "within": within, "retrace": retrace}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Field(NamedTuple):
+    """A setting."""
+
+    name: str
+    default: Any
+    help: str
+    element: type  # of the value, or of a list's elements
+    is_list: bool
+    may_be_unset: bool
+    choices: Collection[str]
+    within: tuple[float, float] | None
+    retrace: Retrace
+
+    def parse(self, value: Any) -> Any:
+        """`value` as this setting's type.
+
+        Raises:
+          UserError: a value of another type, out of range, or none of the choices.
+        """
+        if hasattr(value, "tolist"):  # NumPy's
+            value = value.tolist()
+        if self.may_be_unset and value in (None, ""):
+            return None
+        if not self.is_list:
+            return self._parse_one(value)
+        if isinstance(value, str):
+            value = value.split(",") if value.strip() else []
+        elif not isinstance(value, (list, tuple)):
+            value = [value]
+        return tuple(self._parse_one(part) for part in value)
+
+    def _parse_one(self, value: Any) -> Any:
+        try:
+            value = _coerce(self.element, value)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            expected = _EXPECTED[self.element]
+            raise UserError(f"--{self.name}: expected {expected}, found {value!r}") from None
+        if self.choices and value not in self.choices:
+            known = ", ".join(self.choices)
+            raise UserError(f"--{self.name}={value} is unknown; choose from {known}")
+        if self.element is float and not math.isfinite(value):
+            raise UserError(f"--{self.name}={value} is not a finite number")
+        if self.within and not self.within[0] <= value <= self.within[1]:
+            allowed = _range_text(self.within, value)
+            raise UserError(f"--{self.name}={value} is out of range: it must {allowed}")
+        return value
+
+
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BOOLEANS = {True: True, False: False, "true": True, "false": False}
+
+
+def _coerce(element: type, value: Any) -> Any:
+    if element is bool:
+        return _BOOLEANS[value]
+    if element is str:
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+    is_fraction = element is int and isinstance(value, float) and value != int(value)
+    if isinstance(value, bool) or is_fraction:
+        raise TypeError
+    return element(value)
+
+
+def _range_text(within: tuple[float, float], value: float) -> str:
+    low, high = within
+    if within == POSITIVE:
+        return "be positive"
+    if within == SHARE:
+        return "be at least 0 and less than 1"
+    if high >= 2**31 - 1 and value < low:
+        return f"be at least {low:g}"
+    return f"lie between {low:g} and {high:g}"
+
+
+def fields_of(group: type) -> dict[str, Field]:
+    """The settings of a dataclass by name, in the order they were declared."""
+    hints = get_type_hints(group)
+    return {field.name: _field(field, hints[field.name]) for field in dataclasses.fields(group)}
+
+
+def _field(field: dataclasses.Field, hint: Any) -> Field:
+    arguments = get_args(hint)
+    return Field(
+        field.name,
+        field.default,
+        element=arguments[0] if arguments else hint,
+        is_list=Ellipsis in arguments,
+        may_be_unset=type(None) in arguments,
+        **field.metadata,
+    )

@@ -1,0 +1,221 @@
+"""A state on disk: a folder with TensorFlow's checkpoint files and a manifest with their sums.
+
+A checkpoint is made under a temporary name, flushed to disk and renamed, and older ones go only
+after that: at every instant there is a newest one that is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from tfloop.errors import UserError
+from tfloop.state import TrainState
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: "000007-step-00004690", numbered in the order they were made."""
+
+    def __init__(self, state: TrainState, folder: str | Path, keep: int = 2) -> None:
+        """Args:
+        state: what is saved.
+        folder: of the checkpoints alone.
+        keep: how many of the newest to keep.
+        """
+        self._state, self._folder, self._keep = state, Path(folder), keep
+        self._tensors = _tensors(state)
+
+    def next_name(self) -> str:
+        """The name that `save` will give."""
+        last = max((int(path.name[:6]) for path in all_in(self._folder)), default=0)
+        return f"{last + 1:06d}-step-{int(self._state.global_step):08d}"
+
+    def save(self, about: dict[str, Any], best: str | None = None) -> Path:
+        """Write the state; then remove all but the newest checkpoints and the best.
+
+        Args:
+          about: what its manifest holds beside the sums.
+          best: the name of one that is kept, however old.
+
+        Raises:
+          UserError: it cannot be written; the older ones are untouched.
+        """
+        path = self._folder / self.next_name()
+        try:
+            self._clean()
+            self._write(path, about)
+        except OSError as error:
+            reason = f"{error.strerror}{self._last_good()}"
+            raise UserError(f"{path}: cannot be written: {reason}") from None
+        except tf.errors.OpError as error:
+            reason = f"{error.message.splitlines()[0]}{self._last_good()}"
+            raise UserError(f"{path}: cannot be written: {reason}") from None
+        for old in all_in(self._folder)[self._keep :]:
+            if old.name != best:
+                old.rename(old.with_name(f"{old.name}.deleted"))  # out of sight at once
+        self._clean()
+        return path
+
+    def _write(self, path: Path, about: dict[str, Any]) -> None:
+        temporary = path.with_name(f"{path.name}.partial")
+        temporary.mkdir(parents=True)
+        self._tensors.write(str(temporary / "state"))
+        files = sorted(temporary.iterdir())
+        for file in files:
+            _flush(file)
+        sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        manifest = {"format": FORMAT, **about, "sha256": sums}
+        text = json.dumps({**manifest, "sha256_of_this": _digest(manifest)}, indent=2)
+        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _flush(temporary / MANIFEST)
+        _flush(temporary)
+        temporary.rename(path)
+        _flush(self._folder)
+
+    def _last_good(self) -> str:
+        kept = all_in(self._folder)
+        if not kept:
+            return "; there is no checkpoint before it"
+        return f"; the last checkpoint is {kept[0]}"
+
+    def _clean(self) -> None:
+        """Remove what an interrupted `save` left."""
+        for ending in ("partial", "deleted"):
+            for path in self._folder.glob(f"*.{ending}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def all_in(folder: str | Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    paths = Path(folder).glob("??????-step-*")
+    numbered = [path for path in paths if (path.name[:6] + path.name[12:]).isdecimal()]
+    return sorted(numbered, reverse=True)
+
+
+def newest(
+    folder: str | Path, warn: Callable[[str], None] = lambda message: None
+) -> tuple[Path, dict[str, Any]]:
+    """(the newest checkpoint in `folder` that is whole, its manifest).
+
+    Args:
+      folder: of the checkpoints.
+      warn: is told of every one that is not whole.
+
+    Raises:
+      UserError: there is none, all are damaged, or the newest whole one is of another format.
+    """
+    paths = all_in(folder)
+    if not paths:
+        raise UserError(f"{folder}: holds no checkpoint")
+    for path in paths:
+        try:
+            return path, read_manifest(path)
+        except DamagedCheckpoint as error:
+            warn(error.as_flags)
+    names = ", ".join(path.name for path in paths)
+    raise UserError(f"{folder}: every checkpoint is damaged: {names}")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not those that were written."""
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after comparing it and every file with its sum.
+
+    Raises:
+      DamagedCheckpoint: the manifest or a file is missing or damaged.
+      UserError: it is of another format.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        digest, version = manifest.pop("sha256_of_this", None), manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file}: missing or damaged: {error}") from None
+    is_whole = digest == _digest(manifest)
+    if version != FORMAT and (is_whole or isinstance(version, int)):
+        raise UserError(f"{path}: has format {version}, this version of tfloop reads {FORMAT}")
+    if not is_whole:
+        raise DamagedCheckpoint(f"{file}: damaged: its SHA-256 sum is not the one it names")
+    for name, expected in manifest["sha256"].items():
+        file = path / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise DamagedCheckpoint(
+                f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}"
+            )
+    return manifest
+
+
+def restore(state: TrainState, path: Path, other_settings: bool = False) -> None:
+    """Set every variable of `state` to the one in the checkpoint.
+
+    Args:
+      state: is changed in place.
+      path: of the checkpoint.
+      other_settings: numbers, averages and the loss scale may be new, or be gone.
+
+    Raises:
+      UserError: the checkpoint is of another model or optimizer.
+    """
+    misfit = f"{path}: is not of this model and optimizer"
+    try:
+        saved, expected = _names_in(path), set(state.named())
+        missing, extra = expected - saved, saved - expected
+        for name in sorted(missing | extra):
+            if not (other_settings and _may_differ(name)):
+                what = "has no" if name in missing else "has also"
+                raise UserError(f"{misfit}: {what} {name}")
+        read = _tensors(state).read(str(path / "state"))
+        if missing or extra:
+            read.expect_partial()
+        else:
+            read.assert_consumed()
+    except UserError:
+        raise
+    except (AssertionError, ValueError, tf.errors.OpError) as error:
+        raise UserError(f"{misfit}: {str(error).splitlines()[0]}") from None
+    if "averages" in missing:
+        state.restart_ema()
+
+
+def _may_differ(name: str) -> bool:
+    return name.startswith("hyper/") or name in ("averages", "loss_scale", "good_steps")
+
+
+def _names_in(path: Path) -> set[str]:
+    """The names of the variables in a checkpoint, as `TrainState.named` has them."""
+    keys = tf.train.load_checkpoint(str(path / "state")).get_variable_to_shape_map()
+    names = set()
+    for key in keys:
+        if key.startswith("state/"):
+            escaped = key.partition("/.ATTRIBUTES")[0].removeprefix("state/")
+            # TensorFlow writes ".S" for "/" and ".." for ".".
+            names.add(re.sub(r"\.(.)", lambda m: "/" if m[1] == "S" else m[1], escaped))
+    return names
+
+
+def _tensors(state: TrainState) -> tf.train.Checkpoint:
+    return tf.train.Checkpoint(state=state.named())
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

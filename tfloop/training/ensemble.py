@@ -1,0 +1,167 @@
+"""Several models side by side: the steps that their loops are ready to make go into one call.
+
+Each model keeps a loop and a state of its own, so it is trained as it would be alone; only the
+calls are shared. In the graph that results nothing of one model waits for another: TensorFlow
+computes them at the same time, and each needs no more than one core, so no operation is cut into
+parts and no part is waited for (`benchmarks/ensemble.py`).
+"""
+
+import contextlib
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfloop import models
+from tfloop.errors import DivergenceError
+from tfloop.loop import Loop, PendingCall
+from tfloop.tracing import Traced
+
+Training = Generator[PendingCall, None, dict]  # as `run.Run.train`
+End = dict | DivergenceError | None  # of a training: its result, or what it diverged of
+
+
+class SideBySide:
+    """Makes the steps of several loops in one compiled call.
+
+    The call is traced once, whichever of the loops take part.
+    """
+
+    def __init__(self, loops: Sequence[Loop]) -> None:
+        self.loops, self._is_warm = list(loops), False
+        self._sources: dict[Loop, Any] = {}
+        name = "the training step of several models"
+        self.compiled = Traced(self._steps, name, **loops[0].options)
+        for loop in loops:
+            loop.beside = self
+
+    def _steps(self, sources: list, counts: tf.Tensor) -> list:
+        pairs = enumerate(zip(self.loops, sources, strict=True))
+        return [loop.train_steps(source, counts[index]) for index, (loop, source) in pairs]
+
+    def make(self, calls: Sequence[PendingCall]) -> None:
+        """Make the steps of these calls; a loop that has none makes none.
+
+        Their seconds are shared out by steps.
+        """
+        self._sources |= {call.loop: call.source for call in calls}
+        if not self._is_warm:
+            self._warm_up()
+        counts = {call.loop: call.count for call in calls}
+        steps, seconds = self._call([counts.get(loop, 0) for loop in self.loops])
+        made = dict(zip(self.loops, steps, strict=True))
+        for call in calls:
+            call.last, waited = made[call.loop]
+            call.waited = float(waited)
+            call.seconds = seconds * call.count / sum(counts.values())
+            call.loop.seconds["training"] += call.seconds
+
+    def _call(self, counts: list[int]) -> tuple[list, float]:
+        for loop in self.loops:
+            if loop not in self._sources:  # it took no part yet
+                state = loop.state
+                self._sources[loop] = loop.pipeline.begin(state.seed, state.epoch, 0)
+        started = time.perf_counter()
+        try:
+            sources = [self._sources[loop] for loop in self.loops]
+            steps = self.compiled.call(sources, tf.constant(counts))
+            for last, _ in steps:
+                last.sums.numpy()  # waits for the device
+        except tf.errors.OpError:
+            for loop in self.loops:
+                if loop.pipeline.error:
+                    raise loop.pipeline.error from None
+            raise
+        return steps, time.perf_counter() - started
+
+    def _warm_up(self) -> None:
+        """Trace and compile, by a step of each that is then taken back."""
+        self._is_warm, sources = True, self._sources
+        self._sources, counts = {}, []
+        for loop in self.loops:
+            state = loop.state
+            index = int(state.batch_index)
+            self._sources[loop] = loop.pipeline.begin(state.seed, state.epoch, index)
+            counts.append(1 if index < loop.steps else 0)  # one may be at an epoch's end
+        with contextlib.ExitStack() as kept:
+            for loop in self.loops:
+                kept.enter_context(loop.taken_back())
+            _, seconds = self._call(counts)
+        self._sources = sources
+        for loop in self.loops:
+            loop.seconds["tracing"] += seconds / len(self.loops)
+
+
+class Calls(list[PendingCall]):
+    """What several trainings are ready for. In a `with` block of it the steps are made.
+
+    An error in the block is not raised there. It belongs into the trainings that wait for the
+    steps, whose files are to be closed, and comes out of them.
+
+    Attributes:
+      failure: that error; None while all went well.
+    """
+
+    failure: Exception | None = None
+
+    def __enter__(self) -> "Calls":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> bool:
+        self.failure = error if isinstance(error, Exception) else None
+        return self.failure is not None
+
+
+class Together(Iterator[Calls]):
+    """Takes every training to its end; an iterator of the calls that they are ready for.
+
+    Whoever takes Calls makes their steps in a `with` block, before taking more:
+
+      for calls in (group := Together(trainings)):
+          with calls:
+              make(calls)
+
+    Attributes:
+      ends: the end of each training, when all Calls were taken.
+    """
+
+    def __init__(self, trainings: Sequence[Training]) -> None:
+        self.ends: list[End] = [None] * len(trainings)
+        self._live = dict(enumerate(trainings))
+        self._calls = self._run()
+
+    def __next__(self) -> Calls:
+        return next(self._calls)
+
+    def _run(self) -> Iterator[Calls]:
+        failure: Exception | None = None
+        try:
+            while self._live:
+                calls = Calls(self._advance(failure))
+                if calls:
+                    yield calls
+                failure = calls.failure
+        finally:
+            for training in self._live.values():
+                training.close()
+
+    def _advance(self, failure: Exception | None) -> Iterator[PendingCall]:
+        """Take each training to its next call, or to its end."""
+        for index, training in list(self._live.items()):
+            try:
+                yield training.throw(failure) if failure else next(training)
+            except StopIteration as end:
+                self.ends[index] = end.value
+                del self._live[index]
+            except DivergenceError as error:
+                self.ends[index] = error
+                del self._live[index]
+
+
+def mean_probabilities(loops: Sequence[Loop], outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """[examples, classes] the mean of several models' probabilities, from the logits of each."""
+    pairs = zip(loops, outputs, strict=True)
+    shares = [models.probabilities(loop.state.model, tf.constant(o)).numpy() for loop, o in pairs]
+    return np.mean(shares, axis=0)

@@ -1,0 +1,342 @@
+"""Run folders: made, found again, locked. Needs no TensorFlow.
+
+A run's folder holds config.json from its first moment, checkpoints/ while it goes on, event files
+in train/, test/ and validation/, and result.json at every end, with "finished" true where all
+epochs were done. Runs that one command began have a group.json.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tfloop.config import FIELDS, GROUPS, Config
+from tfloop.errors import UserError
+from tfloop.schedules import needs_length
+from tfloop.wording import listed
+
+CONFIG = "config.json"
+RESULT = "result.json"
+GROUP = "group.json"
+# Settings that change where a run runs and what it writes, not its mathematics.
+FREE = {
+    name
+    for group in ("where and how it runs", "looking inside", "what is written")
+    for name in GROUPS[group]
+}
+
+
+def create(config: Config) -> Path:
+    """A new folder in config.logdir: "article2-001", "article2-002" …"""
+    folder = numbered(Path(config.logdir), name_of(config))
+    write(folder / CONFIG, config.to_json())
+    return folder
+
+
+def create_all(config: Config) -> list[Path]:
+    """A new folder for each run that `config` asks for; several say which belong together."""
+    created = [create(config.of_one_run(seed)) for seed in config.all_seeds]
+    if len(created) > 1:
+        group = {"folders": [path.name for path in created], "ensemble": config.ensemble}
+        for folder in created:  # the newest last: whoever finds it there finds it in all
+            write_json(folder / GROUP, group)
+    return created
+
+
+def numbered(logdir: Path, name: str) -> Path:
+    """A new folder NAME-001, NAME-002 …, the first that does not exist.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    number = 1
+    while True:
+        folder = logdir / f"{name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"--logdir={logdir}: cannot make {folder}: {error.strerror}") from None
+
+
+def make(folder: Path, config: Config) -> None:
+    """This very folder, for a run with these settings.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # it exists where making it was interrupted
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}") from None
+    write(folder / CONFIG, config.to_json())
+
+
+def name_of(config: Config) -> str:
+    """The name that its runs' folders begin with.
+
+    Raises:
+      UserError: it is no plain name.
+    """
+    name = config.name or config.preset
+    if Path(name).name != name:
+        raise UserError(
+            f"--name={name}: expected a plain name, not a path; --logdir chooses the folder"
+        )
+    return name
+
+
+def newest_unfinished(config: Config) -> tuple[list[Path], int]:
+    """(folders, ensemble): the newest that `create` made under this name, or all of its group.
+
+    `ensemble` is how many of them train side by side. There are no folders where there is none, or
+    all are finished.
+
+    Raises:
+      UserError: as `group_of`.
+    """
+    prefix = f"{name_of(config)}-"
+
+    def number(path: Path) -> int:
+        return int(path.name.removeprefix(prefix))
+
+    runs = [
+        path
+        for path in Path(config.logdir).glob(f"{prefix}*")
+        if path.name.removeprefix(prefix).isdecimal()
+    ]
+    newest = max(runs, key=number, default=None)
+    if not newest or not (newest / CONFIG).is_file():
+        return [], 1
+    group, ensemble = group_of(newest)
+    batches = [group[first : first + ensemble] for first in range(0, len(group), ensemble)]
+    return ([], 1) if all(map(all_finished, batches)) else (group, ensemble)
+
+
+def group_of(folder: Path) -> tuple[list[Path], int]:
+    """(folders, ensemble): the runs that were begun together with this one, itself among them.
+
+    Raises:
+      UserError: the file that tells cannot be read.
+    """
+    try:
+        group = json.loads((folder / GROUP).read_text(encoding="utf-8"))
+        members = [folder.parent / name for name in group["folders"]]
+        ensemble = int(group["ensemble"])
+        if folder not in members or ensemble < 1:
+            raise ValueError
+        return members, ensemble
+    except FileNotFoundError:
+        return [folder], 1
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder / GROUP}: cannot be read; go on with one run: --resume={folder}"
+        ) from None
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What its result.json says; empty where there is none that can be read."""
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def all_finished(folders: list[Path]) -> bool:
+    """Have these runs, which train side by side, done all, and been judged together?"""
+    are_judged = len(folders) == 1 or "together" in result(folders[0])
+    return are_judged and all(map(is_finished, folders))
+
+
+def is_finished(folder: Path) -> bool:
+    """Has the run done all its epochs?"""
+    return result(folder).get("finished") is True
+
+
+def epochs_done(folder: Path, config: Config) -> int:
+    """The epochs of a finished run that has nothing left to do with these settings; else 0."""
+    if not is_finished(folder):
+        return 0
+    content = result(folder)
+    done = len(content.get("epochs", ()))
+    is_done = done >= config.epochs
+    return done if is_done or has_settled(config, done, content.get("best_by_validation")) else 0
+
+
+def has_settled(config: Config, done: int, best: dict | None) -> bool:
+    """Did the last epochs, as many as --early_stopping says, bring nothing better?"""
+    return bool(config.early_stopping and best and done - best["epoch"] >= config.early_stopping)
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in `folder`, unchecked.
+
+    Raises:
+      UserError: it is no run's folder.
+    """
+    if not folder.exists():
+        raise UserError(
+            f"{folder}: does not exist; a run's folder is needed, such as runs/article2-001"
+        )
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: not a run's folder: it has no {CONFIG}")
+    return Config.read(folder, named="")
+
+
+def config_of(folder: Path) -> Config:
+    """The settings of the run in `folder`.
+
+    Raises:
+      UserError: it is no run's folder, or its settings are none.
+    """
+    try:
+        return Config.make(**settings(folder))
+    except UserError as error:
+        if error.as_flags.startswith(str(folder)):
+            raise
+        raise UserError(f"{folder / CONFIG}: {error.as_flags}") from None
+
+
+def resumed(folder: Path, asked: Config, given: dict[str, Any], override: bool) -> Config:
+    """The settings of the run in `folder` with `given` in place of its own.
+
+    Args:
+      folder: the run's.
+      asked: the settings of the command, for the devices that it asks for.
+      given: the settings that were named on it.
+      override: take those that change the mathematics of the run, too.
+
+    Raises:
+      UserError: a given setting changes the mathematics of the run, without `override`.
+    """
+    old = config_of(folder)
+    where: dict[str, Any] = {name: getattr(asked, name) for name in ("strategy", "replicas")}
+    if any(getattr(old, name) != value for name, value in where.items()):
+        # To be chosen anew.
+        where |= dict.fromkeys(("shards", "intra_op_threads", "inter_op_threads"), 0)
+    new = old.replace(**{**where, **given})
+    if not override and (names := changed(old, new)):
+        differences = [
+            f"--{name} is {_text(getattr(old, name))} in this run, not {_text(getattr(new, name))}"
+            for name in names
+        ]
+        raise UserError(
+            f"--resume={folder}: {', '.join(differences)}; that changes its mathematics: leave it "
+            "out, or add --override"
+        )
+    return new
+
+
+def resumed_group(
+    folders: list[Path], ensemble: int, asked: Config, given: dict[str, Any], override: bool
+) -> Config:
+    """As `resumed`, for the runs of a group: the settings that make them all.
+
+    Raises:
+      UserError: as `resumed`; other seeds are asked for; one of them has gone another way since.
+    """
+    first, *others = map(config_of, folders)
+    seeds = tuple(config.seed for config in (first, *others))
+    several = len(asked.all_seeds) > 1
+    if several and (asked.all_seeds, asked.ensemble) != (seeds, ensemble):
+        raise UserError(
+            f"--resume=auto: the newest runs, {folders[0]} to {folders[-1].name}, are not finished "
+            f"and have {_group_flags(seeds, ensemble)}, not "
+            f"{_group_flags(asked.all_seeds, asked.ensemble)}: go on with them first, or begin "
+            "under another --name"
+        )
+    for folder, config in zip(folders[1:], others, strict=True):
+        if names := changed(first.of_one_run(config.seed), config):
+            raise UserError(
+                f"{folder}: has another --{names[0]} than {folders[0]}; go on with one run at a "
+                f"time: --resume={folder}"
+            )
+    several_runs = ("seeds", "runs", "ensemble")
+    alone = {name: value for name, value in given.items() if name not in several_runs}
+    one = resumed(folders[0], asked, alone, override)
+    return one.replace(seed=0, seeds=seeds, ensemble=ensemble)
+
+
+def _group_flags(seeds: tuple[int, ...], ensemble: int) -> str:
+    flags = f"--seeds={listed(seeds)}"
+    return f"{flags} --ensemble={ensemble}" if ensemble > 1 else flags
+
+
+def changed(old: Config, new: Config) -> list[str]:
+    """The settings that differ and change the mathematics of a run."""
+    depends_on_epochs = needs_length(old.schedule) and old.decay_steps is None
+    free = FREE if depends_on_epochs else FREE | {"epochs"}
+    differ = [name for name in FIELDS if getattr(old, name) != getattr(new, name)]
+    return [name for name in differ if name not in free]
+
+
+def _text(value: object) -> str:
+    return listed(value) if isinstance(value, tuple) else str(value)
+
+
+def check_writable(folder: Path, flag: str = "--logdir") -> None:
+    """Say it before minutes of training, not after.
+
+    A folder that does not exist yet is judged by its nearest parent.
+
+    Raises:
+      UserError: it is no folder, or may not be written to.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{flag}={folder}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}={folder}: {nearest} is not writable")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process.
+
+    The system lets go of it when the process ends, however it does.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process trains this run; wait for it, or end it"
+            ) from None
+        yield
+
+
+def write(path: Path, text: str) -> None:
+    """Under a temporary name first, then on the disk, then renamed: what bears the name is whole.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`write`, as JSON."""
+    write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: float) -> float | None:
+    """The value, or None in place of NaN and infinity, which JSON lacks."""
+    return value if math.isfinite(value) else None

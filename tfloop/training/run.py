@@ -1,0 +1,418 @@
+"""One run in its folder, new or resumed.
+
+Its records go to files and to the screen, its state to checkpoints.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfloop.config import Config
+from tfloop.errors import DivergenceError, UserError
+from tfloop.inspection.event_files import event_paths
+from tfloop.inspection.plots import LivePlot
+from tfloop.inspection.progress import Display
+from tfloop.inspection.summaries import Summaries
+from tfloop.loop import Call, Epoch, Loop, PendingCall
+from tfloop.machine.replicas import Replicas
+from tfloop.metrics import Metrics
+from tfloop.training import checkpoints, folders
+from tfloop.training.profile import Profile
+from tfloop.vectors import count_elements
+from tfloop.version import __version__
+
+MOST_REWINDS = 3
+
+
+@dataclasses.dataclass
+class Reached:
+    """What a run has reached beside its state.
+
+    It is saved in the manifest of every checkpoint, and restored with it.
+    """
+
+    epochs: list[dict] = dataclasses.field(default_factory=list)  # each an entry of result.json
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    best: dict | None = None  # epoch, validation accuracy and checkpoint of the best so far
+    resumed_at: list[int] = dataclasses.field(default_factory=list)  # global steps
+    rewinds: list[int] = dataclasses.field(default_factory=list)  # global steps that diverged
+
+
+class Run:
+    """One run in its folder, new or resumed: `train` takes it to its end, or to where it stops.
+
+    Attributes:
+      outputs: the logits of the test images at the end of the last epoch; None before the first.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        folder: Path,
+        display: Display,
+        device: str,
+        replicas: Replicas | None = None,
+        label: str = "",
+        finished: bool = False,
+    ) -> None:
+        """Args:
+        config: the settings.
+        loop: what trains.
+        folder: the run's.
+        display: where it is shown.
+        device: the device's name, for the record.
+        replicas: what it trains on, in place of one device.
+        label: which of several runs it is, on the display.
+        finished: it is finished already, so that there is only its state to be read.
+        """
+        self.outputs: np.ndarray | None = None
+        self._config, self._loop, self._folder = config, loop, folder
+        self._display, self._device, self._label = display, device, label
+        self._is_done = finished
+        keep = config.keep
+        self._checkpoints = checkpoints.Checkpoints(loop.state, folder / "checkpoints", keep)
+        self._reached = Reached()
+        self._saved: int | None = None  # global step of the newest checkpoint
+        self._before: dict[str, float] = {}  # the loop's seconds when the run began
+        self._warned_of = len(loop.data.left_out)
+        self._replicas = replicas
+        self._agree: Callable[[bool], bool] = replicas.agree if replicas else bool
+
+    def train(
+        self, started: float, stop: Callable[[], bool]
+    ) -> Generator[PendingCall, None, dict[str, Any]]:
+        """A coroutine: yields the calls whose steps are to be made before it goes on.
+
+        Args:
+          started: time.perf_counter() when the set-up began.
+          stop: asked after every record; true ends the run with a checkpoint.
+
+        Returns:
+          The result, as written to result.json.
+
+        Raises:
+          DivergenceError: as Loop.run; the folder has the last good weights, and the result.
+        """
+        if self._is_done:
+            self._loop.state.begin(self._config.seed)
+            path, _ = checkpoints.newest(self._folder / "checkpoints", self._display.warn)
+            checkpoints.restore(self._loop.state, path)
+            return folders.result(self._folder)
+        resumed = self._resume()
+        self._count("setup", time.perf_counter() - started)
+        diverged = yield from self._go_on(stop, resumed)
+        while diverged and self._agree(self._may_rewind()):
+            resumed = self._rewind(diverged)
+            diverged = yield from self._go_on(stop, resumed)
+        result = self._result(diverged)
+        folders.write_json(self._folder / folders.RESULT, result)
+        self._agree(result["finished"])
+        if diverged:
+            raise diverged
+        return result
+
+    def _go_on(
+        self, stop: Callable[[], bool], resumed: bool
+    ) -> Generator[PendingCall, None, DivergenceError | None]:
+        """Train until all epochs are done, `stop` says so, or the step diverges."""
+        config, state = self._config, self._loop.state
+        if self._replicas:
+            self._replicas.share(state)
+        settings = dataclasses.asdict(config)
+        with (
+            Summaries(self._folder, self._loop, config.summaries, settings, resumed) as summaries,
+            Profile(config, self._folder, self._display.say) as profile,
+        ):
+            diverged = None
+            try:
+                yield from self._records(stop, summaries, profile)
+            except DivergenceError as error:
+                diverged = error
+                if self._may_rewind():
+                    return diverged
+            if diverged or self._saved != int(state.global_step):
+                self.save(summaries.sync())
+            if self._is_finished(diverged):
+                with self._timed("pictures"):
+                    summaries.finish()
+            elif diverged:
+                summaries.end(succeeded=False)
+        return diverged
+
+    def _records(
+        self, stop: Callable[[], bool], summaries: Summaries, profile: Profile
+    ) -> Iterator[PendingCall]:
+        """Take the loop's records, and write and show them; yields its pending calls."""
+        config, loop = self._config, self._loop
+        plot = None
+        if config.live_plot:
+            plot = LivePlot(self._folder / "curves.png", before=self._reached.epochs)
+        due = Due(config.checkpoint_every, int(loop.state.global_step))
+        if self._agree(self._has_settled()):
+            return
+        for record in loop.pending(config.epochs):
+            if isinstance(record, PendingCall):
+                yield record
+                continue
+            profile.write(record)
+            with self._timed("summaries"):
+                summaries.write(record)
+            self._display.write(record, self._label)
+            is_best = isinstance(record, Epoch) and self._add(record)
+            if plot:
+                plot.write(record)
+            if not may_end(record, loop):
+                continue
+            stopped = self._agree(stop() or self._has_settled())
+            if due(record) or stopped or is_best:
+                self.save(summaries.sync())
+            if stopped:
+                return
+
+    def _left_out(self) -> list[str]:
+        """The damaged records that were left out: from the start, and those found on the way."""
+        skipped = getattr(self._loop.data.train.images, "skipped", ())
+        return [*self._loop.data.left_out, *skipped]
+
+    def _warn_of_skipped(self) -> None:
+        for name in self._left_out()[self._warned_of :]:
+            self._display.warn(f"{name} is damaged: left out")
+        self._warned_of = len(self._left_out())
+
+    def _is_finished(self, diverged: DivergenceError | None) -> bool:
+        has_made_all = int(self._loop.state.epoch) >= self._config.epochs
+        return not diverged and (has_made_all or self._has_settled())
+
+    def _has_settled(self) -> bool:
+        return folders.has_settled(self._config, len(self._reached.epochs), self._reached.best)
+
+    def _may_rewind(self) -> bool:
+        return self._config.on_nan == "rewind" and len(self._reached.rewinds) < MOST_REWINDS
+
+    def _rewind(self, diverged: DivergenceError) -> bool:
+        """Go back to the newest checkpoint, or to the start, with half the rate of before.
+
+        Returns:
+          Were summaries written before that checkpoint?
+        """
+        rewinds = [*self._reached.rewinds, diverged.step]
+        resumed = self._resume()
+        state, factor = self._loop.state, 0.5 ** len(rewinds)
+        for name in ("learning_rate", "rates"):
+            if name in state.schedule.hyper:
+                state.hyper[name].assign(factor * state.initial_hyper[name])
+        self._reached.rewinds = rewinds
+        what, step = diverged.as_flags.partition(";")[0], int(state.global_step)
+        self._display.warn(
+            f"{what}; back to step {step}, with {factor:g} times the rate ({len(rewinds)} of at "
+            f"most {MOST_REWINDS} times)"
+        )
+        return resumed
+
+    def _resume(self) -> bool:
+        """Go to the newest checkpoint, if there is one.
+
+        Returns:
+          Were summaries written before it?
+        """
+        self._loop.state.begin(self._config.seed)
+        self._reached, self._saved = Reached(), None
+        self._before = dict(self._loop.seconds)
+        folder, events = self._folder / "checkpoints", {}
+        if checkpoints.all_in(folder):
+            events = self._restore(*checkpoints.newest(folder, self._display.warn))
+        elif steps := folders.result(self._folder).get("steps"):
+            raise UserError(
+                f"{self._folder}: made {steps} steps, but {folder} holds no checkpoint of them; "
+                "put them back, or begin a new run"
+            )
+        (self._folder / folders.RESULT).unlink(missing_ok=True)
+        self._cut_events(events)
+        return bool(events)
+
+    def _restore(self, path: Path, manifest: dict[str, Any]) -> dict[str, int]:
+        """Take over a checkpoint; the sizes of the event files when it was made."""
+        state, config = self._loop.state, self._config
+        # With --override the settings may change the mathematics of what the checkpoint holds.
+        differs = bool(folders.changed(Config.make(**manifest["config"]), config))
+        checkpoints.restore(state, path, differs)
+        if (done := int(state.epoch)) > config.epochs:
+            raise UserError(
+                f"{self._folder}: has made {done} epochs, more than --epochs={config.epochs}"
+            )
+        self._reached = Reached(**manifest["reached"])
+        if differs:
+            state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
+        folders.write(self._folder / folders.CONFIG, config.to_json())
+        self._saved = step = int(state.global_step)
+        self._reached.resumed_at.append(step)
+        epoch = min(int(state.epoch) + 1, config.epochs)
+        self._display.say(f"resumed at step {step}, in epoch {epoch}, from {path}")
+        return manifest["events"]
+
+    def _cut_events(self, sizes: dict[str, int]) -> None:
+        """Cut off what was written after the checkpoint: it will be written again."""
+        for path in event_paths(self._folder):
+            size = sizes.get(str(path.relative_to(self._folder)), 0)
+            if not size:
+                path.unlink()
+            elif size <= path.stat().st_size:
+                os.truncate(path, size)
+            else:
+                self._display.warn(
+                    f"{path}: is shorter than when the checkpoint was made: part of the curves is "
+                    "lost"
+                )
+
+    def _add(self, epoch: Epoch) -> bool:
+        """Add an epoch to what was reached; is it the best so far?"""
+        self.outputs = epoch.outputs
+        self._warn_of_skipped()
+        self._reached.epochs.append(_epoch_json(epoch))
+        if not epoch.validation:
+            return False
+        accuracy, best = epoch.validation.accuracy, self._reached.best
+        if best and accuracy <= best["accuracy"]:
+            return False
+        name = self._checkpoints.next_name()
+        self._reached.best = {"epoch": epoch.epoch, "accuracy": accuracy, "checkpoint": name}
+        return True
+
+    def save(self, events: dict[str, int]) -> None:
+        """Make a checkpoint; `events` are the sizes of the event files at this moment."""
+        loop, best = self._loop, self._reached.best
+        manifest = {
+            "tfloop": __version__,
+            "config": dataclasses.asdict(self._config),
+            "image_shape": loop.data.image_shape,
+            "pixels": loop.data.train.images.dtype.name,
+            "classes": loop.data.classes,
+            "steps_per_epoch": loop.steps,
+            "reached": {**dataclasses.asdict(self._reached), "seconds": self._seconds()},
+            "best": best,
+            "events": events,
+        }
+        self._checkpoints.save(manifest, best["checkpoint"] if best else None)
+        self._saved = int(loop.state.global_step)
+
+    def _count(self, what: str, seconds: float) -> None:
+        self._reached.seconds[what] = self._reached.seconds.get(what, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._count(what, time.perf_counter() - started)
+
+    def _seconds(self) -> dict[str, float]:
+        """All seconds of the run, those before it was resumed included."""
+        spent = dict.fromkeys(("setup", "summaries", "pictures"), 0.0) | self._reached.seconds
+        for key, before in self._before.items():
+            earlier = self._reached.seconds.get(key, 0.0)
+            spent[key] = earlier + self._loop.seconds[key] - before
+        return spent
+
+    def _result(self, diverged: DivergenceError | None) -> dict[str, Any]:
+        loop, state, reached = self._loop, self._loop.state, self._reached
+        seconds, steps = self._seconds(), int(state.global_step)
+        where = {"step": diverged.step, "layer": diverged.layer} if diverged else None
+        return {
+            "config": dataclasses.asdict(self._config),
+            "hyper": {name: v.numpy().tolist() for name, v in state.hyper.items()},
+            "finished": self._is_finished(diverged),
+            "diverged": where,
+            "weights": count_elements(state.weights.values()),
+            "steps": steps,
+            "steps_per_epoch": loop.steps,
+            "resumed_at": reached.resumed_at,
+            "rewinds": reached.rewinds,
+            "epochs": reached.epochs,
+            "final": reached.epochs[-1] if reached.epochs else None,
+            "best_by_validation": reached.best,
+            "left_out": self._left_out(),
+            "seconds": {key: round(value, 4) for key, value in seconds.items()},
+            "ms_per_step": 1000 * seconds["training"] / max(steps, 1),
+            "peak_memory_mib": _peak_memory(),
+            "traces": loop.traces,
+            "pipeline": loop.pipeline.name,
+            "steps_per_call": loop.steps_per_call,
+            "device": self._device,
+            "cores": os.cpu_count(),
+            "versions": {
+                "tfloop": __version__,
+                "python": platform.python_version(),
+                "tensorflow": tf.__version__,
+                "keras": keras.__version__,
+                "numpy": np.__version__,
+            },
+            "weights_sha256": state.digest("weights", "moving"),
+            "state_sha256": state.digest(),
+        }
+
+
+def may_end(record: Call | Epoch, loop: Loop) -> bool:
+    """May the run stop after this record, to go on there?
+
+    Not between an epoch's last call and its evaluation.
+    """
+    return isinstance(record, Epoch) or record.batch_index < loop.steps
+
+
+class Due:
+    """Is it time for a checkpoint?"""
+
+    def __init__(self, every: str, step: int) -> None:
+        """Args:
+        every: "epoch", a number of steps, "1000", or of seconds, "30s".
+        step: the global step at which the run goes on.
+        """
+        self._every, self._step, self._time = every, step, time.monotonic()
+
+    def __call__(self, record: Call | Epoch) -> bool:
+        if self._every == "epoch":
+            return isinstance(record, Epoch)
+        if self._every.endswith("s"):
+            is_due = time.monotonic() - self._time >= float(self._every[:-1])
+        else:
+            every = int(self._every)
+            is_due = record.step // every > self._step // every
+        if is_due:
+            self._step, self._time = record.step, time.monotonic()
+        return is_due
+
+
+def _peak_memory() -> float:
+    """Of this process, in MiB."""
+    maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _epoch_json(epoch: Epoch) -> dict[str, Any]:
+    """An entry of result.json."""
+    entry: dict[str, Any] = {
+        "epoch": epoch.epoch,
+        "step": epoch.step,
+        "learning_rate": epoch.learning_rate,
+        "seconds": epoch.seconds,
+        "steps": epoch.steps,
+    }
+    for part in ("train", "test", "validation"):
+        metrics: Metrics | None = getattr(epoch, part)
+        if metrics:
+            entry[part] = {
+                name: None if value is None else folders.finite(value)
+                for name, value in metrics._asdict().items()
+            }
+    return entry

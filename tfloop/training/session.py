@@ -1,0 +1,375 @@
+"""The runs that one command trains, from beginning to end.
+
+A run that was stopped, by whatever, goes on where its newest checkpoint is.
+"""
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tfloop.assembly import load_data, make_loop
+from tfloop.config import Config
+from tfloop.errors import DivergenceError
+from tfloop.inspection.progress import Display
+from tfloop.loop import Epoch, Loop
+from tfloop.machine.replicas import Replicas
+from tfloop.state import TrainState
+from tfloop.training import folders, keras_import
+from tfloop.training.ensemble import Calls, End, SideBySide, Together, mean_probabilities
+from tfloop.training.run import Run, may_end
+from tfloop.vectors import count_elements
+from tfloop.wording import counted, listed, plural, shape_text
+
+
+def train(
+    config: Config,
+    device: str = "",
+    started: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    resume: Sequence[Path] = (),
+    replicas: Replicas | None = None,
+) -> list[dict[str, Any]]:
+    """Train once for each seed in one process, each into a folder of its own.
+
+    Runs that are finished are left as they are. Of several workers the chief alone writes folders
+    and has results; the others train along.
+
+    Args:
+      config: the settings.
+      device: the device's name, for the record.
+      started: time.perf_counter() when the program began, from which set-up is counted.
+      stop: asked after every record; true ends the run with a checkpoint.
+      resume: the folders of the runs to go on with, one for each seed, in place of new ones.
+      replicas: what to train on, in place of one device.
+
+    Returns:
+      The result of each run, as written to its result.json, and its folder.
+
+    Raises:
+      UserError: settings that do not go together, data that cannot be read, a folder that cannot be
+        written, is held by another process, or has no checkpoint that is whole.
+      DivergenceError: as Loop.run; the run's folder keeps the last good weights.
+      WorkerLost: another worker is gone.
+    """
+    started = time.perf_counter() if started is None else started
+    with replicas.watched() if replicas else contextlib.nullcontext():
+        if replicas and not replicas.is_chief:
+            _follow(config, stop, replicas)
+            return []
+        with Session(config, device, started, stop, resume, replicas) as session:
+            for calls in session.calls():
+                with calls:
+                    if session.side_by_side:
+                        session.side_by_side.make(calls)
+                    else:
+                        calls[0].loop.make(calls[0])
+        return session.results
+
+
+class Session:
+    """The runs of one command. Use it in a `with` block.
+
+    Attributes:
+      results: of the runs that have ended so far.
+      side_by_side: makes the calls of several models at once; None where one trains at a time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: str,
+        started: float,
+        stop: Callable[[], bool],
+        resume: Sequence[Path],
+        replicas: Replicas | None,
+    ) -> None:
+        """Args: as those of `train`."""
+        for folder in resume:
+            if not folders.is_finished(folder):
+                folders.check_writable(folder, "--resume")
+        if not resume:
+            folders.check_writable(Path(config.logdir))
+        self.results: list[dict[str, Any]] = []
+        self._config, self._device, self._started, self._stop = config, device, started, stop
+        self._resume, self._replicas = resume, replicas
+        self._agree: Callable[[bool], bool] = replicas.agree if replicas else bool
+        self._configs = [config.of_one_run(seed) for seed in config.all_seeds]
+        self._members = min(config.ensemble, len(self._configs))
+        first = make_loop(config, replicas=replicas)
+        if replicas:
+            replicas.check_same(first.data.fingerprint, "data")
+        others = [make_loop(config, first.data) for _ in range(self._members - 1)]
+        self._loops = [first, *others]
+        self.side_by_side = SideBySide(self._loops) if self._members > 1 else None
+        self._display = Display(config.epochs, first.steps, config.quiet)
+        self._locks = contextlib.ExitStack()
+
+    def __enter__(self) -> "Session":
+        self._display.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._locks.close()
+        self._display.__exit__(kind, error, traceback)
+
+    def calls(self) -> Iterator[Calls]:
+        """The calls that the runs are ready for; as many runs at a time as an ensemble has members.
+
+        Raises:
+          DivergenceError: a run diverged; those beside it have gone on to their end.
+        """
+        self._say_what_trains()
+        places = list(self._resume) or folders.create_all(self._config)
+        finished = [
+            bool(folders.epochs_done(folder, config))
+            for folder, config in zip(places, self._configs, strict=True)
+        ]
+        for folder, done in zip(places, finished, strict=True):
+            if not done:
+                self._locks.enter_context(folders.locked(folder))
+        for first in range(0, len(places), self._members):
+            rows = slice(first, first + self._members)
+            if self._agree(all(finished[rows]) and folders.all_finished(places[rows])):
+                self._leave(places[rows])
+                continue
+            runs = [
+                self._run(config, loop, folder, done)
+                for config, loop, folder, done in zip(
+                    self._configs[rows], self._loops, places[rows], finished[rows], strict=False
+                )
+            ]
+            group = Together([run.train(self._started, self._stop) for run in runs])
+            yield from group
+            if not self._close(runs, places[rows], group.ends):
+                break
+            self._started = time.perf_counter()
+        self._say_the_mean()
+
+    def _run(self, config: Config, loop: Loop, folder: Path, done: bool) -> Run:
+        label = f"seed {config.seed}" if self._members > 1 else ""
+        return Run(config, loop, folder, self._display, self._device, self._replicas, label, done)
+
+    def _leave(self, places: list[Path]) -> None:
+        """These runs are finished: they are left as they are."""
+        for folder in places:
+            self._display.say(f"{folder}: is finished")
+            self.results.append({**folders.result(folder), "folder": str(folder)})
+
+    def _close(self, runs: list[Run], places: list[Path], ends: list[End]) -> bool:
+        """Say how these runs ended, and judge them together; did all of them finish?
+
+        Raises:
+          DivergenceError: one of them diverged.
+        """
+        for folder, end in zip(places, ends, strict=True):
+            if isinstance(end, dict):
+                self.results.append({**end, "folder": str(folder)})
+                self._display.say(f"{_closing_line(end)}\n{folder}{_not_all(end, folder)}")
+        is_complete = all(isinstance(end, dict) and end["finished"] for end in ends)
+        if is_complete and len(runs) > 1:
+            self._judge(runs, places, ends)
+        for end in ends:
+            if isinstance(end, DivergenceError):
+                raise end
+        return is_complete
+
+    def _judge(self, runs: list[Run], places: list[Path], ends: list[End]) -> None:
+        """The test accuracy of several models' mean probabilities, after their last epoch."""
+        test = self._loops[0].data.test
+        outputs = [
+            loop.evaluate_with_outputs(test)[1] if run.outputs is None else run.outputs
+            for loop, run in zip(self._loops, runs, strict=True)
+        ]
+        guesses = mean_probabilities(self._loops, outputs).argmax(axis=1)
+        accuracy = float(np.mean(guesses == test.labels))
+        self._display.say(
+            f"{len(runs)} together: test accuracy {100 * accuracy:.2f} %, by the mean of their "
+            "probabilities"
+        )
+        names = [path.name for path in places]
+        judged = {"together": {"test_accuracy": accuracy, "folders": names}}
+        # The first comes last: it is the one that is looked at.
+        for folder, end in reversed(list(zip(places, ends, strict=True))):
+            assert isinstance(end, dict)
+            folders.write_json(folder / folders.RESULT, {**end, **judged})
+
+    def _say_what_trains(self) -> None:
+        config, loop = self._config, self._loops[0]
+        data, auto = loop.data, " (auto)" if config.pipeline == "auto" else ""
+        weights = count_elements(loop.state.weights.values())
+        self._display.say(
+            f"{len(data.train)} training and {len(data.test)} test images of "
+            f"{shape_text(data.image_shape)}, {data.classes} classes; {weights:,} weights; "
+            f"{self._device or 'default device'}, {loop.pipeline.name} pipeline{auto}"
+        )
+        self._display.say(_settings_line(config, loop.state))
+        if count := len(data.left_out):
+            records = f"{counted(count, 'damaged record')} {'is' if count == 1 else 'are'}"
+            self._display.warn(f"{records} left out; the first: {data.left_out[0]}")
+
+    def _say_the_mean(self) -> None:
+        results = self.results
+        if len(results) < 2 or not all(result["epochs"] for result in results):
+            return
+        final = [100 * result["epochs"][-1]["test"]["accuracy"] for result in results]
+        traces = self._loops[0].traces["train"]
+        self._display.say(
+            f"{len(results)} runs: test accuracy {np.mean(final):.2f} % on average, standard "
+            f"deviation {np.std(final, ddof=1):.2f}, from {min(final):.2f} to {max(final):.2f}; "
+            f"the step was traced {traces} {plural('time', traces)}"
+        )
+
+
+def _follow(config: Config, stop: Callable[[], bool], replicas: Replicas) -> None:
+    """What a worker does that is not the chief: the same steps, from the chief's state on."""
+    loop = make_loop(config, replicas=replicas)
+    replicas.check_same(loop.data.fingerprint, "data")
+    warned: set[str] = set()
+    for _ in config.all_seeds:
+        if replicas.agree(False):  # the chief has it finished already
+            continue
+        again = True
+        while again:
+            diverged = _follow_once(config, loop, stop, replicas, warned)
+            again = bool(diverged) and replicas.agree(False)
+        finished = replicas.agree(False)  # the chief has written all
+        if diverged:
+            raise diverged
+        if not finished:
+            break
+
+
+def _follow_once(
+    config: Config, loop: Loop, stop: Callable[[], bool], replicas: Replicas, warned: set[str]
+) -> DivergenceError | None:
+    """Train along, until all epochs are done or one of the workers is asked to stop."""
+    replicas.share(loop.state)
+    if replicas.agree(False):
+        return None
+    try:
+        for record in loop.run(config.epochs):
+            if isinstance(record, Epoch):
+                for name in getattr(loop.data.train.images, "skipped", ()):
+                    if name not in warned:
+                        warned.add(name)
+                        print(f"tfloop: {name} is damaged: left out", file=sys.stderr)
+            if may_end(record, loop) and replicas.agree(stop()):
+                break
+    except DivergenceError as error:
+        return error
+    return None
+
+
+def adopt(config: Config, path: str | Path) -> Path:
+    """A new run whose first checkpoint has the weights in a file that Keras wrote; its folder.
+
+    Raises:
+      UserError: as `train`, and as `keras_import.import_weights`.
+    """
+    config = config.replace(ensemble=1)
+    folders.check_writable(Path(config.logdir))
+    loop = make_loop(config)
+    keras_import.import_weights(loop.state, path, loop.data.test.images[:64])
+    folder = folders.create(config)
+    display = Display(config.epochs, loop.steps, config.quiet)
+    with folders.locked(folder), display:
+        Run(config, loop, folder, display, "").save({})
+    return folder
+
+
+def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) -> None:
+    """One step of everything, in a folder that is removed afterwards.
+
+    Training, evaluation, summaries, checkpoint.
+    """
+    logdir = Path(config.logdir)
+    folders.check_writable(logdir)
+    dataset = load_data(config).head(config.batch_size)
+    profile = "0:1" if config.profile else ""
+    own = config.replace(epochs=1, seeds=(), runs=1, ensemble=1, profile=profile)
+    loop = make_loop(own, dataset, replicas)
+    is_new = not logdir.exists()
+    logdir.mkdir(parents=True, exist_ok=True)
+    display = Display(1, loop.steps, config.quiet)
+    try:
+        with tempfile.TemporaryDirectory(dir=logdir, prefix="dry_run-") as folder, display:
+            run = Run(own, loop, Path(folder), display, device, replicas)
+            group = Together([run.train(time.perf_counter(), lambda: False)])
+            for calls in group:
+                with calls:
+                    loop.make(calls[0])
+            [result] = group.ends
+            if isinstance(result, DivergenceError):
+                raise result
+            assert result
+            loss = result["final"]["train"]["total"]
+            display.say(
+                f"dry run: one step of {counted(config.batch_size, 'image')}, evaluation, "
+                f"summaries and checkpoint work; loss {loss:.4f}; nothing is kept"
+            )
+    finally:
+        if is_new:
+            logdir.rmdir()
+
+
+def _settings_line(config: Config, state: TrainState) -> str:
+    """The optimizer, the schedule, the penalties and their numbers, in one line."""
+    optimizer, schedule = _numbers_text(state.optimizer.hyper), _numbers_text(state.schedule.hyper)
+    return (
+        f"{config.optimizer}: {optimizer}; {config.schedule}: {schedule}; l1 {config.l1:g}, l2 "
+        f"{config.l2:g} on {config.penalize} kernels; batch {config.batch_size}, "
+        f"{counted(config.epochs, 'epoch')}"
+    )
+
+
+def _numbers_text(hyper: dict[str, Any]) -> str:
+    usual = {"warmup_steps": 0.0, "unit_steps": 1.0}  # not worth a word
+    shown = []
+    for name, variable in hyper.items():
+        if usual.get(name) != variable.numpy().tolist():
+            numbers = np.atleast_1d(variable.numpy())
+            shown.append(f"{name} {listed(f'{number:.7g}' for number in numbers)}")
+    return ", ".join(shown)
+
+
+def _not_all(result: dict[str, Any], folder: Path) -> str:
+    """Why a run has not made all its epochs, where it has not."""
+    if not result["finished"]:
+        return f"\nstopped after {result['steps']} steps; go on with --resume={folder}"
+    config, best = result["config"], result["best_by_validation"]
+    if len(result["epochs"]) == config["epochs"]:
+        return ""
+    patience = counted(config["early_stopping"], "epoch")
+    return (
+        f"\nstopped early: no better validation accuracy for {patience}; the best, "
+        f"{100 * best['accuracy']:.2f} %, was that of epoch {best['epoch']}: evaluate {folder} "
+        "--best"
+    )
+
+
+def _closing_line(result: dict[str, Any]) -> str:
+    """What a run reached, and in what time."""
+    seconds, final = result["seconds"], result["final"]
+    reached = "no epoch finished"
+    if final:
+        part = next(part for part in ("test", "validation", "train") if part in final)
+        reached = f"{part} accuracy {100 * final[part]['accuracy']:.2f} %"
+    summaries = seconds["summaries"] + seconds["pictures"]
+    return (
+        f"{reached} after {result['steps']} steps: {seconds['training']:.1f} s of training "
+        f"({result['ms_per_step']:.1f} ms/step), {seconds['setup']:.1f} s set-up, "
+        f"{seconds['tracing']:.1f} s tracing, {seconds['evaluation']:.1f} s evaluation, "
+        f"{summaries:.1f} s summaries"
+    )

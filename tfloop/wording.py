@@ -1,0 +1,39 @@
+"""How numbers, shapes and lists are written in messages: each way once."""
+
+from collections.abc import Iterable, Sequence
+
+
+def plural(noun: str, count: int) -> str:
+    """The noun in the number that `count` asks for: "epoch" or "epochs"."""
+    if count == 1:
+        return noun
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 epoch", "5 epochs" """
+    return f"{count} {plural(noun, count)}"
+
+
+def shape_text(shape: Iterable[int | None]) -> str:
+    """ "28×28×1" """
+    return "×".join(map(str, shape))
+
+
+def listed(values: Iterable[object]) -> str:
+    """ "3,4,5", as a flag takes a list"""
+    return ",".join(map(str, values))
+
+
+def value_text(value: object) -> str:
+    """A setting's value as one would type it after the flag's equals sign."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return listed(value) if isinstance(value, (tuple, list)) else str(value)
+
+
+def joined(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a and b and c" """
+    return " and ".join(names)
