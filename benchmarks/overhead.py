@@ -1,8 +1,8 @@
 """The loop's own cost per step, and what its summaries cost.
 
-First a model with one weight on images of one pixel, where nothing is left but the loop, against a bare tf.function
-that does the same update, called once a step, and against Keras's fit. Then epochs of the default job, as `train` runs
-them, with each level of --summaries.
+First a model with one weight on images of one pixel, where nothing is left but the loop, against a
+bare tf.function that does the same update, called once a step, and against Keras's fit. Then
+epochs of the default job, as `train` runs them, with each level of --summaries.
 """
 
 import statistics
@@ -40,7 +40,8 @@ def contestants() -> dict:
             for _ in made.train_epoch():
                 pass
             made.state.epoch.assign_add(1)
-            made.state.batch.assign(0)
+            made.state.batch_index.assign(0)
+
         return run
 
     model, images, labels = Nothing(), tf.ones([1, 1]), tf.constant([0])
@@ -48,7 +49,9 @@ def contestants() -> dict:
     @tf.function
     def step():
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, model(images)))
+            loss = tf.reduce_mean(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(labels, model(images))
+            )
         model.w.assign_sub(0.0 * tape.gradient(loss, model.w))
         return loss
 
@@ -59,19 +62,30 @@ def contestants() -> dict:
 
     def fit(**options):
         built = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2, use_bias=False)])
-        built.compile(keras.optimizers.SGD(0.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True), **options)
+        built.compile(
+            keras.optimizers.SGD(0.0),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **options,
+        )
         flat = x.reshape(-1, 1).astype("float32")
         return lambda: built.fit(flat, y, batch_size=1, verbose=0, shuffle=False)
 
-    return {"tfloop, 50 steps a call": loop(), "tfloop, 1 step a call": loop(steps_per_call=1),
-            "tfloop, host pipeline": loop(pipeline="host"), "tfloop, eager": loop(eager=True),
-            "bare tf.function": bare, "keras fit": fit(), "keras fit, 50 steps": fit(steps_per_execution=50)}
+    return {
+        "tfloop, 50 steps a call": loop(),
+        "tfloop, 1 step a call": loop(steps_per_call=1),
+        "tfloop, host pipeline": loop(pipeline="host"),
+        "tfloop, eager": loop(eager=True),
+        "bare tf.function": bare,
+        "keras fit": fit(),
+        "keras fit, 50 steps": fit(steps_per_execution=50),
+    }
 
 
 def summaries(rounds: int, config) -> dict[str, list[tuple[float, float, float]]]:
-    """level → (seconds of an epoch with its summaries, of these in summaries, seconds at the end of the run), by round."""
+    """level → (seconds of an epoch with its summaries, of these in summaries, seconds at the end of
+    the run), by round."""
     import tfloop
-    from tfloop.summaries import LEVELS, Summaries
+    from tfloop.inspection.summaries import LEVELS, Summaries
 
     loop = tfloop.make_loop(config)
     found = {level: [] for level in LEVELS}
@@ -106,17 +120,61 @@ def main() -> None:
                 turns[name].append(1e6 * (time.perf_counter() - started) / STEPS)
     found = environment()
     print(describe(found) + "\n")
-    print(table(["one weight, one pixel", "µs per step, median (95 %)"],
-                [[name, "{:.0f} ({:.0f}–{:.0f})".format(*with_interval(values))] for name, values in turns.items()]))
+    print(
+        table(
+            ["one weight, one pixel", "µs per step, median (95 %)"],
+            [
+                [name, "{:.0f} ({:.0f}–{:.0f})".format(*with_interval(values))]
+                for name, values in turns.items()
+            ],
+        )
+    )
     rows = []
     for level, times in costs.items():
-        ratio = with_interval([epoch / none for (epoch, _, _), (none, _, _) in zip(times, costs["none"])])
-        median = lambda column: statistics.median(time[column] for time in times)
-        rows.append([level, f"{median(0):.2f}", "{:.3f} ({:.3f}–{:.3f})".format(*ratio), f"{100 * median(1) / (median(0) - median(1)):.1f} %",
-                     f"{median(2):.2f}"])
-    print("\n" + table(["--summaries", "s an epoch", "÷ none, median of pairs (95 %)", "time in summaries ÷ the rest", "s at the end of a run"], rows))
-    save("overhead", options.out, {"environment": found, "us_per_step": turns, "summaries": {
-        level: [dict(zip(("epoch_s", "in_summaries_s", "at_end_s"), time)) for time in times] for level, times in costs.items()}})
+        ratio = with_interval(
+            [epoch / none for (epoch, _, _), (none, _, _) in zip(times, costs["none"], strict=True)]
+        )
+
+        def median(column, times=times):
+            return statistics.median(time[column] for time in times)
+
+        rows.append(
+            [
+                level,
+                f"{median(0):.2f}",
+                "{:.3f} ({:.3f}–{:.3f})".format(*ratio),
+                f"{100 * median(1) / (median(0) - median(1)):.1f} %",
+                f"{median(2):.2f}",
+            ]
+        )
+    print(
+        "\n"
+        + table(
+            [
+                "--summaries",
+                "s an epoch",
+                "÷ none, median of pairs (95 %)",
+                "time in summaries ÷ the rest",
+                "s at the end of a run",
+            ],
+            rows,
+        )
+    )
+    save(
+        "overhead",
+        options.out,
+        {
+            "environment": found,
+            "us_per_step": turns,
+            "summaries": {
+                level: [
+                    dict(zip(("epoch_s", "in_summaries_s", "at_end_s"), time, strict=True))
+                    for time in times
+                ]
+                for level, times in costs.items()
+            },
+        },
+    )
 
 
 if __name__ == "__main__":

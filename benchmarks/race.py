@@ -1,4 +1,5 @@
-"""Contenders take turns: A B C, A B C, …, so that a machine whose speed drifts does so for all of them."""
+"""Contenders take turns: A B C, A B C, …, so that a machine whose speed drifts does so for all of
+them."""
 
 import json
 import math
@@ -17,19 +18,40 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that each benchmark also runs
 
 
 class Contender:
-    """A process that trains when told to. `name` is one of contenders.CONTENDERS; `label` is what tables call it."""
+    """A process that trains when told to. `name` is one of contenders.CONTENDERS; `label` is what
+    tables call it."""
 
     def __init__(self, name: str, settings: dict, label: str = ""):
-        self.name, self.label, self.settings, self.turns, self.memory = name, label or name, settings, [], 0.0
+        self.name, self.label, self.settings, self.turns, self.memory = (
+            name,
+            label or name,
+            settings,
+            [],
+            0.0,
+        )
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(paths),
-                       "TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # all live at once
+        environment = {
+            **os.environ,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }  # all live at once
         environment.pop("TF_ENABLE_ONEDNN_OPTS", None)
-        self._process = subprocess.Popen([sys.executable, str(HERE / "contenders.py"), name, json.dumps(settings)],
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                         env=environment)
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "contenders.py"), name, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         ready = self._answer()
-        self.missing, self.loss, self.least = ready.get("missing"), ready.get("loss"), ready.get("least", 1)
+        self.missing, self.loss, self.least = (
+            ready.get("missing"),
+            ready.get("loss"),
+            ready.get("least", 1),
+        )
 
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
@@ -52,10 +74,12 @@ class Contender:
 
 
 def race(contenders: list[Contender], seconds: float, rounds: int, most: int = 900) -> None:
-    """Warm every contender up, choose its steps for a turn of about `seconds`, and let them take turns.
+    """Warm every contender up, choose its steps for a turn of about `seconds`, and let them take
+    turns.
 
-    Every turn begins with a pause, in which the threads of the one before come to rest, and a few steps that do not count.
-    After it, `turns` of each contender holds its milliseconds per step, round by round.
+    Every turn begins with a pause, in which the threads of the one before come to rest, and a few
+    steps that do not count. After it, `turns` of each contender holds its milliseconds per step,
+    round by round.
     """
     steps = {}
     for contender in contenders:
@@ -72,29 +96,38 @@ def race(contenders: list[Contender], seconds: float, rounds: int, most: int = 9
 
 
 def ratios(slower: Contender, faster: Contender) -> tuple[float, float, float]:
-    """(median, low, high) of slower / faster, pair by pair; low and high bound a 95 % bootstrap interval of the median."""
-    return with_interval([a / b for a, b in zip(slower.turns, faster.turns)])
+    """(median, low, high) of slower / faster, pair by pair; low and high bound a 95 % bootstrap
+    interval of the median."""
+    return with_interval([a / b for a, b in zip(slower.turns, faster.turns, strict=True)])
 
 
 def with_interval(values: list[float], samples: int = 2000) -> tuple[float, float, float]:
     """(median, low, high): the 95 % percentile interval of the median over bootstrap samples."""
     chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(samples))
-    return statistics.median(values), medians[int(0.025 * samples)], medians[int(0.975 * samples) - 1]
+    medians = sorted(
+        statistics.median(chance.choices(values, k=len(values))) for _ in range(samples)
+    )
+    return (
+        statistics.median(values),
+        medians[int(0.025 * samples)],
+        medians[int(0.975 * samples) - 1],
+    )
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
     """The b of cost = a · size^b, by least squares on the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     mx, my = statistics.fmean(x), statistics.fmean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mx) ** 2 for a in x
+    )
 
 
 def environment() -> dict:
     """What the figures depend on. No host name and no path."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from tfloop.devices import cores
+    from tfloop.machine.devices import cores
 
     def installed(package: str) -> str | None:
         try:
@@ -104,23 +137,53 @@ def environment() -> dict:
 
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        info = dict(
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if ":" in line
+        )
         info = {key.strip(): value.strip() for key, value in info.items()}
-        model = f"{info.get('model name', model)}{', AVX-512' if 'avx512f' in info.get('flags', '') else ''}"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip() if _has("git") else ""
-    gpus = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True,
-                          text=True).stdout.splitlines() if _has("nvidia-smi") else []
+        model = info.get("model name", model)
+        if "avx512f" in info.get("flags", ""):
+            model += ", AVX-512"
+    commit = (
+        subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+        ).stdout.strip()
+        if _has("git")
+        else ""
+    )
+    gpus = (
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        if _has("nvidia-smi")
+        else []
+    )
     import datetime
 
-    return {"date": datetime.date.today().isoformat(), "cpu": model, "cores": cores(), "gpus": gpus,
-            "python": platform.python_version(), "commit": commit,
-            "packages": {name: found for name in ("tensorflow", "keras", "numpy", "torch", "jax") if (found := installed(name))}}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": model,
+        "cores": cores(),
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "commit": commit,
+        "packages": {
+            name: found
+            for name in ("tensorflow", "keras", "numpy", "torch", "jax")
+            if (found := installed(name))
+        },
+    }
 
 
 def start_quietly(**settings):
-    """Import TensorFlow without its start-up messages; the settings that tfloop chose for this machine."""
+    """Import TensorFlow without its start-up messages; the settings that tfloop chose for this
+    machine."""
     from tfloop.config import Config
-    from tfloop.devices import start
+    from tfloop.machine.devices import start
 
     return start(Config.make(**settings))[0]
 
@@ -163,26 +226,45 @@ def arguments(description: str, rounds: int = 7, seconds: float = 1.5):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=seconds, help="length of a turn, about")
-    parser.add_argument("--out", default=str(HERE / "results"), help="folder for the JSON and the plot")
+    parser.add_argument(
+        "--out", default=str(HERE / "results"), help="folder for the JSON and the plot"
+    )
     parser.add_argument("--plot", action="store_true", help="also write a PNG")
     return parser
 
 
-def bars(path: Path, title: str, measured: dict[str, list[float]], unit: str, lines: dict[str, float] = {}) -> None:
-    """A bar for each label, as long as the median of what was measured, with its 95 % interval, the first one in colour;
+def bars(
+    path: Path,
+    title: str,
+    measured: dict[str, list[float]],
+    unit: str,
+    lines: dict[str, float] | None = None,
+) -> None:
+    """A bar for each label, as long as the median of what was measured, with its 95 % interval, the
+    first one in colour;
     `lines` go across."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 0.42 * len(measured) + 1.3), layout="constrained")
     axes = figure.add_subplot()
-    medians, lows, highs = zip(*map(with_interval, measured.values()))
-    reach = [[m - low for m, low in zip(medians, lows)], [high - m for m, high in zip(medians, highs)]]
-    axes.barh(range(len(measured)), medians, color=["#1f5fa8"] + ["#b9c4d0"] * (len(measured) - 1), xerr=reach, ecolor="#505860", capsize=3)
+    medians, lows, highs = zip(*map(with_interval, measured.values()), strict=True)
+    reach = [
+        [m - low for m, low in zip(medians, lows, strict=True)],
+        [high - m for m, high in zip(medians, highs, strict=True)],
+    ]
+    axes.barh(
+        range(len(measured)),
+        medians,
+        color=["#1f5fa8"] + ["#b9c4d0"] * (len(measured) - 1),
+        xerr=reach,
+        ecolor="#505860",
+        capsize=3,
+    )
     axes.set_yticks(range(len(measured)), measured)
     axes.invert_yaxis()
-    for i, (median, high) in enumerate(zip(medians, highs)):
+    for i, (median, high) in enumerate(zip(medians, highs, strict=True)):
         axes.text(high, i, f" {median:.2f}", va="center")
-    for label, value in lines.items():
+    for label, value in (lines or {}).items():
         axes.axvline(value, color="#c05020", linestyle="--", linewidth=1)
         axes.text(value, len(measured) - 0.45, f" {label} {value:.2f}", color="#c05020", va="top")
     axes.set(title=title, xlabel=unit, xlim=(0, 1.12 * max(highs)))

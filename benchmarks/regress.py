@@ -1,9 +1,9 @@
-"""Has the step become slower? A fresh run of tfloop against Keras's fit and against its own plain twin, compared with
-the ratios stored for this kind of machine. Exits with 1 where the upper end of a fresh ratio's interval lies below the
-stored one's lower end.
+"""Has the step become slower? A fresh run of tfloop against Keras's fit and against its own plain
+twin, compared with the ratios stored for this kind of machine. Exits with 1 where the upper end of
+a fresh ratio's interval lies below the stored one's lower end.
 
-Ratios only: absolute times belong to one machine and one moment. Ratios still differ from one kind of CPU to another;
-where none are stored for this one, or with `--store`, the fresh ones are kept.
+Ratios only: absolute times belong to one machine and one moment. Ratios still differ from one kind
+of CPU to another; where none are stored for this one, or with `--store`, the fresh ones are kept.
 """
 
 import json
@@ -16,7 +16,10 @@ from race import Contender, arguments, describe, environment, machine, race, rat
 def measure(seconds: float, rounds: int) -> dict[str, tuple[float, float, float]]:
     """How many times as long each rival takes as tfloop: (median, low, high)."""
     fast = Contender("tfloop", {})
-    rivals = [Contender("keras fit", {}), Contender("tfloop", {"fast": False, "shards": 1}, "tfloop, plain")]
+    rivals = [
+        Contender("keras fit", {}),
+        Contender("tfloop", {"fast": False, "shards": 1}, "tfloop, plain"),
+    ]
     race([fast, *rivals], seconds, rounds)
     for contender in (fast, *rivals):
         contender.close()
@@ -25,23 +28,52 @@ def measure(seconds: float, rounds: int) -> dict[str, tuple[float, float, float]
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=7, seconds=1.0)
-    parser.add_argument("--store", action="store_true", help="keep the fresh ratios as those to compare with")
+    parser.add_argument(
+        "--store", action="store_true", help="keep the fresh ratios as those to compare with"
+    )
     options = parser.parse_args()
     fresh, found = measure(options.seconds, options.rounds), environment()
     path = Path(options.out) / "regress.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known = stored.get(machine(found))
-    shown = lambda interval: "{:.2f} ({:.2f}–{:.2f})".format(*interval)
+
+    def shown(interval):
+        return "{:.2f} ({:.2f}–{:.2f})".format(*interval)
+
     if options.store or not known:
         if not options.store:
-            print(f"No ratios are stored for {machine(found)}: these are kept, to compare with from now on.\n")
-        print(table(["÷ tfloop", "median (95 %)"], [[name, shown(ratio)] for name, ratio in fresh.items()]))
-        save("regress", options.out, {**stored, machine(found): {"environment": found, "ratios": fresh}})
+            print(
+                f"No ratios are stored for {machine(found)}: these are kept, to compare with "
+                f"from now on.\n"
+            )
+        print(
+            table(
+                ["÷ tfloop", "median (95 %)"],
+                [[name, shown(ratio)] for name, ratio in fresh.items()],
+            )
+        )
+        save(
+            "regress",
+            options.out,
+            {**stored, machine(found): {"environment": found, "ratios": fresh}},
+        )
         return
     worse = [name for name, (_, _, high) in fresh.items() if high < known["ratios"][name][1]]
     print(f"now: {describe(found)}\nstored: {describe(known['environment'])}\n")
-    print(table(["÷ tfloop", "stored, median (95 %)", "now", ""],
-                [[name, shown(known["ratios"][name]), shown(ratio), "worse" if name in worse else "kept"] for name, ratio in fresh.items()]))
+    print(
+        table(
+            ["÷ tfloop", "stored, median (95 %)", "now", ""],
+            [
+                [
+                    name,
+                    shown(known["ratios"][name]),
+                    shown(ratio),
+                    "worse" if name in worse else "kept",
+                ]
+                for name, ratio in fresh.items()
+            ],
+        )
+    )
     sys.exit(1 if worse else 0)
 
 

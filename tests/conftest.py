@@ -8,11 +8,24 @@ import pytest
 import tensorflow as tf
 
 import tfloop
+from tfloop.data import sources
+from tfloop.inspection import dashboards, moments
+from tfloop.models import layer_rules
+from tfloop.optimizers import OPTIMIZERS
+from tfloop.schedules import SCHEDULES
 
 SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="a selection that covers every module")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        left_out = [item for item in items if not item.get_closest_marker("quick")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("quick")]
     if not tf.config.list_physical_devices("GPU"):
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -33,6 +46,18 @@ def digits() -> tfloop.Dataset:
 def loop():
     """loop(l2=0.1, …): a small Loop on the digits, 15 steps an epoch, the last of 37 images."""
     return lambda **settings: tfloop.make_loop(tfloop.Config.make(**{**SMALL, **settings}))
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is gone after it."""
+    for registry in (SCHEDULES, OPTIMIZERS):
+        monkeypatch.setattr(registry, "_functions", dict(registry._functions))
+    monkeypatch.setattr(layer_rules, "LAYER_RULES", dict(layer_rules.LAYER_RULES))
+    assert dashboards.TAGS  # its summaries are registered when it is imported
+    summaries, formats = list(moments.REGISTERED), list(sources.SOURCES)
+    yield
+    moments.REGISTERED[:], sources.SOURCES[:] = summaries, formats
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Each augmentation against scipy or hand-worked values; the same images however the batch is cut."""
+"""Each augmentation against scipy or hand-worked values; the same images however the batch is
+cut."""
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import tensorflow as tf
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
-from tfloop import augmentation
+from tfloop.data import augmentation
 from tfloop.randomness import Key, seed_of
 
 
@@ -22,7 +23,9 @@ def images(random):
 def test_views_are_the_image_and_it_moved_by_so_many_pixels_in_four_directions(images):
     found = augmentation.shifted(images, 2)
     for view, by in zip(found, [(0, 0), (2, 0), (-2, 0), (0, 2), (0, -2)], strict=True):
-        np.testing.assert_array_equal(view, [ndimage.shift(image, (*by, 0), order=0) for image in images.numpy()])
+        np.testing.assert_array_equal(
+            view, [ndimage.shift(image, (*by, 0), order=0) for image in images.numpy()]
+        )
 
 
 def test_a_shift_is_by_whole_pixels_all_equally_likely_and_fills_with_0(images):
@@ -37,18 +40,28 @@ def test_a_shift_is_by_whole_pixels_all_equally_likely_and_fills_with_0(images):
 
 def resampled(image, rows, columns):
     """SciPy's image at these places, between pixels, 0 beyond the edges."""
-    return np.stack([ndimage.map_coordinates(channel, [rows, columns], order=1, mode="grid-constant")
-                     for channel in np.moveaxis(image, -1, 0)], axis=-1)
+    return np.stack(
+        [
+            ndimage.map_coordinates(channel, [rows, columns], order=1, mode="grid-constant")
+            for channel in np.moveaxis(image, -1, 0)
+        ],
+        axis=-1,
+    )
 
 
 @pytest.mark.parametrize("xla", [False, True])
 def test_an_image_is_turned_and_scaled_about_its_middle(images, xla):
     warp = tf.function(augmentation.warp, jit_compile=True) if xla else augmentation.warp
-    found, draws = warp(images, key(), 30.0, 0.2).numpy(), key().uniform([300, 2], -1.0, 1.0).numpy()
+    found, draws = (
+        warp(images, key(), 30.0, 0.2).numpy(),
+        key().uniform([300, 2], -1.0, 1.0).numpy(),
+    )
     places = np.indices((9, 7)).reshape(2, -1) - [[4], [3]]
     for image, turned, (angle, size) in list(zip(images.numpy(), found, draws))[:20]:
         a = np.deg2rad(30 * angle)
-        back = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) / (1 + 0.2 * size)  # (row, column) of the output → input
+        back = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) / (
+            1 + 0.2 * size
+        )  # (row, column) of the output → input
         rows, columns = (back @ places + [[4], [3]]).reshape(2, 9, 7)
         np.testing.assert_allclose(turned, resampled(image, rows, columns), atol=1e-3)
 
@@ -56,7 +69,12 @@ def test_an_image_is_turned_and_scaled_about_its_middle(images, xla):
 def test_an_image_is_bent_by_cubic_splines_between_the_points_that_are_pulled(images):
     found = augmentation.warp(images, key(), elastic=2.0).numpy()
     pulls = 2.0 * key().fold_in(0).uniform([300, 2, 6, 6], -1.0, 1.0).numpy()
-    at = lambda length: BSpline.design_matrix(np.arange(length) * 3 / (length - 1), np.arange(-3, 7), 3).toarray()
+
+    def at(length):
+        return BSpline.design_matrix(
+            np.arange(length) * 3 / (length - 1), np.arange(-3, 7), 3
+        ).toarray()
+
     for image, bent, pull in list(zip(images.numpy(), found, pulls))[:20]:
         rows, columns = np.indices((9, 7)) + at(9) @ pull @ at(7).T
         np.testing.assert_allclose(bent, resampled(image, rows, columns), atol=1e-3)
@@ -80,17 +98,28 @@ def test_a_square_is_cut_out_and_nothing_else(images, side):
     assert max(areas) == side**2
 
 
-@pytest.mark.parametrize("apply", [lambda x, k: augmentation.shift(x, k, 2.0), lambda x, k: augmentation.warp(x, k, 15.0, 0.1, 1.0),
-                                   lambda x, k: augmentation.cut_out(x, k, 3.0)], ids=["shift", "warp", "cut_out"])
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda x, k: augmentation.shift(x, k, 2.0),
+        lambda x, k: augmentation.warp(x, k, 15.0, 0.1, 1.0),
+        lambda x, k: augmentation.cut_out(x, k, 3.0),
+    ],
+    ids=["shift", "warp", "cut_out"],
+)
 def test_the_parts_of_a_batch_are_augmented_as_the_whole_is(images, apply):
     whole = apply(images, key())
-    parts = [apply(images[100 * i:100 * (i + 1)], key(part=tf.constant(i), parts=3)) for i in range(3)]
+    parts = [
+        apply(images[100 * i : 100 * (i + 1)], key(part=tf.constant(i), parts=3)) for i in range(3)
+    ]
     np.testing.assert_array_equal(tf.concat(parts, axis=0), whole)
     assert not np.array_equal(apply(images, key(1)), whole)
 
 
 def test_augmentation_is_part_of_training_alone_and_repeats(loop):
-    settings = dict(augment_shift=1, augment_rotate=10, augment_scale=0.1, augment_elastic=1, augment_cutout=2)
+    settings = dict(
+        augment_shift=1, augment_rotate=10, augment_scale=0.1, augment_elastic=1, augment_cutout=2
+    )
     one, plain = loop(**settings), loop()
     batch = one.batch(0)
     inputs = one.state.inputs(batch.images, one.state.key())
@@ -105,6 +134,8 @@ def test_augmentation_is_part_of_training_alone_and_repeats(loop):
 
 
 def test_cutting_the_batch_into_parts_draws_the_same(loop):
-    settings = dict(augment_shift=1, augment_cutout=3, dropout=0.5, learning_rate=0.01, optimizer="sgd")
+    settings = dict(
+        augment_shift=1, augment_cutout=3, dropout=0.5, learning_rate=0.01, optimizer="sgd"
+    )
     whole, parts = loop(**settings).fit(1), loop(**settings, accumulate=4).fit(1)
     assert parts.train.total == pytest.approx(whole.train.total, rel=1e-5)

@@ -1,4 +1,5 @@
-"""The benchmarks measure what they say: same job for all, sound statistics. Their long runs are not repeated here."""
+"""The benchmarks measure what they say: same job for all, sound statistics. Their long runs are not
+repeated here."""
 
 import subprocess
 import sys
@@ -11,23 +12,38 @@ from tfloop import models
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import contenders  # noqa: E402
 import devices  # noqa: E402
-import race  # noqa: E402
 import regress  # noqa: E402
+
+import contenders  # noqa: E402
+import race  # noqa: E402
 
 
 def test_the_articles_first_network_costs_16_4_million_operations_an_image():
     model = models.build(tfloop.Config.make(), (28, 28, 1), 10)
-    conv1, conv2, conv3, dense = 26 * 26 * 9 * 32, 11 * 11 * 9 * 32 * 64, 3 * 3 * 9 * 64 * 64, 576 * 70 + 70 * 10
+    conv1, conv2, conv3, dense = (
+        26 * 26 * 9 * 32,
+        11 * 11 * 9 * 32 * 64,
+        3 * 3 * 9 * 64 * 64,
+        576 * 70 + 70 * 10,
+    )
     assert contenders.flop_per_image(model) == 2 * (2 * conv1 + 3 * (conv2 + conv3 + dense))
     assert contenders.flop_per_image(model) == pytest.approx(16.4e6, rel=0.01)
 
 
 def test_contenders_compute_the_same_loss_and_train():
-    settings = {"preset": "digits", "conv": [4, 4], "kernel": [3], "pool": [2], "dense": [8], "optimizer": "rmsprop"}
+    settings = {
+        "preset": "digits",
+        "conv": [4, 4],
+        "kernel": [3],
+        "pool": [2],
+        "dense": [8],
+        "optimizer": "rmsprop",
+    }
     names = ["tfloop", "keras fit", "TensorFlow guide", "PyTorch", "JAX", "JAX, lax.scan"]
-    running = [race.Contender(name, settings) for name in names] + [race.Contender("side by side", settings | {"ensemble": 2})]
+    running = [race.Contender(name, settings) for name in names] + [
+        race.Contender("side by side", settings | {"ensemble": 2})
+    ]
     present = [c for c in running if not c.missing]
     assert {c.label for c in present} >= set(names[:3])
     for contender in present:
@@ -48,7 +64,16 @@ def test_the_exponent_of_a_power_is_found(power):
 
 
 def test_devices_reads_event_files(tmp_path):
-    command = [sys.executable, "-m", "tfloop", "train", "--preset=digits", "--epochs=2", f"--logdir={tmp_path}", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "tfloop",
+        "train",
+        "--preset=digits",
+        "--epochs=2",
+        f"--logdir={tmp_path}",
+        "--quiet",
+    ]
     subprocess.run(command, check=True)
     found = devices.read(tmp_path / "digits-001")
     assert found["ms_per_step"] > 0 and found["accuracy"] > 0.2
@@ -63,14 +88,24 @@ def test_without_a_gpu_the_check_says_so_and_exits_with_0(tmp_path):
 
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("there is a GPU here")
-    found = subprocess.run(["bash", str(BENCHMARKS / "gpu_check.sh"), str(tmp_path), sys.executable], capture_output=True, text=True)
-    assert found.returncode == 0 and found.stdout.endswith("gpu_check: no GPU here, nothing to check\n")
+    found = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu_check.sh"), str(tmp_path), sys.executable],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0 and found.stdout.endswith(
+        "gpu_check: no GPU here, nothing to check\n"
+    )
 
 
 def test_ratios_are_compared_with_those_of_the_same_kind_of_machine(tmp_path, monkeypatch, capsys):
     def run(cpu, *ratio):
         monkeypatch.setattr(regress, "measure", lambda *_: {"keras fit": ratio})
-        monkeypatch.setattr(regress, "environment", lambda: {"date": "2026-01-01", "cpu": cpu, "cores": 2, "gpus": [], "packages": {}})
+        monkeypatch.setattr(
+            regress,
+            "environment",
+            lambda: {"date": "2026-01-01", "cpu": cpu, "cores": 2, "gpus": [], "packages": {}},
+        )
         monkeypatch.setattr(sys, "argv", ["regress.py", f"--out={tmp_path}"])
         regress.main()
 

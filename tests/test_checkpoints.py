@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from tfloop import checkpoints
-from tfloop.checkpoints import Checkpoints
 from tfloop.errors import UserError
+from tfloop.training import checkpoints
+from tfloop.training.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def test_the_manifest_says_what_it_was_told_and_the_sums_of_the_files(saved):
     _, path = saved
     manifest = checkpoints.read_manifest(path)
     assert manifest["note"] == "one epoch" and path.name == "000001-step-00000015"
-    assert sorted(manifest["sha256"]) == sorted(file.name for file in path.iterdir() if file.name != "manifest.json")
+    assert sorted(manifest["sha256"]) == sorted(
+        file.name for file in path.iterdir() if file.name != "manifest.json"
+    )
 
 
 def test_a_checkpoint_of_the_same_step_stands_beside_the_one_before(saved, tmp_path):
@@ -43,7 +45,9 @@ def test_only_the_newest_and_the_best_are_kept(saved, tmp_path):
     several = Checkpoints(trained.state, tmp_path, keep=2)
     made = [several.save({}, best=path.name).name for _ in range(4)]
     assert [found.name for found in checkpoints.all_in(tmp_path)] == [made[3], made[2], path.name]
-    assert sorted(found.name for found in tmp_path.iterdir()) == sorted([made[3], made[2], path.name])
+    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(
+        [made[3], made[2], path.name]
+    )
 
 
 def test_what_a_killed_process_left_is_cleared_away(saved, tmp_path):
@@ -63,18 +67,39 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(saved, tmp_path):
     warnings = []
     assert checkpoints.newest(tmp_path, warnings.append)[0] == path
     assert len(warnings) == 1 and str(data) in warnings[0] and "damaged" in warnings[0]
-    (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("one epoch", "two epoch"))
-    with pytest.raises(UserError, match="every checkpoint is damaged: 000002-step-00000015, 000001-step-00000015"):
+    (path / "manifest.json").write_text(
+        (path / "manifest.json").read_text().replace("one epoch", "two epoch")
+    )
+    with pytest.raises(
+        UserError, match="every checkpoint is damaged: 000002-step-00000015, 000001-step-00000015"
+    ):
         checkpoints.newest(tmp_path)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: (path / "state.index").unlink(), "state.index: missing or damaged"),
-    (lambda path: (path / "state.index").write_bytes((path / "state.index").read_bytes()[:-1]), "state.index: missing or"),
-    (lambda path: (path / "manifest.json").unlink(), "manifest.json: missing or damaged"),
-    (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json: missing or damaged"),
-    (lambda path: (path / "manifest.json").write_text(json.dumps({"format": 99, "sha256": {}})), "has format 99, this version of tfloop reads 2"),
-], ids=["gone", "short", "no manifest", "empty manifest", "format"])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: (path / "state.index").unlink(), "state.index: missing or damaged"),
+        (
+            lambda path: (path / "state.index").write_bytes(
+                (path / "state.index").read_bytes()[:-1]
+            ),
+            "state.index: missing or",
+        ),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json: missing or damaged"),
+        (
+            lambda path: (path / "manifest.json").write_text("{}"),
+            "manifest.json: missing or damaged",
+        ),
+        (
+            lambda path: (path / "manifest.json").write_text(
+                json.dumps({"format": 99, "sha256": {}})
+            ),
+            "has format 99, this version of tfloop reads 2",
+        ),
+    ],
+    ids=["gone", "short", "no manifest", "empty manifest", "format"],
+)
 def test_damage_is_named(saved, damage, message):
     _, path = saved
     damage(path)

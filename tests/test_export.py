@@ -1,4 +1,5 @@
-"""Exported models: loaded by Keras and TensorFlow alone, where there is no tfloop, they predict the same. And back."""
+"""Exported models: loaded by Keras and TensorFlow alone, where there is no tfloop, they predict the
+same. And back."""
 
 import json
 import subprocess
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 import tfloop
-from tfloop import export, predictions
 from tfloop.cli import main
 from tfloop.errors import UserError
+from tfloop.training import export, predictions
 
 LOAD = {
     "keras": "import keras; p = keras.saving.load_model(path).predict(x, verbose=0)",
-    "saved_model": "import tensorflow as tf; m = tf.saved_model.load(path); p = m.serve(tf.constant(x)).numpy()",
+    "saved_model": "import tensorflow as tf; m = tf.saved_model.load(path); p = "
+    "m.serve(tf.constant(x)).numpy()",
     "tflite": """
 import tensorflow as tf
 i = tf.lite.Interpreter(path)
@@ -31,12 +33,24 @@ p = i.get_tensor(i.get_output_details()[0]["index"])""",
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(folder of a run with batch normalisation, some test images, their probabilities as `predict` has them)."""
+    """(folder of a run with batch normalisation, some test images, their probabilities as `predict`
+    has them)."""
     folder = tmp_path_factory.mktemp("runs")
-    main(["train", "--preset=digits", "--epochs=2", "--batch_norm", "--dropout=0.2", f"--logdir={folder}", "--quiet", "--summaries=none"])
-    from tfloop import runs
+    main(
+        [
+            "train",
+            "--preset=digits",
+            "--epochs=2",
+            "--batch_norm",
+            "--dropout=0.2",
+            f"--logdir={folder}",
+            "--quiet",
+            "--summaries=none",
+        ]
+    )
+    from tfloop.training import saved_run
 
-    _, state, _ = runs.open_run(folder / "digits-001")
+    _, state, _ = saved_run.open_run(folder / "digits-001")
     images = tfloop.load("digits").test.images[:50]
     return folder / "digits-001", images, predictions.predict(state, images)
 
@@ -59,45 +73,72 @@ def test_it_predicts_the_same_where_there_is_no_tfloop(run, tmp_path, stranger, 
     path = tmp_path / f"model{export.FORMATS[format]}"
     assert main(["export", str(folder), f"--format={format}", f"--out={path}"]) == 0
     np.save(tmp_path / "x.npy", images.astype(np.float32))
-    program = (f"import importlib.util, json; import numpy as np; assert not importlib.util.find_spec('tfloop')\n"
-               f"path = {str(path)!r}; x = np.load({str(tmp_path / 'x.npy')!r})\n{LOAD[format]}\nprint(json.dumps(p.tolist()))")
-    done = subprocess.run([stranger, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    program = (
+        f"import importlib.util, json; import numpy as np; assert not "
+        f"importlib.util.find_spec('tfloop')\n"
+        f"path = {str(path)!r}; x = "
+        f"np.load({str(tmp_path / 'x.npy')!r})\n{LOAD[format]}\nprint(json.dumps(p.tolist()))"
+    )
+    done = subprocess.run(
+        [stranger, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-5)
 
 
 def test_weights_fit_a_stock_keras_model_of_the_same_layers(run, tmp_path):
-    from tfloop import runs
+    from tfloop.training import saved_run
 
     folder, _, _ = run
     assert main(["export", str(folder), "--format=weights", f"--out={tmp_path}/m.weights.h5"]) == 0
-    _, state, _ = runs.open_run(folder)
+    _, state, _ = saved_run.open_run(folder)
     stock = keras.Sequential.from_config(state.model.get_config())
     stock.load_weights(tmp_path / "m.weights.h5")
     for one, other in zip(stock.weights, state.model.weights):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("settings, tolerance, images", [(["--ema=0.9"], 1e-5, 0), (["--precision=mixed_bfloat16"], 0.02, 1)],
-                         ids=["average", "16 bits"])
-def test_what_is_evaluated_is_what_predicts_and_is_exported_in_float32(tmp_path, digits, settings, tolerance, images):
-    """In 16 bits the fast forward pass rounds in other places than the plain one, which may cost an image."""
-    from tfloop import runs
+@pytest.mark.parametrize(
+    "settings, tolerance, images",
+    [(["--ema=0.9"], 1e-5, 0), (["--precision=mixed_bfloat16"], 0.02, 1)],
+    ids=["average", "16 bits"],
+)
+def test_what_is_evaluated_is_what_predicts_and_is_exported_in_float32(
+    tmp_path, digits, settings, tolerance, images
+):
+    """In 16 bits the fast forward pass rounds in other places than the plain one, which may cost an
+    image."""
+    from tfloop.training import saved_run
 
-    main(["train", "--preset=digits", "--epochs=2", *settings, f"--logdir={tmp_path}", "--quiet", "--summaries=none"])
-    _, state, manifest = runs.open_run(tmp_path / "digits-001")
+    main(
+        [
+            "train",
+            "--preset=digits",
+            "--epochs=2",
+            *settings,
+            f"--logdir={tmp_path}",
+            "--quiet",
+            "--summaries=none",
+        ]
+    )
+    _, state, manifest = saved_run.open_run(tmp_path / "digits-001")
     probabilities = predictions.predict(state, digits.test.images)
     hits = np.sum(probabilities.argmax(axis=1) == digits.test.labels)
-    assert abs(hits - len(digits.test) * manifest["reached"]["epochs"][-1]["test"]["accuracy"]) < images + 0.01
+    assert (
+        abs(hits - len(digits.test) * manifest["reached"]["epochs"][-1]["test"]["accuracy"])
+        < images + 0.01
+    )
     model = export.plain_model(state)
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
-    np.testing.assert_allclose(model(digits.test.images.astype(np.float32)), probabilities, atol=tolerance)
+    np.testing.assert_allclose(
+        model(digits.test.images.astype(np.float32)), probabilities, atol=tolerance
+    )
 
 
 def test_nothing_is_overwritten_and_endings_are_checked(run, tmp_path, loop):
     (tmp_path / "m.keras").write_text("precious")
     state = loop().state
-    with pytest.raises(UserError, match="m.keras: is there already"):
+    with pytest.raises(UserError, match="m.keras: exists already"):
         export.export(state, "keras", tmp_path / "m.keras")
     with pytest.raises(UserError, match="m.h5: a keras file ends in .keras"):
         export.export(state, "keras", tmp_path / "m.h5")
@@ -115,23 +156,46 @@ MODEL = ["--preset=digits", "--conv=4,6", "--pool=2", "--dense=8", "--quiet"]
 def stack(*front, activation="relu", dense=8, last="softmax"):
     """A model as a Keras user writes it, whose layers are those of MODEL."""
     layers = keras.layers
-    return keras.Sequential([keras.Input((8, 8, 1)), *front, layers.Conv2D(4, 3, activation=activation), layers.MaxPooling2D(),
-                             layers.Conv2D(6, 3, activation="relu"), layers.Flatten(), layers.Dense(dense, activation="relu"),
-                             layers.Dense(10, activation=last)])
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            *front,
+            layers.Conv2D(4, 3, activation=activation),
+            layers.MaxPooling2D(),
+            layers.Conv2D(6, 3, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(dense, activation="relu"),
+            layers.Dense(10, activation=last),
+        ]
+    )
 
 
-@pytest.mark.parametrize("front, last, flags", [
-    ((keras.layers.Rescaling(1 / 16, -0.5),), "softmax", ()),
-    ((keras.layers.Normalization(axis=(1, 2, 3), mean=np.full((8, 8, 1), 5.0), variance=np.arange(1.0, 65).reshape(8, 8, 1)),), None, ()),
-    ((), "softmax", ("--nostandardize",)),
-], ids=["rescaling", "normalization and logits", "raw pixels"])
+@pytest.mark.parametrize(
+    "front, last, flags",
+    [
+        ((keras.layers.Rescaling(1 / 16, -0.5),), "softmax", ()),
+        (
+            (
+                keras.layers.Normalization(
+                    axis=(1, 2, 3),
+                    mean=np.full((8, 8, 1), 5.0),
+                    variance=np.arange(1.0, 65).reshape(8, 8, 1),
+                ),
+            ),
+            None,
+            (),
+        ),
+        ((), "softmax", ("--nostandardize",)),
+    ],
+    ids=["rescaling", "normalization and logits", "raw pixels"],
+)
 def test_an_imported_keras_model_predicts_the_same(tmp_path, digits, front, last, flags):
-    from tfloop import runs
+    from tfloop.training import saved_run
 
     theirs = stack(*front, last=last)
     theirs.save(tmp_path / "m.keras")
     assert main(["import", str(tmp_path / "m.keras"), *MODEL, *flags, f"--logdir={tmp_path}"]) == 0
-    _, state, _ = runs.open_run(tmp_path / "digits-001")
+    _, state, _ = saved_run.open_run(tmp_path / "digits-001")
     images = digits.test.images[:50]
     expected = theirs(images.astype(np.float32)).numpy()
     if last is None:
@@ -139,8 +203,12 @@ def test_an_imported_keras_model_predicts_the_same(tmp_path, digits, front, last
     np.testing.assert_allclose(predictions.predict(state, images), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [["--ema=0.99"], ["--precision=mixed_float16"]], ids=["average", "16 bits"])
-def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are_taken(tmp_path, digits, capsys, flags):
+@pytest.mark.parametrize(
+    "flags", [["--ema=0.99"], ["--precision=mixed_float16"]], ids=["average", "16 bits"]
+)
+def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are_taken(
+    tmp_path, digits, capsys, flags
+):
     plain = stack(keras.layers.Rescaling(1 / 16))
     inputs = keras.Input((8, 8, 1))
     keras.Model(inputs, plain(inputs))  # builds it
@@ -155,29 +223,61 @@ def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are
 
 
 def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys):
-    from tfloop import runs
+    from tfloop.training import saved_run
 
     folder, images, expected = run
-    model = ["--preset=digits", "--epochs=1", "--batch_norm", "--dropout=0.2", f"--logdir={tmp_path}", "--quiet"]
-    for number, (format, ending) in enumerate((("keras", ".keras"), ("weights", ".weights.h5")), start=1):
+    model = [
+        "--preset=digits",
+        "--epochs=1",
+        "--batch_norm",
+        "--dropout=0.2",
+        f"--logdir={tmp_path}",
+        "--quiet",
+    ]
+    for number, (format, ending) in enumerate(
+        (("keras", ".keras"), ("weights", ".weights.h5")), start=1
+    ):
         main(["export", str(folder), f"--format={format}", f"--out={tmp_path}/m{ending}"])
         assert main(["import", f"{tmp_path}/m{ending}", *model]) == 0
-        _, state, _ = runs.open_run(tmp_path / f"digits-{number:03d}")
+        _, state, _ = saved_run.open_run(tmp_path / f"digits-{number:03d}")
         np.testing.assert_allclose(predictions.predict(state, images), expected, atol=1e-5)
     assert main(["train", f"--resume={tmp_path}/digits-001"]) == 0
     result = json.loads((tmp_path / "digits-001" / "result.json").read_text())
-    assert result["finished"] and result["final"]["train"]["accuracy"] > 0.85  # from random weights: below 0.7
+    assert (
+        result["finished"] and result["final"]["train"]["accuracy"] > 0.85
+    )  # from random weights: below 0.7
     assert list((tmp_path / "digits-001").glob("train/*tfevents*"))
 
 
-@pytest.mark.parametrize("made, ending, message", [
-    (lambda: stack(dense=9), ".keras", r"layer 3 with weights is Dense \[\(6, 9\), \(9,\)\], the model has Dense \[\(6, 8\)"),
-    (lambda: stack(activation="tanh"), ".keras", "the weights fit, but its model computes something else"),
-    (lambda: stack(dense=9), ".weights.h5", "holds .* weights, the model has"),
-    (lambda: keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(6, 3), keras.layers.Conv2D(4, 1)]), ".weights.h5", "holds"),
-    (lambda: None, ".keras", "is damaged: it is no archive"), (lambda: None, ".weights.h5", "cannot be read"), (lambda: None, ".h5", "expected a .keras"),
-])
-def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path, capsys, made, ending, message):
+@pytest.mark.parametrize(
+    "made, ending, message",
+    [
+        (
+            lambda: stack(dense=9),
+            ".keras",
+            r"layer 3 with weights is Dense \[\(6, 9\), \(9,\)\], the model has Dense \[\(6, 8\)",
+        ),
+        (
+            lambda: stack(activation="tanh"),
+            ".keras",
+            "the weights fit, but its model computes something else",
+        ),
+        (lambda: stack(dense=9), ".weights.h5", "holds .* weights, the model has"),
+        (
+            lambda: keras.Sequential(
+                [keras.Input((8, 8, 1)), keras.layers.Conv2D(6, 3), keras.layers.Conv2D(4, 1)]
+            ),
+            ".weights.h5",
+            "holds",
+        ),
+        (lambda: None, ".keras", "is damaged: it is no archive"),
+        (lambda: None, ".weights.h5", "cannot be read"),
+        (lambda: None, ".h5", "expected a .keras"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(
+    tmp_path, capsys, made, ending, message
+):
     import re
 
     path = tmp_path / f"m{ending}"
@@ -188,5 +288,9 @@ def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path, capsys, 
         model.save(path) if ending == ".keras" else model.save_weights(path)
     assert main(["import", str(path), *MODEL, "--nostandardize", f"--logdir={tmp_path}/runs"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"tfloop: {path}: ") and re.search(message, error) and error.count("\n") == 1, error
+    assert (
+        error.startswith(f"tfloop: {path}: ")
+        and re.search(message, error)
+        and error.count("\n") == 1
+    ), error
     assert not (tmp_path / "runs").exists()

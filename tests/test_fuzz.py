@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import fuzz  # noqa: E402
+import fuzz
 
-NAMES = ("IDX", "IDX, gzip", "npz", "config.json", "flags", "checkpoint", "events", "shards", "TF_CONFIG")
+NAMES = (
+    "IDX",
+    "IDX, gzip",
+    "npz",
+    "config.json",
+    "flags",
+    "checkpoint",
+    "events",
+    "shards",
+    "TF_CONFIG",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,4 +48,8 @@ def test_the_fuzzers_can_fail(targets):
 def test_the_readers_stand_a_fuzzer_that_sees_what_it_reaches(name):
     pytest.importorskip("atheris")
     found = fuzz.fuzz_guided(name, cases=200)
-    assert found["failure"] is None and found["success"] + found["clear error"] == 200 and found["reached"] > 20
+    assert (
+        found["failure"] is None
+        and found["success"] + found["clear error"] == 200
+        and found["reached"] > 20
+    )

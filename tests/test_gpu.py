@@ -1,4 +1,5 @@
-"""What needs a GPU. Skipped by name where TensorFlow sees none; benchmarks/gpu_check.sh runs it where there is one."""
+"""What needs a GPU. Skipped by name where TensorFlow sees none; benchmarks/gpu_check.sh runs it
+where there is one."""
 
 import json
 import subprocess
@@ -15,7 +16,17 @@ pytestmark = pytest.mark.gpu
 
 def train(tmp_path, *flags):
     """result.json of a run on the digits in a process of its own."""
-    command = [sys.executable, "-m", "tfloop", "train", "--preset=digits", "--epochs=3", f"--logdir={tmp_path}", "--quiet", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "tfloop",
+        "train",
+        "--preset=digits",
+        "--epochs=3",
+        f"--logdir={tmp_path}",
+        "--quiet",
+        *flags,
+    ]
     subprocess.run(command, check=True)
     newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     return json.loads((newest / "result.json").read_text())
@@ -26,7 +37,9 @@ def test_every_pipeline_follows_the_cpu(tmp_path, pipeline):
     """To 2 % of the loss after three epochs: sums run in another order."""
     on_gpu = train(tmp_path, "--device=gpu", f"--pipeline={pipeline}")
     on_cpu = train(tmp_path, "--device=cpu")
-    assert on_gpu["final"]["train"]["total"] == pytest.approx(on_cpu["final"]["train"]["total"], rel=0.02)
+    assert on_gpu["final"]["train"]["total"] == pytest.approx(
+        on_cpu["final"]["train"]["total"], rel=0.02
+    )
     assert on_gpu["pipeline"] == pipeline and on_gpu["device"] != "CPU"
 
 
@@ -36,7 +49,7 @@ def test_deterministic_operations_repeat_bit_for_bit(tmp_path):
 
 
 def test_every_mode_agrees_with_the_cpu():
-    from tfloop import checks
+    from tfloop.inspection import checks
 
     found = list(checks.parity(tfloop.Config.make("digits"), 3))
     assert {mode.mode for mode in found} >= {"XLA, GPU", "fast, GPU", "host pipeline, GPU"}
@@ -44,7 +57,7 @@ def test_every_mode_agrees_with_the_cpu():
 
 
 def test_the_order_of_examples_is_the_cpus():
-    from tfloop.pipelines import order
+    from tfloop.data.pipelines import order
 
     with tf.device("GPU"):
         there = order(1, 2, 5000).numpy()
@@ -65,17 +78,38 @@ def test_nothing_is_traced_again_on_a_gpu(digits):
     assert loop.traces == {"train": 1, "evaluate": 1}
 
 
-@pytest.mark.parametrize("flags", [("--precision=mixed_float16",), ("--precision=mixed_bfloat16",), ("--strategy=mirrored",),
-                                   ("--jit_compile",), ("--jit_compile", "--pool_first", "--batch_norm", "--augment_shift=1", "--augment_elastic=1"),
-                                   ("--ensemble=2", "--pool_first", "--batch_norm", "--average_shifts=1"),
-                                   ("--augment_shift=1", "--augment_rotate=5", "--augment_cutout=2", "--ema=0.9", "--accumulate=2", "--batch_norm")],
-                         ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--precision=mixed_float16",),
+        ("--precision=mixed_bfloat16",),
+        ("--strategy=mirrored",),
+        ("--jit_compile",),
+        (
+            "--jit_compile",
+            "--pool_first",
+            "--batch_norm",
+            "--augment_shift=1",
+            "--augment_elastic=1",
+        ),
+        ("--ensemble=2", "--pool_first", "--batch_norm", "--average_shifts=1"),
+        (
+            "--augment_shift=1",
+            "--augment_rotate=5",
+            "--augment_cutout=2",
+            "--ema=0.9",
+            "--accumulate=2",
+            "--batch_norm",
+        ),
+    ],
+    ids=" ".join,
+)
 def test_larger_training_learns_on_a_gpu(tmp_path, flags):
     assert train(tmp_path, "--device=gpu", "--epochs=6", *flags)["final"]["test"]["accuracy"] > 0.85
 
 
 def test_augmentation_draws_what_it_draws_on_the_cpu(digits):
-    from tfloop import augmentation
+    from tfloop.data import augmentation
     from tfloop.randomness import Key, seed_of
 
     images, found = tf.cast(digits.train.images[:64], tf.float32), []

@@ -6,7 +6,7 @@ import tensorflow as tf
 from tfloop import models
 from tfloop.config import Config
 from tfloop.errors import UserError
-from tfloop.normalization import batch_norm
+from tfloop.models.normalization import batch_norm
 from tfloop.randomness import Key, seed_of
 
 SHAPE = (28, 28, 1)
@@ -19,7 +19,12 @@ def build(shape=SHAPE, classes=10, **settings):
 def test_the_articles_first_network_has_96844_parameters():
     rows = models.table(build())
     assert [(name, count) for name, _, _, count in rows if count] == [
-        ("conv1", 320), ("conv2", 18496), ("conv3", 36928), ("dense1", 40390), ("output", 710)]
+        ("conv1", 320),
+        ("conv2", 18496),
+        ("conv3", 36928),
+        ("dense1", 40390),
+        ("output", 710),
+    ]
     assert sum(row[-1] for row in rows) == 96844
     assert ("dense1", "(70)", "kernel (576, 70), bias (70)", 40390) in rows
 
@@ -30,9 +35,23 @@ def test_names_are_those_of_stock_layers():
     assert list(moving)[:2] == ["norm1/moving_mean", "norm1/moving_variance"]
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(output="sigmoid"), dict(batch_norm=True, dropout=0.5), dict(conv=(), pool=()),
-    dict(conv=(3, 4), kernel=(5, 3), padding="same", conv_activation="elu", dense=(), dense_activation="tanh")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(output="sigmoid"),
+        dict(batch_norm=True, dropout=0.5),
+        dict(conv=(), pool=()),
+        dict(
+            conv=(3, 4),
+            kernel=(5, 3),
+            padding="same",
+            conv_activation="elu",
+            dense=(),
+            dense_activation="tanh",
+        ),
+    ],
+)
 def test_forward_gives_the_logits_of_what_keras_computes(random, settings):
     model = build(**settings)
     images = random.normal(size=(5, *SHAPE)).astype(np.float32)
@@ -42,7 +61,10 @@ def test_forward_gives_the_logits_of_what_keras_computes(random, settings):
 
 def test_forward_names_every_layer_in_order(random):
     model = build(conv=(3,), pool=(2,))
-    names = [name for name, _ in models.forward(model, random.normal(size=(2, *SHAPE)).astype(np.float32))]
+    names = [
+        name
+        for name, _ in models.activations(model, random.normal(size=(2, *SHAPE)).astype(np.float32))
+    ]
     assert names == ["conv1", "pool1", "flatten", "dense1", "output"]
 
 
@@ -70,11 +92,14 @@ def test_rows_of_weight_0_do_not_count_in_batch_normalisation(random):
     found = models.logits(padded, images, tf.constant([1.0] * 4 + [0.0] * 2), training=True)
     np.testing.assert_allclose(found[:4], expected, rtol=1e-4, atol=1e-5)
     for name, variable in models.named_variables(whole)[1].items():
-        np.testing.assert_allclose(models.named_variables(padded)[1][name], variable, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            models.named_variables(padded)[1][name], variable, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_batch_normalisation_is_keras_own(random):
-    """Values, gradients and moving averages, of a full batch and of one whose last rows only fill it up."""
+    """Values, gradients and moving averages, of a full batch and of one whose last rows only fill
+    it up."""
     for rows in (6, 4):
         results = []
         for ours in (True, False):
@@ -84,10 +109,22 @@ def test_batch_normalisation_is_keras_own(random):
             x = tf.constant(np.random.default_rng(1).normal(2, 3, (6, 5, 3, 2)).astype(np.float32))
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                y = models.logits(model, x, tf.cast(tf.range(6) < rows, tf.float32), True) if ours else layer(x[:rows], training=True)
+                y = (
+                    models.logits(model, x, tf.cast(tf.range(6) < rows, tf.float32), True)
+                    if ours
+                    else layer(x[:rows], training=True)
+                )
                 loss = tf.reduce_sum(tf.sin(y[:rows]))
             gradients = tape.gradient(loss, [x, layer.gamma.value, layer.beta.value])
-            results.append([y[:rows], gradients[0][:rows], *gradients[1:], layer.moving_mean.value, layer.moving_variance.value])
+            results.append(
+                [
+                    y[:rows],
+                    gradients[0][:rows],
+                    *gradients[1:],
+                    layer.moving_mean.value,
+                    layer.moving_variance.value,
+                ]
+            )
         for found, expected in zip(*results):
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
@@ -95,28 +132,44 @@ def test_batch_normalisation_is_keras_own(random):
 def test_dropout_is_a_function_of_the_key(random):
     model = build(dropout=0.5)
     images = random.normal(size=(3, *SHAPE)).astype(np.float32)
-    one, again, other, off = (models.logits(model, images, None, training, Key(seed_of(0, use))).numpy()
-                              for training, use in ((True, 1), (True, 1), (True, 2), (False, 1)))
+    one, again, other, off = (
+        models.logits(model, images, None, training, Key(seed_of(0, use))).numpy()
+        for training, use in ((True, 1), (True, 1), (True, 2), (False, 1))
+    )
     np.testing.assert_array_equal(one, again)
     assert (one != other).any() and (one != off).any()
 
 
-@pytest.mark.parametrize("which, names", [("dense", ["dense1", "output"]), ("conv", ["conv1", "conv2"]),
-                                          ("all", ["conv1", "conv2", "dense1", "output"]), ("none", [])])
+@pytest.mark.parametrize(
+    "which, names",
+    [
+        ("dense", ["dense1", "output"]),
+        ("conv", ["conv1", "conv2"]),
+        ("all", ["conv1", "conv2", "dense1", "output"]),
+        ("none", []),
+    ],
+)
 def test_penalised_kernels_are_chosen_by_kind(which, names):
     model = build(conv=(2, 3), pool=())
     trainable, _ = models.named_variables(model)
-    found = [name for kernel in models.kernels(model, which) for name, v in trainable.items() if v is kernel]
+    found = [
+        name
+        for kernel in models.penalized_kernels(model, which)
+        for name, v in trainable.items()
+        if v is kernel
+    ]
     assert found == [f"{name}/kernel" for name in names]
 
 
 def test_a_kernel_larger_than_its_input_is_named():
-    with pytest.raises(UserError, match="--kernel: conv3 has a 9×9 kernel, larger than its 5×5 input"):
+    with pytest.raises(
+        UserError, match="kernel: conv3 has a 9×9 kernel, larger than its 5×5 input"
+    ):
         build(kernel=(3, 3, 9))
 
 
 def test_more_pools_than_the_image_allows_are_named():
-    with pytest.raises(UserError, match="--pool: pool3 is 4×4, larger than its 3×3 input"):
+    with pytest.raises(UserError, match="pool: pool3 is 4×4, larger than its 3×3 input"):
         build(pool=(2, 2, 4))
 
 
@@ -128,23 +181,37 @@ def test_a_stack_that_ends_in_a_softmax_layer_gives_logits(random):
 
 
 def test_dropout_of_another_kind_is_left_to_keras(random):
-    model = keras.Sequential([keras.Input((4, 4, 2)), keras.layers.SpatialDropout2D(0.5, seed=1), keras.layers.Flatten()])
-    found = models.logits(model, np.ones((8, 4, 4, 2), np.float32), None, True).numpy().reshape(8, 16, 2)
+    model = keras.Sequential(
+        [keras.Input((4, 4, 2)), keras.layers.SpatialDropout2D(0.5, seed=1), keras.layers.Flatten()]
+    )
+    found = (
+        models.logits(model, np.ones((8, 4, 4, 2), np.float32), None, True)
+        .numpy()
+        .reshape(8, 16, 2)
+    )
     assert (found == found[:, :1]).all() and {0.0, 2.0} == set(found.ravel())
     assert list(models.named_variables(model)[1]) == ["seed_generator"]
 
 
 def test_a_functional_model_that_ends_in_softmax_is_refused():
     inputs = keras.Input((4,))
-    with pytest.raises(UserError, match="the model ends in softmax .* hand in one that returns logits"):
-        models.check_outputs(keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(inputs)))
+    with pytest.raises(
+        UserError, match="the model ends in softmax .* hand in one that returns logits"
+    ):
+        models.check_outputs(
+            keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(inputs))
+        )
 
 
 def test_any_keras_model_is_taken(random):
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dropout(0.5)(inputs)), name="mine")
+    model = keras.Model(
+        inputs, keras.layers.Dense(2)(keras.layers.Dropout(0.5)(inputs)), name="mine"
+    )
     trainable, moving = models.named_variables(model)
-    assert [name.split("/")[-1] for name in trainable] == ["kernel", "bias"] and list(moving) == ["seed_generator"]
+    assert [name.split("/")[-1] for name in trainable] == ["kernel", "bias"] and list(moving) == [
+        "seed_generator"
+    ]
     assert models.logits(model, random.normal(size=(3, 4)).astype(np.float32)).shape == (3, 2)
 
 
@@ -154,7 +221,7 @@ def test_batch_norm_after_a_dense_layer_leaves_out_what_fills_up(random, rows):
     x = random.normal(3, 5, size=(6, 7)).astype(np.float32)
     for each in (layer, stock):
         each.build(x.shape)
-    y, = batch_norm(layer, [tf.constant(x)], tf.cast(tf.range(6) < rows, tf.float32))
+    (y,) = batch_norm(layer, [tf.constant(x)], tf.cast(tf.range(6) < rows, tf.float32))
     if rows:
         np.testing.assert_allclose(y[:rows], stock(x[:rows], training=True), rtol=1e-3, atol=1e-4)
     for one, other in zip(layer.non_trainable_variables, stock.non_trainable_variables):
@@ -163,9 +230,17 @@ def test_batch_norm_after_a_dense_layer_leaves_out_what_fills_up(random, rows):
 
 def test_pooling_before_a_rising_activation_changes_nothing_and_before_batch_norm_it_does(random):
     images = random.normal(size=(4, 28, 28, 1)).astype(np.float32)
-    first, after = (models.build(Config.make(pool_first=early), (28, 28, 1), 10) for early in (True, False))
+    first, after = (
+        models.build(Config.make(pool_first=early), (28, 28, 1), 10) for early in (True, False)
+    )
     first.set_weights(after.get_weights())
     np.testing.assert_array_equal(models.logits(first, images), models.logits(after, images))
     model = models.build(Config.make(pool_first=True, batch_norm=True), (28, 28, 1), 10)
-    assert [layer.name for layer in model.layers][:5] == ["conv1", "pool1", "norm1", "activation1", "conv2"]
+    assert [layer.name for layer in model.layers][:5] == [
+        "conv1",
+        "pool1",
+        "norm1",
+        "activation1",
+        "conv2",
+    ]
     assert model.get_layer("norm1").input.shape[1:3] == (13, 13)

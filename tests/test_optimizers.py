@@ -4,33 +4,50 @@ import pytest
 import tensorflow as tf
 
 from tfloop.errors import UserError
-from tfloop.optimizers import OPTIMIZERS, KerasOptimizer, Optimizer, Vector, flatten, rmsprop
+from tfloop.keras_optimizers import KerasOptimizer
+from tfloop.optimizers import OPTIMIZERS, Optimizer, rmsprop
 from tfloop.schedules import Schedule
+from tfloop.vectors import Vector, flatten
 
 KO = keras.optimizers
 CASES = [
-    ("sgd", dict(), KO.SGD), ("sgd", dict(momentum=0.9), KO.SGD), ("sgd", dict(momentum=0.9, nesterov=True), KO.SGD),
-    ("rmsprop", dict(), KO.RMSprop), ("rmsprop", dict(momentum=0.8, rho=0.95, epsilon=1e-5), KO.RMSprop),
+    ("sgd", {}, KO.SGD),
+    ("sgd", dict(momentum=0.9), KO.SGD),
+    ("sgd", dict(momentum=0.9, nesterov=True), KO.SGD),
+    ("rmsprop", {}, KO.RMSprop),
+    ("rmsprop", dict(momentum=0.8, rho=0.95, epsilon=1e-5), KO.RMSprop),
     ("rmsprop", dict(momentum=0.5, centered=True, epsilon=1e-4), KO.RMSprop),
-    ("adam", dict(), KO.Adam), ("adam", dict(beta_1=0.8, beta_2=0.99, epsilon=1e-4), KO.Adam),
-    ("adamw", dict(weight_decay=0.1), KO.AdamW), ("nadam", dict(), KO.Nadam), ("adamax", dict(), KO.Adamax),
+    ("adam", {}, KO.Adam),
+    ("adam", dict(beta_1=0.8, beta_2=0.99, epsilon=1e-4), KO.Adam),
+    ("adamw", dict(weight_decay=0.1), KO.AdamW),
+    ("nadam", {}, KO.Nadam),
+    ("adamax", {}, KO.Adamax),
 ]
 
 
 def weights(random):
-    return {"a": tf.Variable(random.normal(size=(4, 3)).astype(np.float32)),
-            "b": tf.Variable(random.normal(size=(3,)).astype(np.float32))}
+    return {
+        "a": tf.Variable(random.normal(size=(4, 3)).astype(np.float32)),
+        "b": tf.Variable(random.normal(size=(3,)).astype(np.float32)),
+    }
 
 
-@pytest.mark.parametrize("name, hyper, reference", CASES, ids=lambda case: getattr(case, "__name__", str(case)))
+@pytest.mark.parametrize(
+    "name, hyper, reference", CASES, ids=lambda case: getattr(case, "__name__", str(case))
+)
 def test_200_steps_follow_keras_to_float32_rounding(random, name, hyper, reference):
     ours = weights(random)
     theirs = [keras.Variable(weight.numpy()) for weight in ours.values()]
     optimizer, keras_optimizer = Optimizer(name, **hyper), reference(learning_rate=0.01, **hyper)
     optimizer.build(ours)
     for _ in range(200):
-        gradients = {key: tf.constant(random.normal(size=w.shape).astype(np.float32)) for key, w in ours.items()}
-        optimizer.apply(*optimizer.updates(Vector.of(gradients), ours, 0.01), ours, tf.constant(True))
+        gradients = {
+            key: tf.constant(random.normal(size=w.shape).astype(np.float32))
+            for key, w in ours.items()
+        }
+        optimizer.apply(
+            *optimizer.updates(Vector.of(gradients), ours, 0.01), ours, tf.constant(True)
+        )
         keras_optimizer.apply(list(gradients.values()), theirs)
     for mine, other in zip(ours.values(), theirs):
         np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=2e-5, atol=2e-6)
@@ -42,7 +59,9 @@ def test_three_steps_of_rmsprop_worked_by_hand():
     slots = {"mean_square": tf.zeros([1]), "momentum": tf.zeros([1])}
     weight = tf.constant([1.0])
     for g in (0.5, -1.0, 2.0):
-        update, slots = rmsprop(tf.constant([g]), weight, slots, 0, 0.1, rho=0.9, momentum=0.8, epsilon=1e-7)
+        update, slots = rmsprop(
+            tf.constant([g]), weight, slots, 0, 0.1, rho=0.9, momentum=0.8, epsilon=1e-7
+        )
         weight += update
         v = 0.9 * v + 0.1 * g * g
         m = 0.8 * m + 0.1 * g / (v + 1e-7) ** 0.5
@@ -59,7 +78,11 @@ def test_reset_makes_the_next_run_the_same_bit_for_bit(random, name):
     def run():
         own = {key: tf.Variable(weight) for key, weight in start.items()}
         for gradient in gradients:
-            optimizer.apply(*optimizer.updates(Vector(tf.constant(gradient), own), own, 0.1), own, tf.constant(True))
+            optimizer.apply(
+                *optimizer.updates(Vector(tf.constant(gradient), own), own, 0.1),
+                own,
+                tf.constant(True),
+            )
         return flatten(own.values()).numpy()
 
     first = run()
@@ -72,7 +95,9 @@ def test_an_invalid_step_changes_nothing(random, name):
     own, optimizer = weights(random), Optimizer(name)
     optimizer.build(own)
     before = [v.numpy() for v in (*own.values(), *optimizer.slots.values(), optimizer.count)]
-    optimizer.apply(*optimizer.updates(Vector(tf.fill([15], np.nan), own), own, 0.1), own, tf.constant(False))
+    optimizer.apply(
+        *optimizer.updates(Vector(tf.fill([15], np.nan), own), own, 0.1), own, tf.constant(False)
+    )
     for old, variable in zip(before, (*own.values(), *optimizer.slots.values(), optimizer.count)):
         np.testing.assert_array_equal(variable.numpy(), old)
 
@@ -82,7 +107,9 @@ def test_numbers_are_variables_that_the_next_update_reads(random):
     optimizer.build(own)
     optimizer.slots["momentum"].assign(tf.ones([15]))
     optimizer.hyper["momentum"].assign(0.5)
-    np.testing.assert_allclose(optimizer.updates(Vector(tf.zeros([15]), own), own, 0.1)[0].flat, 0.5)
+    np.testing.assert_allclose(
+        optimizer.updates(Vector(tf.zeros([15]), own), own, 0.1)[0].flat, 0.5
+    )
 
 
 def test_a_vector_reads_by_name_and_has_a_norm(random):
@@ -91,17 +118,26 @@ def test_a_vector_reads_by_name_and_has_a_norm(random):
     assert list(vector) == ["a", "b"] and len(vector) == 2
     for name, part in vector.items():
         np.testing.assert_array_equal(part, own[name])
-    assert float(vector.norm) == pytest.approx(np.sqrt(sum((w.numpy() ** 2).sum() for w in own.values())), rel=1e-6)
+    assert float(vector.norm) == pytest.approx(
+        np.sqrt(sum((w.numpy() ** 2).sum() for w in own.values())), rel=1e-6
+    )
     with pytest.raises(KeyError, match="there are a, b"):
         vector["c"]
 
 
-@pytest.mark.parametrize("name, hyper, message", [
-    ("lion", {}, "--optimizer=lion is unknown"),
-    ("nadam", dict(momentum=0.9), "--momentum: optimizer 'nadam' has no momentum; it has beta_1, beta_2, epsilon"),
-    ("adamax", dict(momentum=0.9), "--momentum: optimizer 'adamax' has no momentum"),
-    ("sgd", dict(rho=0.9), "--rho: optimizer 'sgd' has no rho"),
-])
+@pytest.mark.parametrize(
+    "name, hyper, message",
+    [
+        ("lion", {}, "optimizer=lion is unknown"),
+        (
+            "nadam",
+            dict(momentum=0.9),
+            "momentum: optimizer 'nadam' has no momentum; it has beta_1, beta_2, epsilon",
+        ),
+        ("adamax", dict(momentum=0.9), "momentum: optimizer 'adamax' has no momentum"),
+        ("sgd", dict(rho=0.9), "rho: optimizer 'sgd' has no rho"),
+    ],
+)
 def test_a_hyperparameter_that_the_rule_lacks_is_named(name, hyper, message):
     with pytest.raises(UserError, match=message):
         Optimizer(name, **hyper)
@@ -129,17 +165,30 @@ def test_the_loop_drives_a_keras_optimizers_rate(random):
     assert int(optimizer.count) == 0 and float(optimizer.inner.learning_rate) == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("ours, theirs", [(dict(clip_value=0.3), dict(clipvalue=0.3)), (dict(clip_norm=0.8), dict(clipnorm=0.8)),
-                                          (dict(clip_global_norm=1.1), dict(global_clipnorm=1.1)), (dict(clip_global_norm=1e6), {})],
-                         ids=["value", "norm", "global norm", "a limit that is not reached"])
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (dict(clip_value=0.3), dict(clipvalue=0.3)),
+        (dict(clip_norm=0.8), dict(clipnorm=0.8)),
+        (dict(clip_global_norm=1.1), dict(global_clipnorm=1.1)),
+        (dict(clip_global_norm=1e6), {}),
+    ],
+    ids=["value", "norm", "global norm", "a limit that is not reached"],
+)
 def test_clipping_follows_keras(random, ours, theirs):
     shapes = {"a": (3, 4), "b": (5,)}
-    mine = {name: tf.Variable(random.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+    mine = {
+        name: tf.Variable(random.normal(size=shape).astype(np.float32))
+        for name, shape in shapes.items()
+    }
     other = [keras.Variable(weight.numpy()) for weight in mine.values()]
     optimizer, reference = Optimizer("sgd", **ours), keras.optimizers.SGD(0.1, **theirs)
     optimizer.build(mine)
     for _ in range(5):
-        gradients = {name: tf.constant(random.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+        gradients = {
+            name: tf.constant(random.normal(size=shape).astype(np.float32))
+            for name, shape in shapes.items()
+        }
         updates, slots = optimizer.updates(Vector.of(gradients), mine, tf.constant(0.1))
         optimizer.apply(updates, slots, mine, tf.constant(True))
         reference.apply(list(gradients.values()), other)

@@ -1,4 +1,5 @@
-"""Models, losses, optimizers and schedules that users hand in: taken as Keras takes them, or refused in one line that says why."""
+"""Models, losses, optimizers and schedules that users hand in: taken as Keras takes them, or
+refused in one line that says why."""
 
 import keras
 import numpy as np
@@ -7,7 +8,9 @@ import tensorflow as tf
 from keras import layers
 
 import tfloop
-from tfloop import checkpoints, models, ops
+from tfloop import models
+from tfloop.models import fast
+from tfloop.training import checkpoints
 
 L2 = keras.regularizers.L2(0.01)
 
@@ -40,7 +43,11 @@ class Gated(keras.Model):
 
     def __init__(self):
         super().__init__()
-        self.flat, self.out, self.gate = layers.Flatten(), layers.Dense(10), layers.Dense(64, "sigmoid")
+        self.flat, self.out, self.gate = (
+            layers.Flatten(),
+            layers.Dense(10),
+            layers.Dense(64, "sigmoid"),
+        )
         self(np.zeros((1, 8, 8, 1), np.float32))
 
     def call(self, images):
@@ -50,70 +57,149 @@ class Gated(keras.Model):
 
 @pytest.fixture
 def train(digits):
-    def train(model, *arguments, epochs=1, loop={}, **options):
+    def train(model, *arguments, epochs=1, loop=None, **options):
         state = tfloop.TrainState(model, *arguments, **options)
-        return state, tfloop.Loop(state, digits, **{"batch_size": 100, **loop}).fit(epochs)
+        return state, tfloop.Loop(state, digits, **{"batch_size": 100, **(loop or {})}).fit(epochs)
+
     return train
 
 
 # --- models
 
 
-@pytest.mark.parametrize("model", [
-    lambda: stack(layers.Flatten(), layers.Dense(16), Doubled(10)), lambda: stack(layers.Conv2D(4, 3), Least(2), layers.Flatten(), layers.Dense(10)),
-    lambda: stack(layers.Conv2D(4, 3, activation=layers.LeakyReLU()), layers.MaxPooling2D(2), layers.Flatten(), layers.Dense(10)),
-    lambda: stack(layers.Conv2D(4, 3), layers.MaxPooling2D(2), layers.GlobalAveragePooling2D(), layers.Dense(10), shape=(None, None, 1)),
-    lambda: stack(layers.Flatten(), layers.Dense(10), shape=(8, 8)), Gated],
-    ids=["derived layer", "derived pool", "layer as activation", "any size", "no channels", "own class"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: stack(layers.Flatten(), layers.Dense(16), Doubled(10)),
+        lambda: stack(layers.Conv2D(4, 3), Least(2), layers.Flatten(), layers.Dense(10)),
+        lambda: stack(
+            layers.Conv2D(4, 3, activation=layers.LeakyReLU()),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(10),
+        ),
+        lambda: stack(
+            layers.Conv2D(4, 3),
+            layers.MaxPooling2D(2),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(10),
+            shape=(None, None, 1),
+        ),
+        lambda: stack(layers.Flatten(), layers.Dense(10), shape=(8, 8)),
+        Gated,
+    ],
+    ids=[
+        "derived layer",
+        "derived pool",
+        "layer as activation",
+        "any size",
+        "no channels",
+        "own class",
+    ],
+)
 def test_a_model_gives_what_keras_gives(random, train, model):
     model, images = model(), tf.constant(random.normal(size=(6, 8, 8, 1)).astype(np.float32))
-    expected = model(images[..., 0] if len(getattr(model, "inputs", None) and model.inputs[0].shape or ()) == 3 else images)
-    for forward in (models.logits, ops.logits, lambda model, x: ops.logits(model, x, shards=2)):
+    expected = model(
+        images[..., 0]
+        if len((getattr(model, "inputs", None) and model.inputs[0].shape) or ()) == 3
+        else images
+    )
+    for forward in (models.logits, fast.logits, lambda model, x: fast.logits(model, x, shards=2)):
         np.testing.assert_allclose(forward(model, images), expected, rtol=1e-5, atol=1e-5)
     assert np.isfinite(train(model, "sgd", 0.01)[1].train.total)
 
 
-@pytest.mark.parametrize("model, last", [
-    (lambda: stack(layers.Flatten(), layers.Dense(32), Doubled(10, "softmax", name="own")), "own"),
-    (lambda: stack(layers.Flatten(), layers.EinsumDense("ab,bc->ac", (10,), activation="softmax", name="einsum")), "einsum"),
-    (lambda: stack(layers.Flatten(), keras.Sequential([layers.Dense(10, "softmax", name="inner")])), "inner"),
-    (lambda: linear(activation="softmax", activity_regularizer=L2, name="regular"), "regular"), (lambda: functional("softmax"), "dense")])
+@pytest.mark.parametrize(
+    "model, last",
+    [
+        (
+            lambda: stack(layers.Flatten(), layers.Dense(32), Doubled(10, "softmax", name="own")),
+            "own",
+        ),
+        (
+            lambda: stack(
+                layers.Flatten(),
+                layers.EinsumDense("ab,bc->ac", (10,), activation="softmax", name="einsum"),
+            ),
+            "einsum",
+        ),
+        (
+            lambda: stack(
+                layers.Flatten(), keras.Sequential([layers.Dense(10, "softmax", name="inner")])
+            ),
+            "inner",
+        ),
+        (lambda: linear(activation="softmax", activity_regularizer=L2, name="regular"), "regular"),
+        (lambda: functional("softmax"), "dense"),
+    ],
+)
 def test_a_softmax_that_cannot_be_left_out_is_refused(model, last):
-    with pytest.raises(tfloop.UserError, match=rf"the model ends in softmax \({last}.*\); hand in one that returns logits"):
+    with pytest.raises(
+        tfloop.UserError,
+        match=rf"the model ends in softmax \({last}.*\); hand in one that returns logits",
+    ):
         tfloop.TrainState(model())
 
 
 def test_with_a_loss_of_ones_own_a_model_may_end_in_probabilities(train, digits):
     model = functional("softmax")
-    state, record = train(model, "sgd", 0.1, loss=keras.losses.sparse_categorical_crossentropy, epochs=2)
+    state, record = train(
+        model, "sgd", 0.1, loss=keras.losses.sparse_categorical_crossentropy, epochs=2
+    )
     assert record.test.accuracy > 0.5
     images = digits.test.images[:5]
-    np.testing.assert_allclose(tfloop.predict(state, images), model(state.standardize(images)), rtol=1e-6)
-    with pytest.raises(tfloop.UserError, match="ends in softmax"):  # whose logits the mean over shifts needs
-        tfloop.TrainState(model, loss=keras.losses.sparse_categorical_crossentropy, average_shifts=1)
+    np.testing.assert_allclose(
+        tfloop.predict(state, images), model(state.standardize(images)), rtol=1e-6
+    )
+    with pytest.raises(
+        tfloop.UserError, match="ends in softmax"
+    ):  # whose logits the mean over shifts needs
+        tfloop.TrainState(
+            model, loss=keras.losses.sparse_categorical_crossentropy, average_shifts=1
+        )
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_frozen_batch_normalisation_goes_by_its_averages_and_leaves_them(random, train, shards):
-    model = stack(layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Flatten(), layers.Dense(10))
+    model = stack(
+        layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Flatten(), layers.Dense(10)
+    )
     model.layers[1].trainable = False
     model.layers[1].moving_mean.assign(random.normal(size=4))
-    before, images = model.layers[1].moving_mean.numpy(), tf.constant(random.normal(size=(6, 8, 8, 1)).astype(np.float32))
-    np.testing.assert_allclose(ops.logits(model, images, tf.ones(6), True, shards=shards), model(images, training=True), atol=1e-5)
+    before, images = (
+        model.layers[1].moving_mean.numpy(),
+        tf.constant(random.normal(size=(6, 8, 8, 1)).astype(np.float32)),
+    )
+    np.testing.assert_allclose(
+        fast.logits(model, images, tf.ones(6), True, shards=shards),
+        model(images, training=True),
+        atol=1e-5,
+    )
     train(model, loop=dict(shards=shards))
     np.testing.assert_array_equal(model.layers[1].moving_mean, before)
 
 
-@pytest.mark.parametrize("settings", [dict(fast=False), dict(), dict(shards=4)], ids=str)
+@pytest.mark.parametrize("settings", [dict(fast=False), {}, dict(shards=4)], ids=str)
 def test_a_layers_own_loss_is_that_of_the_whole_batch(random, settings):
-    model = stack(layers.Conv2D(4, 3, activation="relu", activity_regularizer=L2), layers.MaxPooling2D(2), layers.Flatten(),
-                  layers.Dense(10, activity_regularizer=L2))
+    model = stack(
+        layers.Conv2D(4, 3, activation="relu", activity_regularizer=L2),
+        layers.MaxPooling2D(2),
+        layers.Flatten(),
+        layers.Dense(10, activity_regularizer=L2),
+    )
     images = tf.constant(random.normal(size=(8, 8, 8, 1)).astype(np.float32))
     model(images)
     expected = sum(float(loss) for loss in model.losses)
-    forward = models.logits if settings.pop("fast", None) is False else lambda *a: ops.logits(*a, **settings)
+    forward = (
+        models.logits
+        if settings.pop("fast", None) is False
+        else lambda *a: fast.logits(*a, **settings)
+    )
     forward(model, images)
-    assert sum(float(loss) for loss in model.losses) == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert (
+        sum(float(loss) for loss in model.losses) == pytest.approx(expected, rel=1e-5)
+        and expected > 0
+    )
 
 
 def test_frozen_kernels_are_not_penalised():
@@ -129,7 +215,9 @@ def test_what_is_called_kernel_and_is_none_is_left_alone(train):
         def call(self, x):
             return x
 
-    assert np.isfinite(train(stack(layers.Flatten(), Identity(), layers.Dense(10)), l2=0.1)[1].train.total)
+    assert np.isfinite(
+        train(stack(layers.Flatten(), Identity(), layers.Dense(10)), l2=0.1)[1].train.total
+    )
 
 
 def test_a_functional_model_in_16_bits_returns_32(train):
@@ -158,13 +246,28 @@ def test_a_module_that_asks_is_told_whether_it_is_trained(train, decorate):
 # --- losses and penalties
 
 
-@pytest.mark.parametrize("options, expected", [
-    (dict(label_smoothing=0.5, loss=lambda labels, outputs: tf.reduce_sum(outputs, 1)), "label_smoothing=0.5 belongs to the cross-entropy"),
-    (dict(penalize="denes"), "--penalize=denes is unknown; choose from dense, conv, all, none"),
-    (dict(penalize="none", penalties=[tf.reduce_sum]), "penalties: the model has no kernels that they could count, with penalize=none"),
-    (dict(penalties=[lambda kernel: kernel]), r"a penalty gives \(64, 10\), expected \(\): one number for the kernel"),
-    (dict(l2=-1), "--l2=-1.0 is out of range: it must be at least 0"), (dict(ema=7), "--ema=7.0 is out of range: it must be at least 0 and less than 1"),
-    (dict(label_smoothing=3), "--label_smoothing=3.0 is out of range"), (dict(schedule=-0.1), "--learning_rate=-0.1 is out of range")])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (
+            dict(label_smoothing=0.5, loss=lambda labels, outputs: tf.reduce_sum(outputs, 1)),
+            "label_smoothing=0.5 belongs to the cross-entropy",
+        ),
+        (dict(penalize="denes"), "penalize=denes is unknown; choose from dense, conv, all, none"),
+        (
+            dict(penalize="none", penalties=[tf.reduce_sum]),
+            "penalties: the model has no kernels that they could count, with penalize=none",
+        ),
+        (
+            dict(penalties=[lambda kernel: kernel]),
+            r"a penalty gives \(64, 10\), expected \(\): one number for the kernel",
+        ),
+        (dict(l2=-1), "l2=-1.0 is out of range: it must be at least 0"),
+        (dict(ema=7), "ema=7.0 is out of range: it must be at least 0 and less than 1"),
+        (dict(label_smoothing=3), "label_smoothing=3.0 is out of range"),
+        (dict(schedule=-0.1), "learning_rate=-0.1 is out of range"),
+    ],
+)
 def test_numbers_and_functions_that_do_not_fit_are_refused(train, options, expected):
     with pytest.raises(tfloop.UserError, match=expected):
         train(linear(), **options)
@@ -173,11 +276,27 @@ def test_numbers_and_functions_that_do_not_fit_are_refused(train, options, expec
 # --- optimizers and schedules
 
 
-@pytest.mark.parametrize("make, expected", [
-    (lambda: keras.optimizers.SGD(loss_scale_factor=1024.0), "expects a loss that it has scaled"),
-    (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "expects a loss that it has scaled"),
-    (lambda: keras.optimizers.SGD(gradient_accumulation_steps=2), "without gradient_accumulation_steps, and accumulate=… to the loop"),
-    (lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)), "its schedule to the state: schedule=…")])
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (
+            lambda: keras.optimizers.SGD(loss_scale_factor=1024.0),
+            "expects a loss that it has scaled",
+        ),
+        (
+            lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+            "expects a loss that it has scaled",
+        ),
+        (
+            lambda: keras.optimizers.SGD(gradient_accumulation_steps=2),
+            "without gradient_accumulation_steps, and accumulate=… to the loop",
+        ),
+        (
+            lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)),
+            "its schedule to the state: schedule=…",
+        ),
+    ],
+)
 def test_what_the_loop_does_itself_a_keras_optimizer_must_not(make, expected):
     with pytest.raises(tfloop.UserError, match=expected):
         tfloop.TrainState(linear(), make())
@@ -187,33 +306,61 @@ def test_what_the_loop_does_itself_a_keras_optimizer_must_not(make, expected):
 def test_an_optimizer_belongs_to_one_state(make):
     optimizer = make()
     tfloop.TrainState(linear(), optimizer)
-    with pytest.raises(tfloop.UserError, match="belongs to another .*state already; make one for each"):
+    with pytest.raises(
+        tfloop.UserError, match="belongs to another .*state already; make one for each"
+    ):
         tfloop.TrainState(linear(), optimizer)
 
 
 def test_without_a_schedule_the_rate_is_the_keras_optimizers(train):
-    assert train(linear(), keras.optimizers.SGD(0.5))[1].rate == 0.5
-    assert train(linear(), "sgd")[1].rate == pytest.approx(0.001)
+    assert train(linear(), keras.optimizers.SGD(0.5))[1].learning_rate == 0.5
+    assert train(linear(), "sgd")[1].learning_rate == pytest.approx(0.001)
 
 
-@pytest.mark.parametrize("schedule, last", [(lambda step: 0.1 / (1.0 + step), 0.1 / 15),
-                                            (keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5), 0.1 * 0.5**1.4)])
+@pytest.mark.parametrize(
+    "schedule, last",
+    [
+        (lambda step: 0.1 / (1.0 + step), 0.1 / 15),
+        (keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5), 0.1 * 0.5**1.4),
+    ],
+)
 def test_any_function_of_the_step_is_a_schedule(train, schedule, last):
-    assert train(linear(), "sgd", schedule)[1].rate == pytest.approx(last, rel=1e-5)
+    assert train(linear(), "sgd", schedule)[1].learning_rate == pytest.approx(last, rel=1e-5)
 
 
 def test_keras_constraints_come_with_a_keras_optimizer(train):
-    limited = lambda: linear(kernel_constraint=keras.constraints.MaxNorm(0.1), name="limited")
-    with pytest.raises(tfloop.UserError, match="limited/kernel has a constraint, which Keras's optimizers alone apply"):
+    def limited():
+        return linear(kernel_constraint=keras.constraints.MaxNorm(0.1), name="limited")
+
+    with pytest.raises(
+        tfloop.UserError,
+        match="limited/kernel has a constraint, which Keras's optimizers alone apply",
+    ):
         tfloop.TrainState(limited(), "sgd")
     state, _ = train(limited(), keras.optimizers.SGD(0.1))
     assert float(tf.reduce_max(tf.norm(state.weights["limited/kernel"], axis=0))) < 0.1001
 
 
-@pytest.mark.parametrize("name, numbers, expected", [
-    ("piecewise", dict(learning_rate=0.1, boundaries=[10.0, 20.0], rates=[0.05]), "needs as many rates as boundaries; found 1 and 2"),
-    ("inverse_time", dict(learning_rate="fast"), "--learning_rate: expected a number, found 'fast'"),
-    (lambda step: 0.1, dict(decay_rate=0.1), "--decay_rate: a schedule that is a function takes a step alone")])
+@pytest.mark.parametrize(
+    "name, numbers, expected",
+    [
+        (
+            "piecewise",
+            dict(learning_rate=0.1, boundaries=[10.0, 20.0], rates=[0.05]),
+            "needs as many rates as boundaries; found 1 and 2",
+        ),
+        (
+            "inverse_time",
+            dict(learning_rate="fast"),
+            "learning_rate: expected a number, found 'fast'",
+        ),
+        (
+            lambda step: 0.1,
+            dict(decay_rate=0.1),
+            "decay_rate: a schedule that is a function takes a step alone",
+        ),
+    ],
+)
 def test_a_schedules_numbers_are_checked(name, numbers, expected):
     with pytest.raises(tfloop.UserError, match=expected):
         tfloop.Schedule(name, **numbers)
@@ -222,17 +369,24 @@ def test_a_schedules_numbers_are_checked(name, numbers, expected):
 def test_a_rules_numbers_are_checked_and_none_is_the_default():
     assert float(tfloop.Optimizer("adam", beta_1=None).hyper["beta_1"]) == 0.9
     assert tfloop.Optimizer("sgd", nesterov=1)._switches == {"nesterov": True}
-    with pytest.raises(tfloop.UserError, match="--beta_1=1.5 is out of range"):
+    with pytest.raises(tfloop.UserError, match="beta_1=1.5 is out of range"):
         tfloop.Optimizer("adam", beta_1=1.5)
 
 
 # --- what is kept
 
 
-@pytest.mark.parametrize("optimizer", [lambda: "adam", keras.optimizers.Adam, keras.optimizers.Nadam], ids=["own", "Adam", "Nadam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda: "adam", keras.optimizers.Adam, keras.optimizers.Nadam],
+    ids=["own", "Adam", "Nadam"],
+)
 def test_a_checkpoint_fits_the_same_model_made_again(train, tmp_path, optimizer):
     """Whatever the names: with dots, or counted by Keras for each process."""
-    make = lambda: stack(layers.Flatten(), layers.Dense(10, name="fc.1"))
+
+    def make():
+        return stack(layers.Flatten(), layers.Dense(10, name="fc.1"))
+
     state, _ = train(make(), optimizer())
     state.global_step.assign(10**8)
     path = tfloop.Checkpoints(state, tmp_path).save({})
@@ -242,8 +396,13 @@ def test_a_checkpoint_fits_the_same_model_made_again(train, tmp_path, optimizer)
 
 
 def test_tensorflows_own_checkpoint_keeps_a_state_whole(train, tmp_path):
-    state, other = train(linear(name="out"), ema=0.9)[0], tfloop.TrainState(linear(name="out"), ema=0.9)
-    tf.train.Checkpoint(state=other).read(tf.train.Checkpoint(state=state).write(str(tmp_path / "state")))
+    state, other = (
+        train(linear(name="out"), ema=0.9)[0],
+        tfloop.TrainState(linear(name="out"), ema=0.9),
+    )
+    tf.train.Checkpoint(state=other).read(
+        tf.train.Checkpoint(state=state).write(str(tmp_path / "state"))
+    )
     assert other.digest() == state.digest()
 
 
@@ -251,19 +410,40 @@ def test_predictions_are_those_of_the_weights_that_were_evaluated(train, digits)
     state, record = train(linear(), "sgd", 0.05, ema=0.99)
     raw = models.logits(state.model, state.standardize(digits.test.images)).numpy().argmax(1)
     found = tfloop.predict(state, digits.test.images).argmax(1)
-    assert np.mean(found == digits.test.labels) == pytest.approx(record.test.accuracy, abs=1e-6) and (found != raw).any()
+    assert (
+        np.mean(found == digits.test.labels) == pytest.approx(record.test.accuracy, abs=1e-6)
+        and (found != raw).any()
+    )
 
 
 # --- data
 
 
-@pytest.mark.parametrize("call, expected", [
-    (lambda data: tfloop.TrainState(lambda images: images), "the model must be a keras.Model, or a tf.Module that can be called; found function"),
-    (lambda data: tfloop.TrainState(Gated), "can be called; found the class Gated"),
-    (lambda data: tfloop.Loop(tfloop.TrainState(linear()), (data.train.images, data.train.labels)), r"expected a tfloop.Dataset, found tuple; tfloop.from_arrays"),
-    (lambda data: tfloop.make_loop("digits"), "expected a tfloop.Config, found str"),
-    (lambda data: tfloop.TrainState(linear(), penalties=tf.reduce_sum), "penalties: expected a list of functions"),
-    (lambda data: tfloop.TrainState(linear(), penalties=[0.1]), "penalties: expected a list of functions")])
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (
+            lambda data: tfloop.TrainState(lambda images: images),
+            "the model must be a keras.Model, or a tf.Module that can be called; found function",
+        ),
+        (lambda data: tfloop.TrainState(Gated), "can be called; found the class Gated"),
+        (
+            lambda data: tfloop.Loop(
+                tfloop.TrainState(linear()), (data.train.images, data.train.labels)
+            ),
+            r"expected a tfloop.Dataset, found tuple; tfloop.from_arrays",
+        ),
+        (lambda data: tfloop.make_loop("digits"), "expected a tfloop.Config, found str"),
+        (
+            lambda data: tfloop.TrainState(linear(), penalties=tf.reduce_sum),
+            "penalties: expected a list of functions",
+        ),
+        (
+            lambda data: tfloop.TrainState(linear(), penalties=[0.1]),
+            "penalties: expected a list of functions",
+        ),
+    ],
+)
 def test_what_is_no_model_data_or_function_is_named(digits, call, expected):
     with pytest.raises(tfloop.UserError, match=expected):
         call(digits)
@@ -273,13 +453,26 @@ def test_what_does_not_fit_the_data_is_named(train, digits):
     state = tfloop.TrainState(linear())
     loop = tfloop.Loop(state, digits)
     for call, expected in [
-            (lambda: tfloop.Loop(tfloop.TrainState(stack(layers.Flatten(), layers.Dense(10), shape=(28, 28, 1))), digits),
-             "the model takes images of 28×28×1, the data have 8×8×1"),
-            (lambda: tfloop.Loop(state, digits, batch_size=0), "--batch_size=0 is out of range: it must be at least 1"),
-            (lambda: loop.evaluate(digits.test.take(slice(0, 0))), "there are no images to evaluate"),
-            (lambda: loop.evaluate(tfloop.Split(digits.test.images / np.float32(2), digits.test.labels)),
-             "images to evaluate are float32, those of the training uint8"),
-            (lambda: tfloop.predict(state, digits.test.images[:0]), "there are no images to predict")]:
+        (
+            lambda: tfloop.Loop(
+                tfloop.TrainState(stack(layers.Flatten(), layers.Dense(10), shape=(28, 28, 1))),
+                digits,
+            ),
+            "the model takes images of 28×28×1, the data have 8×8×1",
+        ),
+        (
+            lambda: tfloop.Loop(state, digits, batch_size=0),
+            "batch_size=0 is out of range: it must be at least 1",
+        ),
+        (lambda: loop.evaluate(digits.test.take(slice(0, 0))), "there are no images to evaluate"),
+        (
+            lambda: loop.evaluate(
+                tfloop.Split(digits.test.images / np.float32(2), digits.test.labels)
+            ),
+            "images to evaluate are float32, those of the training uint8",
+        ),
+        (lambda: tfloop.predict(state, digits.test.images[:0]), "there are no images to predict"),
+    ]:
         with pytest.raises(tfloop.UserError, match=expected):
             call()
 

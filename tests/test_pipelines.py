@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfloop import pipelines
-from tfloop.data import Split
+from tfloop.data import pipelines
+from tfloop.data.dataset import Split
 from tfloop.errors import UserError
 
 NAMES = ("resident", "host", "prefetch")
@@ -20,7 +20,9 @@ def split(random):
 
 
 def test_order_is_a_permutation_given_by_seed_and_epoch():
-    one, again, other_epoch, other_seed = (pipelines.order(*key, 1000).numpy() for key in ((1, 2), (1, 2), (1, 3), (2, 2)))
+    one, again, other_epoch, other_seed = (
+        pipelines.order(*key, 1000).numpy() for key in ((1, 2), (1, 2), (1, 3), (2, 2))
+    )
     assert sorted(one) == list(range(1000))
     np.testing.assert_array_equal(one, again)
     for other in (other_epoch, other_seed):
@@ -29,16 +31,20 @@ def test_order_is_a_permutation_given_by_seed_and_epoch():
 
 def test_order_is_the_same_compiled():
     compiled = tf.function(lambda seed, epoch: pipelines.order(seed, epoch, 1000))
-    np.testing.assert_array_equal(compiled(tf.constant(1), tf.constant(2)), pipelines.order(1, 2, 1000))
+    np.testing.assert_array_equal(
+        compiled(tf.constant(1), tf.constant(2)), pipelines.order(1, 2, 1000)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_epoch_holds_every_example_once_and_fills_up_the_last_batch(split, name):
     batches = epoch(pipelines.make(name, split, 5))
     assert all(batch.images.shape == (5, 3, 2, 1) for batch in batches) and len(batches) == 5
-    labels = np.concatenate([batch.labels.numpy()[batch.weights.numpy() > 0] for batch in batches])
+    labels = np.concatenate(
+        [batch.labels.numpy()[batch.sample_weight.numpy() > 0] for batch in batches]
+    )
     assert sorted(labels) == list(range(23)) and labels.tolist() != list(range(23))
-    assert batches[-1].weights.numpy().tolist() == [1, 1, 1, 0, 0]
+    assert batches[-1].sample_weight.numpy().tolist() == [1, 1, 1, 0, 0]
     for batch in batches:
         np.testing.assert_array_equal(batch.images, split.images[batch.labels])
 
@@ -53,12 +59,13 @@ def test_every_pipeline_gives_the_batches_of_the_plain_function(split, name, fir
 
 @pytest.mark.parametrize("name", ["host", "prefetch"])
 def test_no_autotuner_keeps_an_iterator_from_being_freed(split, name):
-    """It sleeps up to a minute, and now and then misses that it is to end; so long the process stood still."""
+    """It sleeps up to a minute, and now and then misses that it is to end; so long the process
+    stood still."""
     assert pipelines.make(name, split, 5).batches(0, 0, 0).options().autotune.enabled is False
 
 
 def test_an_unknown_pipeline_is_named(split):
-    with pytest.raises(UserError, match="--pipeline=residant is unknown"):
+    with pytest.raises(UserError, match="pipeline=residant is unknown"):
         pipelines.make("residant", split, 5)
 
 

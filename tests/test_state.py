@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import tfloop
-from conftest import SMALL
 from tfloop.optimizers import OPTIMIZERS
+
+from conftest import SMALL
 
 PIPELINES = ("resident", "host", "prefetch")
 RICH = dict(schedule="inverse_time", decay_rate=0.01, l2=0.01, dropout=0.2, batch_norm=True)
@@ -25,9 +26,15 @@ for optimizer in sys.argv[1].split(","):
 
 @pytest.fixture(scope="module")
 def fresh_process() -> dict[str, str]:
-    """The digest of the whole state after a run of two epochs in a process of its own, by optimizer."""
+    """The digest of the whole state after a run of two epochs in a process of its own, by
+    optimizer."""
     code = FRESH.replace("{settings!r}", repr({**SMALL, **RICH}))
-    lines = subprocess.run([sys.executable, "-c", code, ",".join(OPTIMIZERS)], check=True, capture_output=True, text=True)
+    lines = subprocess.run(
+        [sys.executable, "-c", code, ",".join(OPTIMIZERS)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return dict(line.split() for line in lines.stdout.splitlines())
 
 
@@ -71,9 +78,15 @@ def test_begin_is_as_good_as_new(loop):
     assert trained.state.digest() == new
 
 
-@pytest.mark.parametrize("part, moved", [
-    ("weights", {"weights", "moving"}), ("slots", {"slots", "count"}), ("schedule", {"schedule_step"}),
-    ("data", {"epoch", "batch"})])
+@pytest.mark.parametrize(
+    "part, moved",
+    [
+        ("weights", {"weights", "moving"}),
+        ("slots", {"slots", "count"}),
+        ("schedule", {"schedule_step"}),
+        ("data", {"epoch", "batch"}),
+    ],
+)
 def test_any_part_is_reset_alone(loop, part, moved):
     trained = loop(optimizer="nadam", steps_per_call=4, **RICH)
     start = {name: v.numpy() for name, v in trained.state.named().items()}
@@ -84,7 +97,9 @@ def test_any_part_is_reset_alone(loop, part, moved):
     trained.state.reset(**{name: name == part for name in ("weights", "slots", "schedule", "data")})
     for name, variable in trained.state.named().items():
         belongs = name.split("/")[0] in moved or (name == "totals" and part == "data")
-        np.testing.assert_array_equal(variable.numpy(), (start if belongs else before)[name], err_msg=name)
+        np.testing.assert_array_equal(
+            variable.numpy(), (start if belongs else before)[name], err_msg=name
+        )
         if belongs and "beta" not in name:
             assert not np.array_equal(before[name], start[name]), name
 
@@ -102,12 +117,14 @@ def test_numbers_stay_unless_they_are_reset_too(loop):
 
 def test_a_warm_restart_keeps_the_weights_and_starts_the_rate_again(loop):
     trained = loop(schedule="inverse_time", decay_rate=0.1)
-    late = trained.fit(3).rate
+    late = trained.fit(3).learning_rate
     weights = trained.state.digest("weights")
     trained.state.reset(weights=False, slots=False, data=False)
     assert trained.state.digest("weights") == weights and int(trained.state.epoch) == 3
     again = next(iter(trained.run(4)))
-    assert late == pytest.approx(0.001 / (1 + 0.1 * 44)) and again.rate == pytest.approx(0.001 / (1 + 0.1 * 14))
+    assert late == pytest.approx(0.001 / (1 + 0.1 * 44)) and again.learning_rate == pytest.approx(
+        0.001 / (1 + 0.1 * 14)
+    )
 
 
 def test_every_variable_that_a_step_reads_or_writes_is_in_the_state(loop):
@@ -115,7 +132,7 @@ def test_every_variable_that_a_step_reads_or_writes_is_in_the_state(loop):
     trained = loop(optimizer="nadam", **RICH)
     data = [trained.pipeline._order, *trained.data.train.tensors]
     named = {id(v) for v in [*trained.state.named().values(), *data]}
-    captured = trained.compiled._call.get_concrete_function((), np.int32(1)).variables
+    captured = trained.compiled.call.get_concrete_function((), np.int32(1)).variables
     missing = [v.name for v in captured if id(v) not in named]
     assert not missing
 
@@ -139,21 +156,25 @@ def test_the_average_of_the_weights_follows_keras_and_is_what_is_evaluated(loop)
     reference.build(variables)
     for record in itertools.islice(one.run(1), 12):
         reference.apply(list(record.gradients.parts().values()), variables)
-    with one.state.averaged():
-        for (name, weight), average, variable in zip(one.state.weights.items(), reference._model_variables_moving_average, variables):
+    with one.state.using_ema():
+        for (name, weight), average, variable in zip(
+            one.state.weights.items(), reference._model_variables_moving_average, variables
+        ):
             np.testing.assert_allclose(weight, average, rtol=1e-4, atol=1e-6, err_msg=name)
             assert not np.allclose(weight, variable, rtol=1e-4, atol=1e-6)
         metrics = one.evaluate(one.data.test)
     assert one.evaluate(one.data.test) == metrics  # and the weights are back in their place
-    np.testing.assert_allclose(one.state.weights["conv1/kernel"], variables[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        one.state.weights["conv1/kernel"], variables[0], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_average_resets_with_the_weights(loop):
     one = loop(ema=0.99, batch_norm=True)
-    begin = one.state.averages.numpy()
+    begin = one.state.ema_weights.numpy()
     first, digest = one.fit(2), one.state.digest()
     one.state.reset()
-    np.testing.assert_array_equal(one.state.averages, begin)
+    np.testing.assert_array_equal(one.state.ema_weights, begin)
     assert one.fit(2).test == first.test
     one.state.begin(0)
     one.fit(2)

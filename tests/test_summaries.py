@@ -11,8 +11,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 import tfloop
-from tfloop import runs
-from tfloop.events import read_scalars
+from tfloop.inspection.event_files import read_scalars
+from tfloop.training import saved_run
 
 SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, quiet=True)
 
@@ -24,8 +24,11 @@ def train(folder, **settings):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """A run with everything on, as TensorBoard's multiplexer sees it: (folder, {run: {plugin: {tag: events}}})."""
-    folder = train(tmp_path_factory.mktemp("runs"), summaries="full", l1=1e-4, l2=1e-3, validation_size=100)
+    """A run with everything on, as TensorBoard's multiplexer sees it: (folder, {run: {plugin: {tag:
+    events}}})."""
+    folder = train(
+        tmp_path_factory.mktemp("runs"), summaries="full", l1=1e-4, l2=1e-3, validation_size=100
+    )
     multiplexer = EventMultiplexer(size_guidance={}).AddRunsFromDirectory(str(folder)).Reload()
     found = {}
     for run in multiplexer.Runs():
@@ -49,8 +52,11 @@ def test_none_writes_nothing_and_trains_the_same(tmp_path):
 def test_scalars_alone_are_curves_settings_and_texts(tmp_path):
     folder = train(tmp_path, summaries="scalars")
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
-    plugins = {multiplexer.SummaryMetadata(run, tag).plugin_data.plugin_name
-               for run in multiplexer.Runs() for tag in multiplexer.Runs()[run]["tensors"]}
+    plugins = {
+        multiplexer.SummaryMetadata(run, tag).plugin_data.plugin_name
+        for run in multiplexer.Runs()
+        for tag in multiplexer.Runs()[run]["tensors"]
+    }
     assert plugins == {"scalars", "text", "hparams", "custom_scalars"}
 
 
@@ -67,12 +73,21 @@ def test_train_test_and_validation_share_the_axis_of_global_steps(full):
 def test_the_terms_add_up_and_penalties_are_told_layer_by_layer(full):
     scalars = full[1]["train"]["scalars"]
     last = {tag: values(events)[-1][1] for tag, events in scalars.items()}
-    assert last["loss/total"] == pytest.approx(last["loss/data"] + last["loss/l1"] + last["loss/l2"], rel=1e-5)
-    assert {tag for tag in last if tag.startswith("loss_l2/")} == {"loss_l2/dense1/kernel", "loss_l2/output/kernel"}
-    _, state, _ = runs.open_run(full[0])
+    assert last["loss/total"] == pytest.approx(
+        last["loss/data"] + last["loss/l1"] + last["loss/l2"], rel=1e-5
+    )
+    assert {tag for tag in last if tag.startswith("loss_l2/")} == {
+        "loss_l2/dense1/kernel",
+        "loss_l2/output/kernel",
+    }
+    _, state, _ = saved_run.open_run(full[0])
     for name in ("dense1/kernel", "output/kernel"):
-        assert last[f"loss_l2/{name}"] == pytest.approx(1e-3 * float(tf.reduce_sum(state.weights[name] ** 2)), rel=1e-5)
-        assert last[f"loss_l1/{name}"] == pytest.approx(1e-4 * float(tf.reduce_sum(tf.abs(state.weights[name]))), rel=1e-5)
+        assert last[f"loss_l2/{name}"] == pytest.approx(
+            1e-3 * float(tf.reduce_sum(state.weights[name] ** 2)), rel=1e-5
+        )
+        assert last[f"loss_l1/{name}"] == pytest.approx(
+            1e-4 * float(tf.reduce_sum(tf.abs(state.weights[name]))), rel=1e-5
+        )
 
 
 def test_norms_by_layer_are_those_of_the_last_step(loop, tmp_path):
@@ -88,13 +103,17 @@ def test_norms_by_layer_are_those_of_the_last_step(loop, tmp_path):
         assert found[f"update_norm/{name}"] == pytest.approx(0.1 * norm, rel=1e-3, abs=1e-7)
         if name.endswith("kernel"):
             size = np.linalg.norm(one.state.weights[name])
-            assert found[f"update_to_weight/{name}"] == pytest.approx(np.linalg.norm(one.state.weights[name] - before[name]) / size, rel=1e-3)
+            assert found[f"update_to_weight/{name}"] == pytest.approx(
+                np.linalg.norm(one.state.weights[name] - before[name]) / size, rel=1e-3
+            )
 
 
 def test_speed_input_wait_memory_and_rate_are_curves(full):
     last = {tag: values(events)[-1][1] for tag, events in full[1]["train"]["scalars"].items()}
     images, steps = 1337 - 0, 14  # one call an epoch, the last batch of which is not full
-    assert last["speed/examples_per_second"] == pytest.approx(1000 * images / (steps * last["speed/ms_per_step"]), rel=1e-4)
+    assert last["speed/examples_per_second"] == pytest.approx(
+        1000 * images / (steps * last["speed/ms_per_step"]), rel=1e-4
+    )
     assert 0 <= last["speed/input_wait_ms"] < last["speed/ms_per_step"]
     assert 50 < last["memory/host_mib"] < 100_000
     assert last["learning_rate"] == pytest.approx(0.001)
@@ -102,22 +121,53 @@ def test_speed_input_wait_memory_and_rate_are_curves(full):
 
 def test_histograms_of_weights_gradients_and_activations(full):
     _, found, _ = full
-    weights = {"conv1/kernel", "conv1/bias", "conv2/kernel", "conv2/bias", "dense1/kernel", "dense1/bias", "output/kernel", "output/bias"}
-    assert set(found["train"]["histograms"]) == {f"{kind}/{name}" for kind in ("weights", "gradients") for name in weights}
-    assert set(found["test"]["histograms"]) == {f"activations/{layer}" for layer in ("conv1", "pool1", "conv2", "flatten", "dense1", "output")}
+    weights = {
+        "conv1/kernel",
+        "conv1/bias",
+        "conv2/kernel",
+        "conv2/bias",
+        "dense1/kernel",
+        "dense1/bias",
+        "output/kernel",
+        "output/bias",
+    }
+    assert set(found["train"]["histograms"]) == {
+        f"{kind}/{name}" for kind in ("weights", "gradients") for name in weights
+    }
+    assert set(found["test"]["histograms"]) == {
+        f"activations/{layer}"
+        for layer in ("conv1", "pool1", "conv2", "flatten", "dense1", "output")
+    }
     buckets = make_ndarray(found["train"]["histograms"]["weights/conv1/kernel"][-1].tensor_proto)
     assert buckets[:, 2].sum() == 3 * 3 * 1 * 4
-    gradients = make_ndarray(found["train"]["histograms"]["gradients/conv1/kernel"][-1].tensor_proto)
+    gradients = make_ndarray(
+        found["train"]["histograms"]["gradients/conv1/kernel"][-1].tensor_proto
+    )
     assert gradients[0, 0] < 0 < gradients[-1, 1] and gradients[:, 2].sum() == 36
-    norms = {tag: values(events)[-1][1] for tag, events in found["train"]["scalars"].items() if tag.startswith("gradient_norm/")}
-    parts = [norm for tag, norm in norms.items() if tag not in ("gradient_norm/all", "gradient_norm/mean")]
+    norms = {
+        tag: values(events)[-1][1]
+        for tag, events in found["train"]["scalars"].items()
+        if tag.startswith("gradient_norm/")
+    }
+    parts = [
+        norm
+        for tag, norm in norms.items()
+        if tag not in ("gradient_norm/all", "gradient_norm/mean")
+    ]
     assert norms["gradient_norm/all"] == pytest.approx(np.sqrt(np.sum(np.square(parts))), rel=1e-5)
 
 
 def test_pictures_are_png_files_of_the_size_they_say(full):
     _, found, _ = full
     images = found["train"]["images"] | found["test"]["images"]
-    assert set(images) == {"filters", "confusion", "misclassified", "feature_maps/conv1", "feature_maps/pool1", "feature_maps/conv2"}
+    assert set(images) == {
+        "filters",
+        "confusion",
+        "misclassified",
+        "feature_maps/conv1",
+        "feature_maps/pool1",
+        "feature_maps/conv2",
+    }
     for events in images.values():
         width, height, png = make_ndarray(events[-1].tensor_proto)
         assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
@@ -128,15 +178,26 @@ def test_precision_and_recall_for_every_class(full):
     assert sorted(curves) == [f"class_{label}/pr_curves" for label in range(10)]
     true_positives, false_positives, *_ = make_ndarray(curves["class_3/pr_curves"][-1].tensor_proto)
     labels = tfloop.load("digits", validation_size=100).test.labels
-    assert true_positives[0] == (labels == 3).sum() and true_positives[0] + false_positives[0] == len(labels)
+    assert true_positives[0] == (labels == 3).sum() and true_positives[0] + false_positives[
+        0
+    ] == len(labels)
 
 
 def test_the_graphs_are_the_compiled_step_and_the_models_layers(full):
-    folder, found, multiplexer = full
+    _folder, found, multiplexer = full
     names = {node.name.split("/")[0] for node in multiplexer.Graph("train").node}
     assert {"conv1", "dense1", "rmsprop"} <= names
-    model = json.loads(make_ndarray(found["train"]["graph_keras_model"]["keras"][0].tensor_proto).item())
-    assert [layer["config"]["name"] for layer in model["config"]["layers"]][1:] == ["conv1", "pool1", "conv2", "flatten", "dense1", "output"]
+    model = json.loads(
+        make_ndarray(found["train"]["graph_keras_model"]["keras"][0].tensor_proto).item()
+    )
+    assert [layer["config"]["name"] for layer in model["config"]["layers"]][1:] == [
+        "conv1",
+        "pool1",
+        "conv2",
+        "flatten",
+        "dense1",
+        "output",
+    ]
 
 
 def test_the_projector_has_embeddings_labels_and_thumbnails(full):
@@ -146,17 +207,31 @@ def test_the_projector_has_embeddings_labels_and_thumbnails(full):
     test = tfloop.load("digits", validation_size=100).test
     count = min(len(test), 500)
     assert np.fromfile(folder / "test/embeddings.bytes", "<f4").reshape(count, 8).std() > 0
-    assert [int(line) for line in (folder / "test/labels.tsv").read_text().split()] == test.labels[:count].tolist()
+    assert [int(line) for line in (folder / "test/labels.tsv").read_text().split()] == test.labels[
+        :count
+    ].tolist()
     side = int(np.ceil(np.sqrt(count)))
-    assert tf.io.decode_png((folder / "test/thumbnails.png").read_bytes()).shape[:2] == (8 * side, 8 * side)
+    assert tf.io.decode_png((folder / "test/thumbnails.png").read_bytes()).shape[:2] == (
+        8 * side,
+        8 * side,
+    )
 
 
 def test_settings_and_report_are_texts_and_hparams(full):
     _, found, _ = full
-    text = lambda run, tag: make_ndarray(found[run]["text"][tag][-1].tensor_proto).item().decode()
+
+    def text(run, tag):
+        return make_ndarray(found[run]["text"][tag][-1].tensor_proto).item().decode()
+
     assert "| batch_size | 100 |" in text("train", "config") and "dense1" in text("train", "model")
-    assert "accuracy" in text("test", "classification_report") and "macro avg" in text("test", "classification_report")
-    assert {"_hparams_/session_start_info", "_hparams_/session_end_info", "_hparams_/experiment"} == set(found["."]["hparams"])
+    assert "accuracy" in text("test", "classification_report") and "macro avg" in text(
+        "test", "classification_report"
+    )
+    assert {
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
+        "_hparams_/experiment",
+    } == set(found["."]["hparams"])
 
 
 def test_a_live_plot_is_redrawn_after_every_epoch(tmp_path):
@@ -171,7 +246,10 @@ def test_in_a_notebook_the_live_plot_is_redrawn_in_place(loop, monkeypatch):
 
     shown = []
     handle = types.SimpleNamespace(update=lambda figure: shown.append(("update", figure)))
-    display = lambda figure, display_id: shown.append(("display", figure)) or handle
+
+    def display(figure, display_id):
+        return shown.append(("display", figure)) or handle
+
     package = types.ModuleType("IPython")
     package.__spec__ = importlib.machinery.ModuleSpec("IPython", None)
     monkeypatch.setitem(sys.modules, "IPython", package)
@@ -188,14 +266,22 @@ def test_a_profile_holds_the_marked_steps_and_changes_nothing(tmp_path, capsys):
     assert "profile of steps 5 to 7 written" in capsys.readouterr().out
     (plane,) = (profiled / "train/plugins/profile").rglob("*.xplane.pb")
     assert b"step_num" in plane.read_bytes()
-    digests = [json.loads((folder / "result.json").read_text())["weights_sha256"] for folder in (profiled, plain)]
+    digests = [
+        json.loads((folder / "result.json").read_text())["weights_sha256"]
+        for folder in (profiled, plain)
+    ]
     assert digests[0] == digests[1]
     steps = [s.step for s in read_scalars(profiled) if (s.run, s.tag) == ("train", "accuracy")]
     assert steps[:4] == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("profile, said", [("900:910", "no such step was made; nothing is profiled"),
-                                           ("20:900", "profile of steps 20 to 29 written")])
+@pytest.mark.parametrize(
+    "profile, said",
+    [
+        ("900:910", "no such step was made; nothing is profiled"),
+        ("20:900", "profile of steps 20 to 29 written"),
+    ],
+)
 def test_a_profile_says_what_it_really_holds(tmp_path, capsys, profile, said):
     train(tmp_path, profile=profile, quiet=False)
     assert said in capsys.readouterr().out
@@ -206,20 +292,35 @@ def test_hparams_columns_are_the_same_for_every_optimizer_and_schedule(tmp_path)
 
     train(tmp_path), train(tmp_path, optimizer="adam", schedule="cosine")
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
-    columns = [[info.name for info in metadata.parse_experiment_plugin_data(
-        multiplexer.SummaryMetadata(run, "_hparams_/experiment").plugin_data.content).hparam_infos] for run in ("digits-001", "digits-002")]
-    assert columns[0] == columns[1] and {"rho", "momentum", "beta_1", "decay_steps", "l2"} <= set(columns[0])
+    columns = [
+        [
+            info.name
+            for info in metadata.parse_experiment_plugin_data(
+                multiplexer.SummaryMetadata(run, "_hparams_/experiment").plugin_data.content
+            ).hparam_infos
+        ]
+        for run in ("digits-001", "digits-002")
+    ]
+    assert columns[0] == columns[1] and {"rho", "momentum", "beta_1", "decay_steps", "l2"} <= set(
+        columns[0]
+    )
 
 
 def test_pictures_of_many_classes_and_of_floats_stay_reasonable(random, recwarn):
-    from tfloop import plots
+    from tfloop.inspection import plots
 
     labels = random.integers(300, size=2000)
     assert tf.io.decode_png(plots.confusion(labels, labels[::-1], 300)).shape[0] <= 1200
-    pixels = tf.io.decode_png(plots.misclassified(random.uniform(0, 255, (7, 9, 8, 3)).astype(np.float32), labels[:7], labels[7:14])).numpy()
+    pixels = tf.io.decode_png(
+        plots.misclassified(
+            random.uniform(0, 255, (7, 9, 8, 3)).astype(np.float32), labels[:7], labels[7:14]
+        )
+    ).numpy()
     assert pixels[..., :3].std() > 20 and not recwarn.list
     for accuracy, loss in ((1.0, 0.5), (float("nan"), float("nan")), (0.5, -1.0)):
-        plots.curves({"a": {"test/accuracy": ([1, 2], [accuracy] * 2), "test/loss": ([1, 2], [loss] * 2)}}).canvas.draw()
+        plots.curves(
+            {"a": {"test/accuracy": ([1, 2], [accuracy] * 2), "test/loss": ([1, 2], [loss] * 2)}}
+        ).canvas.draw()
     assert not recwarn.list
 
 
@@ -246,24 +347,45 @@ def test_a_model_of_ones_own_is_summarised_too(tmp_path, digits):
 
 def test_a_loop_of_ones_own_tells_its_numbers_or_what_it_is_told(loop, tmp_path):
     one = loop(optimizer="adam", learning_rate=0.25)
-    for settings in (None, {"width": np.int64(7), "layers": np.array([3, 4]), "note": None, "made": Path("here")}):
-        with tfloop.Summaries(tmp_path / str(bool(settings)), one, "scalars", settings) as summaries:
+    for settings in (
+        None,
+        {"width": np.int64(7), "layers": np.array([3, 4]), "note": None, "made": Path("here")},
+    ):
+        with tfloop.Summaries(
+            tmp_path / str(bool(settings)), one, "scalars", settings
+        ) as summaries:
             summaries.write(next(one.run(1)))
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
-    told = {run: HParamsPluginData.FromString(multiplexer.SummaryMetadata(run, "_hparams_/session_start_info").plugin_data.content)
-            .session_start_info.hparams for run in ("False", "True")}
-    assert told["False"]["optimizer"].string_value == "adam" and told["False"]["batch_size"].number_value == 100
-    assert told["True"]["width"].number_value == 7 and told["True"]["layers"].string_value == "3, 4" and told["True"]["made"].string_value == "here"
+    told = {
+        run: HParamsPluginData.FromString(
+            multiplexer.SummaryMetadata(run, "_hparams_/session_start_info").plugin_data.content
+        ).session_start_info.hparams
+        for run in ("False", "True")
+    }
+    assert (
+        told["False"]["optimizer"].string_value == "adam"
+        and told["False"]["batch_size"].number_value == 100
+    )
+    assert (
+        told["True"]["width"].number_value == 7
+        and told["True"]["layers"].string_value == "3, 4"
+        and told["True"]["made"].string_value == "here"
+    )
     for values in told.values():
         assert values["learning_rate"].number_value == 0.25 and "note" not in values
 
 
 def test_an_unknown_level_is_refused(loop, tmp_path):
-    with pytest.raises(tfloop.UserError, match="level 'all' is unknown; choose from none, scalars, default, full"):
+    with pytest.raises(
+        tfloop.UserError, match="level 'all' is unknown; choose from none, scalars, default, full"
+    ):
         tfloop.Summaries(tmp_path, loop(), "all")
 
 
-@pytest.mark.parametrize("outputs, found", [(lambda x: tf.reshape(x, [-1, 8, 8]), r"shape \(1, 8, 8\)"), (lambda x: {"a": x}, "dict")])
+@pytest.mark.parametrize(
+    "outputs, found",
+    [(lambda x: tf.reshape(x, [-1, 8, 8]), r"shape \(1, 8, 8\)"), (lambda x: {"a": x}, "dict")],
+)
 def test_a_model_whose_outputs_are_no_matrix_is_refused(digits, outputs, found):
     class Odd(tf.Module):
         def __init__(self):

@@ -77,8 +77,9 @@ def _halving(config: Config, options: dict[str, Any], values: list[dict[str, str
             "after the same epochs"
         )
     if halving > 1 and sweeps.rungs(config.epochs, halving) == [config.epochs]:
-        epochs = counted(config.epochs, "epoch")
-        raise UserError(f"--halving={halving}: {epochs} are too few for it")
+        raise UserError(
+            f"--halving={halving} needs more than --epochs={config.epochs}: it cuts no trial off"
+        )
     return halving
 
 

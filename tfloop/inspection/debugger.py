@@ -137,7 +137,7 @@ def forward_and_backward(
     """
     recording = record(state, batch, part, parts)
     gradients = {}
-    for _layer, _upstream, by_weight in walk_back(state, recording):
+    for layer, upstream, by_weight in walk_back(state, recording):  # noqa: B007 (to be printed)
         for name, gradient in by_weight.items():
             gradients[name] = gradient.total
     return Pass(

@@ -13,17 +13,22 @@ import pytest
 import tensorflow as tf
 
 import tfloop
-from tfloop import debug
 from tfloop.errors import UserError
+from tfloop.inspection import debugger
 
-SETTINGS = [dict(), dict(l1=1e-3, l2=1e-2, penalize="all"), dict(batch_norm=True, dropout=0.3), dict(output="sigmoid")]
+SETTINGS = [
+    {},
+    dict(l1=1e-3, l2=1e-2, penalize="all"),
+    dict(batch_norm=True, dropout=0.3),
+    dict(output="sigmoid"),
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_walk_back_gives_the_gradients_of_the_tape(loop, settings):
     one = loop(**settings)
     plain = tfloop.forward_and_backward(one.state, one.batch(0))
-    walked = debug.forward_and_backward(one.state, one.batch(0))
+    walked = debugger.forward_and_backward(one.state, one.batch(0))
     np.testing.assert_array_equal(walked.logits, plain.logits)
     assert list(walked.gradients) == list(plain.gradients)
     for name, gradient in plain.gradients.items():
@@ -32,40 +37,61 @@ def test_the_walk_back_gives_the_gradients_of_the_tape(loop, settings):
 
 def test_without_penalties_it_does_so_bit_for_bit(loop):
     one = loop()
-    plain, walked = tfloop.forward_and_backward(one.state, one.batch(0)), debug.forward_and_backward(one.state, one.batch(0))
+    plain, walked = (
+        tfloop.forward_and_backward(one.state, one.batch(0)),
+        debugger.forward_and_backward(one.state, one.batch(0)),
+    )
     for name, gradient in plain.gradients.items():
         np.testing.assert_array_equal(walked.gradients[name], gradient)
 
 
 def test_the_sum_is_what_the_compiled_step_applies(loop):
     one = loop(l1=1e-3, l2=1e-2, momentum=0.8, fast=False, steps_per_call=1)
-    layers = list(debug.backward(one.state, one.batch(0)))
+    layers = list(debugger.backward(one.state, one.batch(0)))
     call = next(one.train_epoch())
     for layer in layers:
         for name, gradient in layer.gradients.items():
             np.testing.assert_allclose(sum(gradient[1:]), gradient.total, rtol=1e-6)
             np.testing.assert_allclose(gradient.total, call.gradients[name], rtol=1e-3, atol=1e-6)
-            np.testing.assert_allclose(layer.updates[name], call.updates[name], rtol=1e-2, atol=1e-5)
+            np.testing.assert_allclose(
+                layer.updates[name], call.updates[name], rtol=1e-2, atol=1e-5
+            )
 
 
 def test_layers_come_from_the_last_to_the_first_with_their_own_weights(loop):
     one = loop(l2=0.01)
-    layers = list(debug.backward(one.state, one.batch(0)))
-    assert [layer.name for layer in layers] == ["output", "dense1", "flatten", "conv2", "pool1", "conv1"]
-    assert [list(layer.gradients) for layer in layers[:3]] == [["output/kernel", "output/bias"], ["dense1/kernel", "dense1/bias"], []]
+    layers = list(debugger.backward(one.state, one.batch(0)))
+    assert [layer.name for layer in layers] == [
+        "output",
+        "dense1",
+        "flatten",
+        "conv2",
+        "pool1",
+        "conv1",
+    ]
+    assert [list(layer.gradients) for layer in layers[:3]] == [
+        ["output/kernel", "output/bias"],
+        ["dense1/kernel", "dense1/bias"],
+        [],
+    ]
     for layer in layers:
         assert layer.upstream.shape == layer.activation.shape
     kernel = one.state.weights["output/kernel"]
     np.testing.assert_allclose(layers[0].gradients["output/kernel"].l2, 0.02 * kernel, rtol=1e-6)
     by_hand = (tf.nn.softmax(layers[0].activation) - tf.one_hot(one.batch(0).labels, 10)) / 100
     np.testing.assert_allclose(layers[0].upstream, by_hand, rtol=1e-3, atol=1e-8)
-    np.testing.assert_allclose(layers[0].gradients["output/bias"].data, tf.reduce_sum(by_hand, axis=0), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(
+        layers[0].gradients["output/bias"].data,
+        tf.reduce_sum(by_hand, axis=0),
+        rtol=1e-3,
+        atol=1e-7,
+    )
 
 
 def test_looking_changes_nothing(loop):
     one = loop()
     before = one.state.digest()
-    list(debug.backward(one.state, one.batch(3)))
+    list(debugger.backward(one.state, one.batch(3)))
     assert one.state.digest() == before
 
 
@@ -79,19 +105,29 @@ def test_a_model_of_ones_own_is_one_layer(digits):
             return tf.reshape(images, [-1, 64]) @ self.w
 
     one = tfloop.Loop(tfloop.TrainState(Linear(), l2=0.1, standardizer=digits.standardizer), digits)
-    (layer,) = debug.backward(one.state, one.batch(0))
-    np.testing.assert_allclose(layer.gradients["w"].total, tfloop.forward_and_backward(one.state, one.batch(0)).gradients["w"],
-                               rtol=1e-4, atol=1e-6)
+    (layer,) = debugger.backward(one.state, one.batch(0))
+    np.testing.assert_allclose(
+        layer.gradients["w"].total,
+        tfloop.forward_and_backward(one.state, one.batch(0)).gradients["w"],
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_a_model_in_a_stack_is_a_layer_with_its_weights(digits):
     import keras
 
-    inner = keras.Sequential([keras.Input([8, 8, 1]), keras.layers.Flatten(), keras.layers.Dense(6, "relu")], name="inner")
+    inner = keras.Sequential(
+        [keras.Input([8, 8, 1]), keras.layers.Flatten(), keras.layers.Dense(6, "relu")],
+        name="inner",
+    )
     model = keras.Sequential([keras.Input([8, 8, 1]), inner, keras.layers.Dense(10)])
     one = tfloop.Loop(tfloop.TrainState(model, standardizer=digits.standardizer), digits)
-    assert [len(layer.gradients) for layer in debug.backward(one.state, one.batch(0))] == [2, 2]
-    plain, walked = tfloop.forward_and_backward(one.state, one.batch(0)), debug.forward_and_backward(one.state, one.batch(0))
+    assert [len(layer.gradients) for layer in debugger.backward(one.state, one.batch(0))] == [2, 2]
+    plain, walked = (
+        tfloop.forward_and_backward(one.state, one.batch(0)),
+        debugger.forward_and_backward(one.state, one.batch(0)),
+    )
     for name, gradient in plain.gradients.items():
         np.testing.assert_allclose(walked.gradients[name], gradient, rtol=1e-5, atol=1e-7)
 
@@ -104,8 +140,12 @@ def test_a_batch_that_the_epoch_does_not_have_is_refused(loop):
 
 def test_training_with_the_walk_follows_the_compiled_loop(loop):
     plain = loop(fast=False)
-    walked = tfloop.make_loop(tfloop.Config.make("digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, eager=True),
-                              differentiate=debug.forward_and_backward)
+    walked = tfloop.make_loop(
+        tfloop.Config.make(
+            "digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, eager=True
+        ),
+        grad_fn=debugger.forward_and_backward,
+    )
     assert walked.fit(1).train.total == pytest.approx(plain.fit(1).train.total, rel=1e-4)
 
 
@@ -115,9 +155,15 @@ class Terminal:
     def __init__(self, *flags, cwd=None):
         self._master, slave = pty.openpty()
         command = [sys.executable, "-m", "tfloop", "debug", "--preset=digits", *flags]
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, close_fds=True,
-                                        cwd=cwd,
-                                        env={**os.environ, "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)})
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            close_fds=True,
+            cwd=cwd,
+            env={**os.environ, "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
         os.close(slave)
 
     def until(self, text: str, seconds: float = 60) -> str:
@@ -140,8 +186,8 @@ class Terminal:
 def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     pdb = Terminal("--l2=0.001", cwd=tmp_path)
     start = pdb.until("(tfloop) ")
-    assert "train_step()" in start and "images, labels, weights = batch" in start
-    while "-> loss, accuracy, examples, gradients, logits = differentiate" not in pdb("n"):
+    assert "train_step()" in start and "images, labels, sample_weight = batch" in start
+    while "-> loss, accuracy, examples, gradients, logits = grad_fn" not in pdb("n"):
         pass
     assert "forward_and_backward()" in pdb("s")
     seen = []
@@ -155,14 +201,26 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     pdb("n")
     layers = []
     while "--Return--" not in (text := pdb("n")):  # backward, layer by layer
-        if "for name, gradient in found.items()" in text and "layer" not in layers[-1:]:
+        if "for name, gradient in by_weight.items()" in text and "layer" not in layers[-1:]:
             layers.append(re.search(r"'(\w+)'", pdb("p layer")).group(1))
     assert list(dict.fromkeys(layers)) == ["output", "dense1", "flatten", "conv2", "pool1", "conv1"]
     assert "valid = finite" in pdb("c")
     assert re.search(r"shape=\(3, 3, 1, 16\)", pdb('p gradients["conv1/kernel"]'))
-    for expression in ("images", "labels", "logits", "loss.data", "loss.l1", "loss.l2", 'updates["conv1/kernel"]', "learning_rate", "gradients.norm"):
+    for expression in (
+        "images",
+        "labels",
+        "logits",
+        "loss.data",
+        "loss.l1",
+        "loss.l2",
+        'updates["conv1/kernel"]',
+        "learning_rate",
+        "gradients.norm",
+    ):
         assert "tf.Tensor" in pdb(f"p {expression}")
-    assert "state.optimizer.apply(" in pdb("n") and "optimizers.py" in (text := pdb("s")) and "apply()" in text
+    assert "state.optimizer.apply(" in pdb("n")
+    text = pdb("s")
+    assert "optimizers.py" in text and "apply()" in text
     os.write(pdb._master, b"q\n")
     assert "quit after 0 steps; nothing was written" in pdb.until("written")
     assert pdb.process.wait(timeout=30) == 0
@@ -196,7 +254,9 @@ def test_a_step_that_is_never_reached_is_told():
 
 
 def test_it_stops_where_a_condition_holds():
-    pdb = Terminal("--break_if=state.global_step == 2 # the third", "--epochs=1", "--batch_size=400")
+    pdb = Terminal(
+        "--break_if=state.global_step == 2 # the third", "--epochs=1", "--batch_size=400"
+    )
     pdb.until("(tfloop) ")
     assert "numpy=2" in pdb("p state.global_step")
     os.write(pdb._master, b"q\n")
@@ -212,30 +272,36 @@ def test_it_stops_before_an_update_that_is_not_finite():
     assert pdb.process.wait(timeout=30) == 0
 
 
-@pytest.mark.parametrize("condition, message", [
-    ("gradient.norm > 3", "NameError: name 'gradient' is not defined; the names are state, batch, images"),
-    ("gradients['conv9/kernel'] > 3", "there are conv1/kernel, conv1/bias"),
-    ("logits", "ValueError|TypeError"),
-])
+@pytest.mark.parametrize(
+    "condition, message",
+    [
+        (
+            "gradient.norm > 3",
+            "NameError: name 'gradient' is not defined; the names are state, batch, images",
+        ),
+        ("gradients['conv9/kernel'] > 3", "there are conv1/kernel, conv1/bias"),
+        ("logits", "ValueError|TypeError"),
+    ],
+)
 def test_a_condition_is_tried_before_training(loop, condition, message):
     one = loop(eager=True)
     before = one.state.digest()
     with pytest.raises(UserError, match=message):
-        debug.check_condition(condition, one)
+        debugger.check_condition(condition, one)
     assert one.state.digest() == before
 
 
 def test_installed_sources_are_not_stepped_into():
-    assert debug._is_readable(debug.__file__) and debug._is_readable(__file__)
-    assert not debug._is_readable(tf.__file__) and not debug._is_readable(os.__file__)
-    assert not debug._is_readable("<frozen importlib._bootstrap>")
+    assert debugger._is_readable(debugger.__file__) and debugger._is_readable(__file__)
+    assert not debugger._is_readable(tf.__file__) and not debugger._is_readable(os.__file__)
+    assert not debugger._is_readable("<frozen importlib._bootstrap>")
 
 
 def test_in_an_editors_debugger_it_stops_at_the_first_step_alone(loop, monkeypatch):
     stops = []
     monkeypatch.setattr("sys.breakpointhook", lambda: stops.append(True))
     one = loop(eager=True, steps_per_call=1)
-    differentiate = debug.stop_once(debug.forward_and_backward)
+    grad_fn = debugger.stop_once(debugger.forward_and_backward)
     for _ in range(3):
-        differentiate(one.state, one.batch(0))
-    assert stops == [True] and not debug.under_another_debugger()
+        grad_fn(one.state, one.batch(0))
+    assert stops == [True] and not debugger.is_under_another_debugger()

@@ -3,7 +3,7 @@ import pytest
 
 import tfloop
 from tfloop.cli import main
-from tfloop.lr_find import range_test, smooth
+from tfloop.search.range_test import range_test, smooth
 
 
 def test_the_state_is_afterwards_what_it_was_before_and_trains_on_as_if_nothing_had_been(loop):
@@ -30,11 +30,17 @@ def test_the_rates_grow_by_one_factor_and_the_losses_are_those_of_training_at_th
 
 def test_it_stops_where_the_loss_becomes_too_large_and_suggests_a_rate_below(loop):
     found = range_test(loop(optimizer="sgd"), 1e-4, 1e6, steps=100)
-    assert found.diverged and len(found.rates) < 100 and found.suggestion < found.least < found.rates[-1]
+    assert (
+        found.diverged
+        and len(found.rates) < 100
+        and found.suggestion < found.least < found.rates[-1]
+    )
 
 
 def test_smoothing_begins_at_the_first_loss():
-    assert smooth([2.0, 2.0])[1] == pytest.approx(2.0) and smooth([1.0, 3.0])[1] == pytest.approx((0.95 * 0.05 * 1 + 0.05 * 3) / (1 - 0.95**2))
+    assert smooth([2.0, 2.0])[1] == pytest.approx(2.0) and smooth([1.0, 3.0])[1] == pytest.approx(
+        (0.95 * 0.05 * 1 + 0.05 * 3) / (1 - 0.95**2)
+    )
 
 
 def test_a_falling_rate_is_refused(loop):
@@ -43,17 +49,34 @@ def test_a_falling_rate_is_refused(loop):
 
 
 def test_the_command_prints_a_suggestion_and_writes_the_plot(tmp_path, capsys):
-    assert main(["lr_find", "--preset=digits", "--steps=60", "--low=1e-4", f"--plot={tmp_path / 'rates.png'}"]) == 0
+    assert (
+        main(
+            [
+                "lr_find",
+                "--preset=digits",
+                "--steps=60",
+                "--low=1e-4",
+                f"--plot={tmp_path / 'rates.png'}",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "suggestion: --learning_rate=" in said and "the state is as it was" in said
     assert (tmp_path / "rates.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--low=0"], "--low=0: expected a rate above 0"), (["--low=1", "--high=0.1"], "--low=1 must lie below --high=0.1"),
-    (["--precision=mixed_float16"], "a step that overflows has no loss"), (["--steps=3"], "--steps=3: expected a whole number, 10 or more"), (["--learning_rate=1"], "learning_rate"),
-    (["--low=1e-9", "--high=1e-8"], "the loss does not fall anywhere"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--low=0"], "--low=0: expected a rate above 0"),
+        (["--low=1", "--high=0.1"], "--low=1 must lie below --high=0.1"),
+        (["--precision=mixed_float16"], "a step that overflows has no loss"),
+        (["--steps=3"], "--steps=3: expected a whole number, 10 or more"),
+        (["--learning_rate=1"], "learning_rate"),
+        (["--low=1e-9", "--high=1e-8"], "the loss does not fall anywhere"),
+    ],
+)
 def test_bad_input_is_one_line(flags, message, capsys):
     assert main(["lr_find", "--preset=digits", "--steps=20", *flags]) == 2
     err = capsys.readouterr().err

@@ -9,41 +9,67 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 import tfloop
-from tfloop.data import Standardizer
+from tfloop.data.dataset import Standardizer
+from tfloop.data.readers import read_idx
+from tfloop.data.sources import SHIPPED
 from tfloop.errors import UserError
-from tfloop.formats import read_idx
-from tfloop.sources import SHIPPED
 
 
 def idx(array: np.ndarray) -> bytes:
     code = {"uint8": 8, "int32": 12, "float32": 13}[array.dtype.name]
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.astype(
-        array.dtype.newbyteorder(">")).tobytes()
+    return (
+        struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
+        + array.astype(array.dtype.newbyteorder(">")).tobytes()
+    )
 
 
 @pytest.fixture
 def folder(tmp_path, random):
     """An IDX folder of 20 training and 10 test images of 5×4, plain and gzipped."""
     for part, n in (("train", 20), ("t10k", 10)):
-        images, labels = random.integers(0, 256, (n, 5, 4), np.uint8), np.arange(n, dtype=np.uint8) % 3
+        images, labels = (
+            random.integers(0, 256, (n, 5, 4), np.uint8),
+            np.arange(n, dtype=np.uint8) % 3,
+        )
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
         (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     return tmp_path
 
 
 def test_shipped_mnist_is_the_standard_set(mnist):
-    assert mnist.train.images.shape == (60000, 28, 28, 1) and mnist.test.images.shape == (10000, 28, 28, 1)
-    assert mnist.classes == 10 and np.bincount(mnist.train.labels)[:3].tolist() == [5923, 6742, 5958]
+    assert mnist.train.images.shape == (60000, 28, 28, 1) and mnist.test.images.shape == (
+        10000,
+        28,
+        28,
+        1,
+    )
+    assert mnist.classes == 10 and np.bincount(mnist.train.labels)[:3].tolist() == [
+        5923,
+        6742,
+        5958,
+    ]
     assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
 
 
 def test_shapes_and_classes_follow_from_the_files(folder):
     data = tfloop.load(str(folder))
-    assert data.image_shape == (5, 4, 1) and data.classes == 3 and len(data.train) == 20 and len(data.test) == 10
+    assert (
+        data.image_shape == (5, 4, 1)
+        and data.classes == 3
+        and len(data.train) == 20
+        and len(data.test) == 10
+    )
 
 
-@pytest.mark.parametrize("array", [np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.array([1, -2], np.int32),
-                                   np.linspace(0, 1, 6, dtype=np.float32).reshape(3, 2)], ids=lambda a: a.dtype.name)
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
+        np.array([1, -2], np.int32),
+        np.linspace(0, 1, 6, dtype=np.float32).reshape(3, 2),
+    ],
+    ids=lambda a: a.dtype.name,
+)
 def test_idx_is_read_back_plain_and_gzipped(tmp_path, array):
     (tmp_path / "plain").write_bytes(idx(array))
     (tmp_path / "zipped").write_bytes(gzip.compress(idx(array)))
@@ -54,16 +80,23 @@ def test_idx_is_read_back_plain_and_gzipped(tmp_path, array):
 GOOD = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "not an IDX file: it starts with nothing"),
-    (b"PNG and so on", "not an IDX file: it starts with 504e4720"),
-    (GOOD[:9], "truncated in its header"),
-    (GOOD[:-1], "promises 24 bytes of data, 23 bytes follow"),
-    (GOOD + b"x", "promises 24 bytes of data, more follow"),
-    (gzip.compress(GOOD)[:-9], "damaged"),
-    (b"\x1f\x8b" + gzip.compress(GOOD)[2:-8] + b"\0" * 8, "damaged"),
-    (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), "more than the file can hold"),
-], ids=["empty", "other", "header", "short", "long", "cut", "sum", "bomb"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "not an IDX file: it starts with nothing"),
+        (b"PNG and so on", "not an IDX file: it starts with 504e4720"),
+        (GOOD[:9], "truncated in its header"),
+        (GOOD[:-1], "promises 24 bytes of data, 23 bytes follow"),
+        (GOOD + b"x", "promises 24 bytes of data, more follow"),
+        (gzip.compress(GOOD)[:-9], "damaged"),
+        (b"\x1f\x8b" + gzip.compress(GOOD)[2:-8] + b"\0" * 8, "damaged"),
+        (
+            struct.pack(">BBBB3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1),
+            "more than the file can hold",
+        ),
+    ],
+    ids=["empty", "other", "header", "short", "long", "cut", "sum", "bomb"],
+)
 def test_a_damaged_idx_file_is_named(tmp_path, content, message):
     path = tmp_path / "file"
     path.write_bytes(content)
@@ -84,61 +117,108 @@ def test_a_changed_mnist_file_is_noticed(tmp_path, monkeypatch):
 
 def test_a_missing_file_is_named(folder):
     (folder / "t10k-images-idx3-ubyte").unlink()
-    with pytest.raises(UserError, match="t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz is missing"):
+    with pytest.raises(
+        UserError, match="t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz is missing"
+    ):
         tfloop.load(str(folder))
 
 
 def test_labels_in_place_of_images_are_noticed(folder):
     shutil.copy(folder / "train-labels-idx1-ubyte.gz", folder / "train-images-idx3-ubyte.gz")
     (folder / "train-images-idx3-ubyte").unlink()
-    with pytest.raises(UserError, match=r"training images: expected numbers of shape .* found uint8 \(20,\)"):
+    with pytest.raises(
+        UserError, match=r"training images: expected numbers of shape .* found uint8 \(20,\)"
+    ):
         tfloop.load(str(folder))
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(UserError, match="--dataset=cifar: does not exist; name mnist, digits, a folder"):
+    with pytest.raises(
+        UserError, match="dataset=cifar: does not exist; name mnist, digits, a folder"
+    ):
         tfloop.load("cifar")
 
 
 def arrays(**changed):
-    made = dict(x_train=np.zeros((6, 4, 4, 3), np.uint8), y_train=np.arange(6) % 2, x_test=np.ones((4, 4, 4, 3), np.uint8),
-                y_test=np.arange(4) % 2)
+    made = dict(
+        x_train=np.zeros((6, 4, 4, 3), np.uint8),
+        y_train=np.arange(6) % 2,
+        x_test=np.ones((4, 4, 4, 3), np.uint8),
+        y_test=np.arange(4) % 2,
+    )
     return {**made, **changed}
 
 
 def test_npz_as_keras_writes_it_with_colour_and_one_hot_labels(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays(y_train=np.eye(2)[np.arange(6) % 2]))
     data = tfloop.load(str(tmp_path / "a.npz"))
-    assert data.image_shape == (4, 4, 3) and data.classes == 2 and data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert (
+        data.image_shape == (4, 4, 3)
+        and data.classes == 2
+        and data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    )
 
 
-@pytest.mark.parametrize("changed, message", [
-    (dict(y_train=np.arange(5)), "6 training images but 5 labels"),
-    (dict(y_test=np.array([0, 1, 2, 1])), "test label 2 is out of range: training labels go from 0 to 1"),
-    (dict(y_train=np.array([0, 1, 0, -1, 0, 1])), "training labels: label -1 in row 3 is not a class number"),
-    (dict(y_train=np.array([0, 1, 0, 0.5, 0, 1])), "training labels: label 0.5 in row 3 is not a class number"),
-    (dict(y_train=np.ones((6, 2))), "training labels: the rows of .* are not one-hot"),
-    (dict(y_train=np.eye(3)[[0, 1] * 3], y_test=np.eye(2)[[0, 1] * 2]), "3 columns for training and 2 for the test"),
-    (dict(y_train=np.zeros(6, int)), "all training labels are 0"),
-    (dict(x_train=np.full((6, 4, 4, 3), np.nan)), "training images: image 0 has a pixel that is NaN or infinite"),
-    (dict(x_test=np.full((4, 4, 4, 3), 1e300)), "test images: image 0 has a pixel that is NaN or infinite"),
-    (dict(x_test=np.zeros((4, 5, 4, 3), np.uint8)), "training images are 4×4×3 uint8, test images 5×4×3 uint8"),
-    (dict(x_train=np.zeros((6, 4))), "training images: expected numbers of shape"),
-    (dict(x_train=np.zeros((0, 4, 4, 3), np.uint8), y_train=np.zeros(0, int)), "there are no training images"),
-    (dict(x_train=np.array([object()] * 6)), "not an .npz of plain arrays"),
-])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(y_train=np.arange(5)), "6 training images but 5 labels"),
+        (
+            dict(y_test=np.array([0, 1, 2, 1])),
+            "test label 2 is out of range: training labels go from 0 to 1",
+        ),
+        (
+            dict(y_train=np.array([0, 1, 0, -1, 0, 1])),
+            "training labels: label -1 in row 3 is not a class number",
+        ),
+        (
+            dict(y_train=np.array([0, 1, 0, 0.5, 0, 1])),
+            "training labels: label 0.5 in row 3 is not a class number",
+        ),
+        (dict(y_train=np.ones((6, 2))), "training labels: the rows of .* are not one-hot"),
+        (
+            dict(y_train=np.eye(3)[[0, 1] * 3], y_test=np.eye(2)[[0, 1] * 2]),
+            "3 columns for training and 2 for the test",
+        ),
+        (dict(y_train=np.zeros(6, int)), "all training labels are 0"),
+        (
+            dict(x_train=np.full((6, 4, 4, 3), np.nan)),
+            "training images: image 0 has a pixel that is NaN or infinite",
+        ),
+        (
+            dict(x_test=np.full((4, 4, 4, 3), 1e300)),
+            "test images: image 0 has a pixel that is NaN or infinite",
+        ),
+        (
+            dict(x_test=np.zeros((4, 5, 4, 3), np.uint8)),
+            "training images are 4×4×3 uint8, test images 5×4×3 uint8",
+        ),
+        (dict(x_train=np.zeros((6, 4))), "training images: expected numbers of shape"),
+        (
+            dict(x_train=np.zeros((0, 4, 4, 3), np.uint8), y_train=np.zeros(0, int)),
+            "there are no training images",
+        ),
+        (dict(x_train=np.array([object()] * 6)), "not an .npz of plain arrays"),
+    ],
+)
 def test_arrays_that_do_not_fit_are_named(tmp_path, changed, message):
     np.savez(tmp_path / "a.npz", **arrays(**changed))
     with pytest.raises(UserError, match=message):
         tfloop.load(str(tmp_path / "a.npz"))
 
 
-def test_an_array_whose_header_promises_more_than_the_file_holds_is_refused_before_there_is_room_for_it(tmp_path):
+def test_an_array_whose_header_promises_more_than_the_file_holds_takes_no_memory(
+    tmp_path,
+):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 28, 28)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 28, 28)}
+    )
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x_train.npy", header.getvalue() + bytes(1000))
-    with pytest.raises(UserError, match="a.npz: damaged: x_train.npy promises more data than the file can hold"):
+    with pytest.raises(
+        UserError, match="a.npz: damaged: x_train.npy promises more data than the file can hold"
+    ):
         tfloop.load(str(tmp_path / "a.npz"))
 
 
@@ -150,7 +230,9 @@ def test_a_file_that_is_no_npz_is_named(tmp_path, content):
 
 
 def test_one_hot_columns_count_as_classes_even_where_training_has_none(tmp_path):
-    np.savez(tmp_path / "a.npz", **arrays(y_train=np.eye(5)[[0, 1] * 3], y_test=np.eye(5)[[0, 4] * 2]))
+    np.savez(
+        tmp_path / "a.npz", **arrays(y_train=np.eye(5)[[0, 1] * 3], y_test=np.eye(5)[[0, 4] * 2])
+    )
     assert tfloop.load(str(tmp_path / "a.npz")).classes == 5
 
 
@@ -172,7 +254,10 @@ def test_shuffled_joins_and_cuts_again_by_seed(digits):
     assert len(one.train) == len(digits.train) and len(one.test) == len(digits.test)
     np.testing.assert_array_equal(one.test.images, again.test.images)
     assert (one.test.labels != other.test.labels).any()
-    pool = lambda data: sorted(map(bytes, np.concatenate([data.train.images, data.test.images])))
+
+    def pool(data):
+        return sorted(map(bytes, np.concatenate([data.train.images, data.test.images])))
+
     assert pool(one) == pool(digits)
 
 
@@ -184,7 +269,9 @@ def test_validation_is_stratified_and_taken_from_training_only(digits):
     assert np.abs(np.bincount(data.validation.labels) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("size, message", [(1437, "leaves nothing to train on"), (5, "proportions of the classes")])
+@pytest.mark.parametrize(
+    "size, message", [(1437, "leaves nothing to train on"), (5, "proportions of the classes")]
+)
 def test_a_validation_size_that_cannot_be_cut_is_named(size, message):
-    with pytest.raises(UserError, match=f"--validation_size={size}.*{message}"):
+    with pytest.raises(UserError, match=f"validation_size={size}.*{message}"):
         tfloop.load("digits", validation_size=size)

@@ -1,4 +1,5 @@
-"""What the README shows is true: its Python runs, its table of flags is the program's. Run this file to renew the table."""
+"""What the README shows is true: its Python runs, its table of flags is the program's. Run this
+file to renew the table."""
 
 import re
 from pathlib import Path
@@ -16,7 +17,10 @@ def flag_table() -> str:
         for name in names:
             default = FIELDS[name].default
             state = (" (on)" if default else " (off)") if isinstance(default, bool) else ""
-            lines.append(f"| `{flag(name, default)}`{state} | {help_text(name).replace('|', chr(92) + '|')} |")
+            lines.append(
+                f"| `{flag(name, default)}`{state} | "
+                f"{help_text(name).replace('|', chr(92) + '|')} |"
+            )
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""Shards on disk: the same batches as from memory, in flat memory, and every damaged record named."""
+"""Shards on disk: the same batches as from memory, in flat memory, and every damaged record
+named."""
 
 import json
 import os
@@ -13,11 +14,20 @@ import pytest
 import tensorflow as tf
 
 import tfloop
-from tfloop import pack, pipelines, records, training
 from tfloop.cli import main
+from tfloop.data import pack, pipelines, shards
 from tfloop.errors import UserError
+from tfloop.training import session
 
-SMALL = ["--preset=digits", "--conv=4", "--dense=8", "--batch_size=100", "--epochs=3", "--steps_per_call=4", "--quiet"]
+SMALL = [
+    "--preset=digits",
+    "--conv=4",
+    "--dense=8",
+    "--batch_size=100",
+    "--epochs=3",
+    "--steps_per_call=4",
+    "--quiet",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +36,13 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "digits"
     with pytest.MonkeyPatch.context() as patch:
         write = pack._write
-        patch.setattr(pack, "_write", lambda folder, part, examples, shard_bytes: write(folder, part, examples, 40_000))
+        patch.setattr(
+            pack,
+            "_write",
+            lambda folder, part, examples, shard_bytes: write(folder, part, examples, 40_000),
+        )
         pack.pack("digits", folder)
-    assert len(records.shards(folder, "train")) > 3
+    assert len(shards.shards(folder, "train")) > 3
     return folder
 
 
@@ -59,8 +73,19 @@ def test_what_is_packed_is_read_again_at_any_place(packed, digits, random):
 @pytest.mark.parametrize("pipeline", ["auto", "host", "resident"])
 def test_training_from_shards_is_training_from_memory_bit_for_bit(packed, tmp_path, pipeline):
     for name, dataset in (("memory", "digits"), ("shards", str(packed))):
-        assert main(["train", *SMALL, f"--dataset={dataset}", f"--pipeline={pipeline}", f"--logdir={tmp_path / name}",
-                     "--summaries=full"]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    *SMALL,
+                    f"--dataset={dataset}",
+                    f"--pipeline={pipeline}",
+                    f"--logdir={tmp_path / name}",
+                    "--summaries=full",
+                ]
+            )
+            == 0
+        )
     one, other = result(tmp_path / "memory"), result(tmp_path / "shards")
     assert other["weights_sha256"] == one["weights_sha256"]
     assert other["final"] | {"seconds": 0} == one["final"] | {"seconds": 0}
@@ -68,32 +93,58 @@ def test_training_from_shards_is_training_from_memory_bit_for_bit(packed, tmp_pa
 
 
 def test_it_resumes_in_the_middle_of_an_epoch(packed, tmp_path):
-    make = lambda: tfloop.Config.make("digits", conv=(4,), dense=(8,), batch_size=100, epochs=3, steps_per_call=4, dataset=str(packed),
-                                      logdir=str(tmp_path), quiet=True, summaries="none")
-    whole = training.train(make())[0]
+    def make():
+        return tfloop.Config.make(
+            "digits",
+            conv=(4,),
+            dense=(8,),
+            batch_size=100,
+            epochs=3,
+            steps_per_call=4,
+            dataset=str(packed),
+            logdir=str(tmp_path),
+            quiet=True,
+            summaries="none",
+        )
+
+    whole = session.train(make())[0]
     asked = []
-    cut = training.train(make(), stop=lambda: asked.append(None) or len(asked) == 6)[0]
+    cut = session.train(make(), stop=lambda: asked.append(None) or len(asked) == 6)[0]
     assert not cut["finished"] and cut["steps"] % 15
-    resumed = training.train(make(), resume=[Path(cut["folder"])])[0]
-    assert resumed["state_sha256"] == whole["state_sha256"] and resumed["final"]["train"] == whole["final"]["train"]
+    resumed = session.train(make(), resume=[Path(cut["folder"])])[0]
+    assert (
+        resumed["state_sha256"] == whole["state_sha256"]
+        and resumed["final"]["train"] == whole["final"]["train"]
+    )
 
 
 def test_each_worker_reads_its_part_of_every_batch(packed):
     data = tfloop.load(str(packed))
-    whole, *parts = [pipelines.Streamed(data.train, 96, False, part, of) for part, of in ((0, 1), (0, 3), (1, 3), (2, 3))]
-    whole_batch, *part_batches = [next(pipeline.begin(1, 2, 14)) for pipeline in (whole, *parts)]  # the last, filled up
+    whole, *parts = [
+        pipelines.Streamed(data.train, 96, False, part, of)
+        for part, of in ((0, 1), (0, 3), (1, 3), (2, 3))
+    ]
+    whole_batch, *part_batches = [
+        next(pipeline.begin(1, 2, 14)) for pipeline in (whole, *parts)
+    ]  # the last, filled up
     for found, expected in zip(zip(*part_batches), whole_batch):
         np.testing.assert_array_equal(tf.concat(found, axis=0), expected)
 
 
 def test_decoded_images_are_kept_where_a_cache_is_asked_for(packed, tmp_path):
-    flags = [*SMALL, f"--dataset={packed}", "--epochs=1", "--summaries=none", f"--cache={tmp_path}/cache"]
+    flags = [
+        *SMALL,
+        f"--dataset={packed}",
+        "--epochs=1",
+        "--summaries=none",
+        f"--cache={tmp_path}/cache",
+    ]
     for name in ("a", "b"):
         assert main(["train", *flags, f"--logdir={tmp_path}/{name}"]) == 0
     assert result(tmp_path / "a")["weights_sha256"] == result(tmp_path / "b")["weights_sha256"]
     made = list((tmp_path / "cache").iterdir())
-    assert len(made) == 1 and len(records.shards(made[0], "train")) == 1
-    raw = records.load(made[0]).train.images
+    assert len(made) == 1 and len(shards.shards(made[0], "train")) == 1
+    raw = shards.load(made[0]).train.images
     assert b"PNG" not in raw.read(np.arange(1))[0][0]
     assert main(["train", *SMALL, "--cache=x", f"--logdir={tmp_path}"]) == 2  # no shards
 
@@ -116,8 +167,13 @@ def test_a_folder_to_each_class_is_packed(tmp_path, random, format, divided):
         picture(tmp_path / "in" / part / ("cat", "dog")[i % 2] / f"{i:02d}.png", image)
     assert main(["pack", f"{tmp_path}/in", f"{tmp_path}/out", f"--format={format}"]) == 0
     data = tfloop.load(str(tmp_path / "out"))
-    assert data.image_shape == (6, 5, 3) and (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\n"
-    train = [i for i in range(32 if divided else 36) if i % 2 == 0] + [i for i in range(32 if divided else 36) if i % 2]
+    assert (
+        data.image_shape == (6, 5, 3)
+        and (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\n"
+    )
+    train = [i for i in range(32 if divided else 36) if i % 2 == 0] + [
+        i for i in range(32 if divided else 36) if i % 2
+    ]
     np.testing.assert_array_equal(data.train.images[:], images[train])
     np.testing.assert_array_equal(data.train.labels, [i % 2 for i in train])
     assert len(data.test) == (8 if divided else 4)
@@ -128,11 +184,23 @@ def test_shards_of_others_with_their_names_for_things_and_jpeg_are_read(tmp_path
     for part in ("train", "test"):
         with tf.io.TFRecordWriter(str(tmp_path / f"set-{part}.tfrecord-00000-of-00001")) as writer:
             for label, image in enumerate(images):
-                feature = {"image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[tf.io.encode_jpeg(image).numpy()])),
-                           "image/class/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label % 2]))}
-                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+                feature = {
+                    "image/encoded": tf.train.Feature(
+                        bytes_list=tf.train.BytesList(value=[tf.io.encode_jpeg(image).numpy()])
+                    ),
+                    "image/class/label": tf.train.Feature(
+                        int64_list=tf.train.Int64List(value=[label % 2])
+                    ),
+                }
+                writer.write(
+                    tf.train.Example(
+                        features=tf.train.Features(feature=feature)
+                    ).SerializeToString()
+                )
     data = tfloop.load(str(tmp_path))
-    np.testing.assert_array_equal(data.train.images[:], [tf.io.decode_jpeg(tf.io.encode_jpeg(image)) for image in images])
+    np.testing.assert_array_equal(
+        data.train.images[:], [tf.io.decode_jpeg(tf.io.encode_jpeg(image)) for image in images]
+    )
     assert data.train.labels.tolist() == [0, 1] * 3
 
 
@@ -144,17 +212,39 @@ def test_packing_says_what_is_wrong_and_leaves_nothing(tmp_path, capsys):
     (tmp_path / "broken" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "a" / "1.png").write_bytes(b"nothing")
     (tmp_path / "broken" / "b").mkdir()
-    for path in ("in/a/2.png", "few/a/1.png", "few/b/1.png", "one/a/1.png", "flat/1.png", "broken/a/2.png"):
+    for path in (
+        "in/a/2.png",
+        "few/a/1.png",
+        "few/b/1.png",
+        "one/a/1.png",
+        "flat/1.png",
+        "broken/a/2.png",
+    ):
         picture(tmp_path / path, np.zeros((4, 4, 1), np.uint8))
-    for source, folder, message in (("in", "out", "in/b/2.png: is 4×5×1, those before it are 4×4×1; bring all to one size"),
-                                    ("in", "there", "is there already"), ("broken", "out", "b: holds no pictures"),
-                                    ("few", "out", "few/a: holds one picture; a class needs two or more"), ("nowhere", "out", "nowhere: does not exist"),
-                                    ("one", "out", "one: holds 1 class folder; there must be two or more"),
-                                    ("flat", "out", "flat: holds pictures; put those of each class into a folder of its own in it")):
+    for source, folder, message in (
+        ("in", "out", "in/b/2.png: is 4×5×1, those before it are 4×4×1; bring all to one size"),
+        ("in", "there", "exists already"),
+        ("broken", "out", "b: holds no pictures"),
+        ("few", "out", "few/a: holds one picture; a class needs two or more"),
+        ("nowhere", "out", "nowhere: does not exist"),
+        ("one", "out", "one: holds 1 class folder; there must be two or more"),
+        (
+            "flat",
+            "out",
+            "flat: holds pictures; put those of each class into a folder of its own in it",
+        ),
+    ):
         assert main(["pack", f"{tmp_path}/{source}", f"{tmp_path}/{folder}"]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "few", "flat", "in", "one", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken",
+        "few",
+        "flat",
+        "in",
+        "one",
+        "there",
+    ]
 
 
 # --- damage
@@ -169,7 +259,9 @@ def damage(path: Path, at: int) -> None:
 def place(folder: Path, row: int) -> tuple[Path, int, int, int]:
     """(shard, number in it, offset of its content, length) of a training record."""
     images = tfloop.load(str(folder)).train.images
-    shard, number, offset, length = (int(images.index[name][row]) for name in ("shard", "number", "offset", "length"))
+    shard, number, offset, length = (
+        int(images.index[name][row]) for name in ("shard", "number", "offset", "length")
+    )
     return images.files[shard], number, offset, length
 
 
@@ -180,9 +272,15 @@ def test_a_damaged_record_is_named_with_its_number_or_left_out_and_counted(copy,
     for _ in range(2):  # indexed anew, and from the index
         assert main(["train", *flags, f"--logdir={tmp_path}/stop"]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"tfloop: {path}: record {number} is damaged") and error.count("\n") == 1, error
+        assert (
+            error.startswith(f"tfloop: {path}: record {number} is damaged")
+            and error.count("\n") == 1
+        ), error
     assert main(["train", *flags, f"--logdir={tmp_path}/skip", "--on_bad_record=skip"]) == 0
-    assert f"1 damaged record is left out; the first: {path}: record {number}" in capsys.readouterr().err
+    assert (
+        f"1 damaged record is left out; the first: {path}: record {number}"
+        in capsys.readouterr().err
+    )
     found = result(tmp_path / "skip")
     assert found["left_out"] == [f"{path}: record {number} is damaged: its CRC is wrong"]
     assert len(tfloop.load(str(copy), on_bad_record="skip").train) == 1436
@@ -190,18 +288,28 @@ def test_a_damaged_record_is_named_with_its_number_or_left_out_and_counted(copy,
 
 def test_after_a_damaged_length_the_rest_of_the_shard_is_given_up(copy):
     path, number, offset, _ = place(copy, 700)
-    in_shard = int(np.sum(tfloop.load(str(copy)).train.images.index["shard"] == records.shards(copy, "train").index(path)))
-    damage(path, offset - records.HEADER)
-    with pytest.raises(UserError, match=re.escape(f"{path}: record {number} is truncated or damaged, and with it the rest of the file")):
+    in_shard = int(
+        np.sum(
+            tfloop.load(str(copy)).train.images.index["shard"]
+            == shards.shards(copy, "train").index(path)
+        )
+    )
+    damage(path, offset - shards.HEADER)
+    with pytest.raises(
+        UserError,
+        match=re.escape(
+            f"{path}: record {number} is truncated or damaged, and with it the rest of the file"
+        ),
+    ):
         tfloop.load(str(copy))
     assert len(tfloop.load(str(copy), on_bad_record="skip").train) == 1437 - (in_shard - number)
 
 
 def test_two_damaged_records_and_a_truncated_end_are_all_found(copy):
-    path, number, offset, _ = place(copy, 100)
+    path, _number, offset, _ = place(copy, 100)
     damage(path, offset + 3)
     damage(path, place_after(path, 2) + 3)
-    last = records.shards(copy, "train")[-1]
+    last = shards.shards(copy, "train")[-1]
     with open(last, "r+b") as file:
         file.truncate(last.stat().st_size - 5)
     data = tfloop.load(str(copy), on_bad_record="skip")
@@ -211,33 +319,77 @@ def test_two_damaged_records_and_a_truncated_end_are_all_found(copy):
 
 def place_after(path: Path, number: int) -> int:
     """The offset of the content of a record of a shard, by its number."""
-    return next(offset for found, offset, _, _ in records._records(path) if found == number)
+    return next(offset for found, offset, _, _ in shards._records(path) if found == number)
 
 
 @pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
-def test_a_record_that_is_damaged_after_it_was_indexed_is_noticed_while_training(copy, tmp_path, capsys, on_bad_record):
+def test_a_record_that_is_damaged_after_it_was_indexed_is_noticed_while_training(
+    copy, tmp_path, capsys, on_bad_record
+):
     path, number, offset, length = place(copy, 5)
     about = path.stat()
     damage(path, offset + length // 2)
-    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))  # nothing about the file has changed but its content
-    code = main(["train", *SMALL, "--epochs=1", f"--dataset={copy}", f"--logdir={tmp_path}/runs", f"--on_bad_record={on_bad_record}"])
+    os.utime(
+        path, ns=(about.st_atime_ns, about.st_mtime_ns)
+    )  # nothing about the file has changed but its content
+    code = main(
+        [
+            "train",
+            *SMALL,
+            "--epochs=1",
+            f"--dataset={copy}",
+            f"--logdir={tmp_path}/runs",
+            f"--on_bad_record={on_bad_record}",
+        ]
+    )
     error = capsys.readouterr().err
     if on_bad_record == "stop":
-        assert code == 2 and f"{path}: record {number} is damaged: it is not the one that was indexed" in error
+        assert (
+            code == 2
+            and f"{path}: record {number} is damaged: it is not the one that was indexed" in error
+        )
     else:
         assert code == 0 and f"{path}: record {number} is damaged: left out" in error
         found = result(tmp_path / "runs")
-        assert found["left_out"] == [f"{path}: record {number}"] and found["final"]["train"]["accuracy"] > 0
+        assert (
+            found["left_out"] == [f"{path}: record {number}"]
+            and found["final"]["train"]["accuracy"] > 0
+        )
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda folder: None, "has no train shards"),
-    (lambda folder: (folder / "train-0.tfrecord").write_bytes(b""), "has no test shards"),
-    (lambda folder: [(folder / f"{part}-0.tfrecord").write_bytes(b"") for part in ("train", "test")], "there are no records in"),
-    (lambda folder: [(folder / f"{part}-0.tfrecord").write_bytes(b"nonsense" * 9) for part in ("train", "test")], "record 0 is truncated or damaged"),
-    (lambda folder: [write(folder / f"{part}-0.tfrecord", b"\xff\xff") for part in ("train", "test")], "record 0 is no tf.train.Example"),
-    (lambda folder: [write(folder / f"{part}-0.tfrecord", tf.train.Example().SerializeToString()) for part in ("train", "test")], "record 0 has no image"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: None, "has no train shards"),
+        (lambda folder: (folder / "train-0.tfrecord").write_bytes(b""), "has no test shards"),
+        (
+            lambda folder: [
+                (folder / f"{part}-0.tfrecord").write_bytes(b"") for part in ("train", "test")
+            ],
+            "there are no records in",
+        ),
+        (
+            lambda folder: [
+                (folder / f"{part}-0.tfrecord").write_bytes(b"nonsense" * 9)
+                for part in ("train", "test")
+            ],
+            "record 0 is truncated or damaged",
+        ),
+        (
+            lambda folder: [
+                write(folder / f"{part}-0.tfrecord", b"\xff\xff") for part in ("train", "test")
+            ],
+            "record 0 is no tf.train.Example",
+        ),
+        (
+            lambda folder: [
+                write(folder / f"{part}-0.tfrecord", tf.train.Example().SerializeToString())
+                for part in ("train", "test")
+            ],
+            "record 0 has no image",
+        ),
+    ],
+)
 def test_a_folder_of_shards_that_makes_no_sense_is_named(tmp_path, make, message):
     (tmp_path / "x.tfrecord").write_bytes(b"")
     make(tmp_path)
@@ -253,10 +405,13 @@ def write(path: Path, record: bytes) -> None:
 def test_a_damaged_or_stale_index_is_made_anew(copy):
     (copy / "index.npz").write_bytes(b"nothing")
     assert len(tfloop.load(str(copy)).train) == 1437
-    path = records.shards(copy, "train")[0]
+    path = shards.shards(copy, "train")[0]
     os.utime(path, (1, 1))
     before = (copy / "index.npz").stat().st_mtime_ns
-    assert len(tfloop.load(str(copy)).train) == 1437 and (copy / "index.npz").stat().st_mtime_ns > before
+    assert (
+        len(tfloop.load(str(copy)).train) == 1437
+        and (copy / "index.npz").stat().st_mtime_ns > before
+    )
 
 
 # --- memory
@@ -264,16 +419,20 @@ def test_a_damaged_or_stale_index_is_made_anew(copy):
 STREAM = """
 import resource, sys
 import numpy as np
-from tfloop import config, devices
-settings, *_ = devices.start(config.Config.make(dataset=sys.argv[1], conv=(2,), pool=(8,), dense=(4,), batch_size=64, steps_per_call=10))
-from tfloop import runs
+from tfloop import config
+from tfloop.machine import devices
+small = dict(conv=(2,), pool=(8,), dense=(4,), batch_size=64, steps_per_call=10)
+settings, *_ = devices.start(config.Config.make(dataset=sys.argv[1], **small))
+from tfloop import assembly
+from tfloop.training import saved_run
 from tfloop.loop import Call
-loop = runs.make_loop(settings)
+loop = assembly.make_loop(settings)
 records = loop.run(1)
 loop.evaluate(loop.data.test)
 for _ in range(3):
     next(records)  # all is made that will be
-used = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData:"))) << 10
+status = open("/proc/self/status").read()
+used = int(status.partition("VmData:")[2].split()[0]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (used + (96 << 20),) * 2)  # 96 MiB more, and no more
 steps = sum(record.steps for record in records if isinstance(record, Call))
 print("streamed", steps, loop.data.train.images.nbytes >> 20)
@@ -290,10 +449,12 @@ def test_data_of_several_times_the_memory_that_is_left_are_streamed(tmp_path, ra
     images = random.integers(0, 256, (64, 96, 96, 3), dtype=np.uint8)
     for part, count in (("train", 11_400), ("test", 100)):
         with tf.io.TFRecordWriter(str(tmp_path / f"{part}-00000-of-00001.tfrecord")) as writer:
-            examples = [pack._example(image, i % 10, "raw") for i, image in enumerate(images)]
+            examples = [pack.example(image, i % 10, "raw") for i, image in enumerate(images)]
             for i in range(count):
                 writer.write(examples[i % 64])
-    done = subprocess.run([sys.executable, "-c", STREAM, tmp_path], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, tmp_path], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"streamed 149 300\nin memory they have no room", done.stdout), done.stdout
 
@@ -303,7 +464,9 @@ def test_a_png_that_is_just_as_long_as_its_raw_bytes_is_still_a_png(tmp_path, ra
     images = []
     while len(images) < 4:  # a noisy strip makes the PNG about as long as 784 bytes
         image = np.zeros((28, 28, 1), np.uint8)
-        image.reshape(-1)[:random.integers(640, 720)] = random.integers(0, 256, 28 * 28, dtype=np.uint8)[:1]
+        image.reshape(-1)[: random.integers(640, 720)] = random.integers(
+            0, 256, 28 * 28, dtype=np.uint8
+        )[:1]
         flat, count = image.reshape(-1), int(random.integers(600, 740))
         flat[:count] = random.integers(0, 256, count)
         if len(tf.io.encode_png(image).numpy()) == 784:
@@ -311,22 +474,30 @@ def test_a_png_that_is_just_as_long_as_its_raw_bytes_is_still_a_png(tmp_path, ra
     for part in ("train", "test"):
         with tf.io.TFRecordWriter(str(tmp_path / f"{part}-0.tfrecord")) as writer:
             for label, image in enumerate(images):
-                writer.write(pack._example(image, label, "raw" if label == 2 else "png"))
+                writer.write(pack.example(image, label, "raw" if label == 2 else "png"))
     data = tfloop.load(str(tmp_path))
     assert data.train.images.index["raw"].tolist() == [False, False, True, False]
     np.testing.assert_array_equal(data.train.images[:], images)
-    np.testing.assert_array_equal(next(pipelines.Streamed(data.train, 4, False).begin(0, 0, 0)).images,
-                                  np.array(images)[pipelines.order(0, 0, 4).numpy()])
+    np.testing.assert_array_equal(
+        next(pipelines.Streamed(data.train, 4, False).begin(0, 0, 0)).images,
+        np.array(images)[pipelines.order(0, 0, 4).numpy()],
+    )
 
 
-def test_a_cache_in_the_data_folder_leaves_out_what_is_damaged_and_outlives_new_dates(copy, tmp_path):
-    path, number, offset, _ = place(copy, 321)
+def test_a_cache_in_the_data_folder_leaves_out_what_is_damaged_and_outlives_new_dates(
+    copy, tmp_path
+):
+    path, _number, offset, _ = place(copy, 321)
     damage(path, offset + 20)
     flags = [*SMALL, "--epochs=1", "--summaries=none", f"--dataset={copy}", "--on_bad_record=skip"]
     for name, more in (("a", []), ("b", [f"--cache={copy}/cache"])):
         assert main(["train", *flags, *more, f"--logdir={tmp_path}/{name}"]) == 0
     one, other = result(tmp_path / "a"), result(tmp_path / "b")
-    assert other["left_out"] == one["left_out"] and len(one["left_out"]) == 1 and other["weights_sha256"] == one["weights_sha256"]
+    assert (
+        other["left_out"] == one["left_out"]
+        and len(one["left_out"]) == 1
+        and other["weights_sha256"] == one["weights_sha256"]
+    )
     os.utime(path, (1, 1))
     assert main(["train", *flags, f"--cache={copy}/cache", f"--logdir={tmp_path}/c"]) == 0
     assert main(["evaluate", str(tmp_path / "c" / "digits-001"), "--dataset=digits"]) == 0

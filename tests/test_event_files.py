@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
 from tfloop.errors import UserError
-from tfloop.events import EventFile, read_scalars
+from tfloop.inspection.event_files import EventFile, read_scalars
 
 
 def write(folder, *points):
@@ -20,7 +20,10 @@ def write(folder, *points):
 def test_tensorboard_reads_what_is_written(tmp_path):
     write(tmp_path, (1, 0.5), (3, 0.25))
     events = EventAccumulator(str(tmp_path)).Reload().Tensors("b/c")
-    assert [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events] == [(1, 1.0), (3, 0.5)]
+    assert [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events] == [
+        (1, 1.0),
+        (3, 0.5),
+    ]
 
 
 def test_a_file_can_be_read_while_it_is_written(tmp_path):
@@ -33,7 +36,10 @@ def test_a_last_record_that_is_cut_off_is_left_out(tmp_path):
     write(tmp_path / "train", (1, 1.0), (2, 2.0))
     path = next((tmp_path / "train").iterdir())
     path.write_bytes(path.read_bytes()[:-5])
-    assert [(s.run, s.tag, s.step) for s in read_scalars(tmp_path)] == [("train", "a", 1), ("train", "b/c", 1)]
+    assert [(s.run, s.tag, s.step) for s in read_scalars(tmp_path)] == [
+        ("train", "a", 1),
+        ("train", "b/c", 1),
+    ]
 
 
 def test_files_of_tensorflow_and_of_its_first_version_are_read(tmp_path):
@@ -42,9 +48,14 @@ def test_files_of_tensorflow_and_of_its_first_version_are_read(tmp_path):
         tf.summary.histogram("h", np.arange(9.0))
     with tf.Graph().as_default():
         old = tf.compat.v1.summary.FileWriter(str(tmp_path / "old"))
-        old.add_summary(tf.compat.v1.Summary(value=[tf.compat.v1.Summary.Value(tag="y", simple_value=2.0)]), 9)
+        old.add_summary(
+            tf.compat.v1.Summary(value=[tf.compat.v1.Summary.Value(tag="y", simple_value=2.0)]), 9
+        )
         old.close()
-    assert [(s.run, s.tag, s.step, s.value) for s in read_scalars(tmp_path)] == [("new", "x", 4, 0.5), ("old", "y", 9, 2.0)]
+    assert [(s.run, s.tag, s.step, s.value) for s in read_scalars(tmp_path)] == [
+        ("new", "x", 4, 0.5),
+        ("old", "y", 9, 2.0),
+    ]
 
 
 def test_what_is_no_number_is_left_out(tmp_path):
@@ -54,7 +65,14 @@ def test_what_is_no_number_is_left_out(tmp_path):
     value = scalar_pb("a", 1.0).value[0]
     file = EventFile(tmp_path)
     for odd in (np.arange(3.0), np.zeros(0), np.array(b"text", dtype=object)):
-        file.write(1, Summary(value=[Summary.Value(tag="a", metadata=value.metadata, tensor=make_tensor_proto(odd))]))
+        file.write(
+            1,
+            Summary(
+                value=[
+                    Summary.Value(tag="a", metadata=value.metadata, tensor=make_tensor_proto(odd))
+                ]
+            ),
+        )
     file.write(2, scalar_pb("a", 5.0))
     assert [(s.step, s.value) for s in read_scalars(tmp_path)] == [(2, 5.0)]
 
