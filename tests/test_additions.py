@@ -13,6 +13,7 @@ from tfloop.cli import main
 from tfloop.commands.command import Command
 from tfloop.data import sources
 from tfloop.data.dataset import from_arrays
+from tfloop.inspection.dashboards import scalars
 from tfloop.inspection.event_files import read_scalars
 from tfloop.inspection.moments import summary
 from tfloop.models import fast, layer_rules
@@ -106,10 +107,7 @@ def test_a_layer_kind(random):
 def test_a_summary(tmp_path):
     @summary("epoch", run="test", levels=("scalars",))
     def accuracy_squared(context):
-        value = tf.compat.v1.Summary.Value(
-            tag="accuracy/squared", simple_value=context.epoch.test.accuracy**2
-        )
-        yield tf.compat.v1.Summary(value=[value])
+        yield scalars({"accuracy/squared": context.epoch.test.accuracy**2})
 
     flags = ["--epochs=2", "--summaries=scalars", f"--logdir={tmp_path}"]
     assert main(["train", *SMALL, *flags]) == 0

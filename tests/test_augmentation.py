@@ -10,6 +10,8 @@ from scipy.interpolate import BSpline
 from tfloop.data import augmentation
 from tfloop.randomness import Key, seed_of
 
+pytestmark = pytest.mark.quick
+
 
 def key(number=0, **parts):
     return Key(seed_of(number, 7), **parts)

@@ -19,6 +19,7 @@ import contenders  # noqa: E402
 import race  # noqa: E402
 
 
+@pytest.mark.quick
 def test_the_articles_first_network_costs_16_4_million_operations_an_image():
     model = models.build(tfloop.Config.make(), (28, 28, 1), 10)
     conv1, conv2, conv3, dense = (
@@ -52,6 +53,7 @@ def test_contenders_compute_the_same_loss_and_train():
         contender.close()
 
 
+@pytest.mark.quick
 def test_an_interval_holds_the_median_and_narrows():
     median, low, high = race.with_interval([1.0, 2.0, 3.0, 4.0, 100.0])
     assert low <= median == 3.0 <= high

@@ -6,6 +6,8 @@ from tfloop.errors import UserError
 from tfloop.training import checkpoints
 from tfloop.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def saved(loop, tmp_path):

@@ -84,6 +84,7 @@ def test_parity_compares_one_epoch_at_most():
         next(checks.parity(tfloop.Config.make(**SMALL), 99))
 
 
+@pytest.mark.quick
 def test_parity_can_tell_runs_apart():
     config = tfloop.Config.make(**SMALL)
     data = tfloop.load("digits")
@@ -95,11 +96,13 @@ def test_parity_can_tell_runs_apart():
     assert found.step == 1 and found.layer == "conv1/kernel" and found.largest > 1e-3
 
 
+@pytest.mark.quick
 def test_one_batch_is_memorised():
     *_, last = checks.overfit(tfloop.Config.make(**{**SMALL, "learning_rate": 0.01}), 500)
     assert last.done and last.step < 500
 
 
+@pytest.mark.quick
 def test_a_loop_that_does_not_learn_is_told():
     *_, last = checks.overfit(tfloop.Config.make(**{**SMALL, "learning_rate": 0.0}), 5)
     assert last.step == 5 and not last.done

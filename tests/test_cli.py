@@ -31,6 +31,7 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.quick
 def test_train_writes_a_run_and_says_what_it_reached(train, tmp_path, capsys):
     assert train() == 0
     out = capsys.readouterr().out.splitlines()
@@ -160,6 +161,7 @@ def test_validation_chooses_the_best_epoch(train, tmp_path):
     assert found["best_by_validation"]["epoch"] == 1 + int(np.argmax(accuracy))
 
 
+@pytest.mark.quick
 def test_evaluate_repeats_the_final_metrics(train, tmp_path, capsys):
     train("--l2=0.01", "--batch_norm", "--quiet")
     final = result(tmp_path / "digits-001")["final"]["test"]
@@ -171,6 +173,7 @@ def test_evaluate_repeats_the_final_metrics(train, tmp_path, capsys):
     )
 
 
+@pytest.mark.quick
 def test_predict_writes_class_and_probabilities_of_arrays_and_pictures(train, tmp_path, capsys):
     train("--quiet", "--epochs=10")
     images = tfloop.load("digits").test.images[:5]
@@ -191,12 +194,14 @@ def test_predict_writes_class_and_probabilities_of_arrays_and_pictures(train, tm
         assert {**array, "image": ""} == {**picture, "image": ""}
 
 
+@pytest.mark.quick
 def test_model_prints_the_articles_table(capsys):
     assert main(["model"]) == 0
     out = capsys.readouterr().out
     assert "kernel (576, 70), bias (70)" in out and "96,844" in out
 
 
+@pytest.mark.quick
 def test_schedule_prints_the_rate_and_plots_it(tmp_path, capsys):
     flags = ["--preset=article3", "--epochs=15", "--print", f"--plot={tmp_path}/rate.png"]
     assert main(["schedule", *flags]) == 0
@@ -206,6 +211,7 @@ def test_schedule_prints_the_rate_and_plots_it(tmp_path, capsys):
     assert (tmp_path / "rate.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -326,6 +332,7 @@ def test_a_mistake_with_another_command_is_one_line_too(capsys, arguments, messa
     assert message in captured.err and captured.err.count("\n") == 1
 
 
+@pytest.mark.quick
 def test_scalars_prints_what_the_event_files_hold(train, tmp_path, capsys):
     train("--quiet", "--steps_per_call=10")
     run = str(tmp_path / "digits-001")
@@ -345,6 +352,7 @@ def test_scalars_prints_what_the_event_files_hold(train, tmp_path, capsys):
     ] == pytest.approx(final)
 
 
+@pytest.mark.quick
 def test_plot_overlays_runs_of_tfloop_and_of_keras(train, tmp_path, capsys):
     import keras
 
@@ -521,6 +529,7 @@ def test_predict_names_pictures_that_do_not_fit(train, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_divergence_is_exit_code_3_and_keeps_the_last_good_weights(train, tmp_path, capsys):
     assert train("--optimizer=sgd", "--learning_rate=1e20") == 3
     err = capsys.readouterr().err

@@ -5,6 +5,8 @@ import pytest
 from tfloop.config import PRESETS, Config
 from tfloop.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 def test_default_is_the_articles_first_network():
     config = Config.make()

@@ -14,6 +14,8 @@ from tfloop.data.readers import read_idx
 from tfloop.data.sources import SHIPPED
 from tfloop.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 def idx(array: np.ndarray) -> bytes:
     code = {"uint8": 8, "int32": 12, "float32": 13}[array.dtype.name]

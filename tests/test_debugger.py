@@ -24,6 +24,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_walk_back_gives_the_gradients_of_the_tape(loop, settings):
     one = loop(**settings)
@@ -45,6 +46,7 @@ def test_without_penalties_it_does_so_bit_for_bit(loop):
         np.testing.assert_array_equal(walked.gradients[name], gradient)
 
 
+@pytest.mark.quick
 def test_the_sum_is_what_the_compiled_step_applies(loop):
     one = loop(l1=1e-3, l2=1e-2, momentum=0.8, fast=False, steps_per_call=1)
     layers = list(debugger.backward(one.state, one.batch(0)))
@@ -88,6 +90,7 @@ def test_layers_come_from_the_last_to_the_first_with_their_own_weights(loop):
     )
 
 
+@pytest.mark.quick
 def test_looking_changes_nothing(loop):
     one = loop()
     before = one.state.digest()
@@ -227,6 +230,7 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.quick
 def test_it_stops_once_at_a_step_and_then_goes_on(tmp_path):
     pdb = Terminal("--break_at=3", "--epochs=1", "--batch_size=400")
     pdb.until("(tfloop) ")
@@ -297,6 +301,7 @@ def test_installed_sources_are_not_stepped_into():
     assert not debugger._is_readable("<frozen importlib._bootstrap>")
 
 
+@pytest.mark.quick
 def test_in_an_editors_debugger_it_stops_at_the_first_step_alone(loop, monkeypatch):
     stops = []
     monkeypatch.setattr("sys.breakpointhook", lambda: stops.append(True))

@@ -61,6 +61,7 @@ def test_each_of_several_models_side_by_side_ends_as_it_does_alone(tmp_path, set
     assert all(one["traces"]["train"] == 1 for one in beside)
 
 
+@pytest.mark.quick
 def test_members_have_seeds_of_their_own_and_the_mean_of_their_probabilities_is_judged(
     tmp_path, capsys, digits
 ):
@@ -183,6 +184,7 @@ def test_steps_can_be_made_beside_a_model_that_is_at_the_end_of_its_epoch(loop):
     assert record.test == alone.test and int(loops[0].state.batch_index) == loops[0].steps
 
 
+@pytest.mark.quick
 def test_a_member_that_diverges_ends_and_the_others_go_on(tmp_path, loop):
     loops = [loop(seed=1, shards=1), loop(seed=2, shards=1)]
     alone = loop(seed=2, shards=1).fit(2)
@@ -248,6 +250,7 @@ def test_members_share_one_copy_of_the_images(loop, digits):
     assert one.pipeline._images is other.pipeline._images
 
 
+@pytest.mark.quick
 def test_what_fails_in_a_call_is_raised_in_the_training_that_waits_for_it(loop):
     closed = []
 

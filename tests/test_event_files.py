@@ -9,6 +9,8 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tfloop.errors import UserError
 from tfloop.inspection.event_files import EventFile, read_scalars
 
+pytestmark = pytest.mark.quick
+
 
 def write(folder, *points):
     file = EventFile(folder)

@@ -30,6 +30,7 @@ def test_the_report_says_means_spreads_and_what_the_protocol_is_worth():
     assert "| `article2` | article | 1 | 98.90 | 99.40 |" in text
 
 
+@pytest.mark.quick
 def test_the_command_trains_reports_and_does_not_train_again(tmp_path, capsys, monkeypatch):
     from tfloop.data import sources
 

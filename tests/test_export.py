@@ -86,6 +86,7 @@ def test_it_predicts_the_same_where_there_is_no_tfloop(run, tmp_path, stranger, 
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_weights_fit_a_stock_keras_model_of_the_same_layers(run, tmp_path):
     from tfloop.training import saved_run
 
@@ -170,6 +171,7 @@ def stack(*front, activation="relu", dense=8, last="softmax"):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "front, last, flags",
     [
@@ -222,6 +224,7 @@ def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are
     assert f"accuracy {100 * np.mean(found == digits.test.labels):.2f} %" in capsys.readouterr().out
 
 
+@pytest.mark.quick
 def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys):
     from tfloop.training import saved_run
 
@@ -249,6 +252,7 @@ def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys)
     assert list((tmp_path / "digits-001").glob("train/*tfevents*"))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "made, ending, message",
     [

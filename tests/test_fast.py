@@ -16,6 +16,8 @@ from tfloop.machine.devices import _hidden, choose, start
 from tfloop.models import fast
 from tfloop.randomness import Key, seed_of
 
+pytestmark = pytest.mark.quick
+
 CASES = {
     "article2": ({}, (28, 28, 1)),
     "article3": (dict(conv=(64, 64, 128), dense=(120,)), (28, 28, 1)),

@@ -37,6 +37,7 @@ def test_every_case_ends_in_success_or_in_one_clear_line(targets, name):
     assert found["clear error"] > 0 and found["success"] > 0 and found["slowest_s"] < 10
 
 
+@pytest.mark.quick
 def test_the_fuzzers_can_fail(targets):
     def crash(case):
         raise KeyError("no UserError")

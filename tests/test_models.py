@@ -9,6 +9,8 @@ from tfloop.errors import UserError
 from tfloop.models.normalization import batch_norm
 from tfloop.randomness import Key, seed_of
 
+pytestmark = pytest.mark.quick
+
 SHAPE = (28, 28, 1)
 
 

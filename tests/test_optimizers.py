@@ -69,6 +69,7 @@ def test_three_steps_of_rmsprop_worked_by_hand():
         np.testing.assert_allclose(weight, [w], rtol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_reset_makes_the_next_run_the_same_bit_for_bit(random, name):
     gradients = random.normal(size=(20, 15)).astype(np.float32)
@@ -90,6 +91,7 @@ def test_reset_makes_the_next_run_the_same_bit_for_bit(random, name):
     np.testing.assert_array_equal(run(), first)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_invalid_step_changes_nothing(random, name):
     own, optimizer = weights(random), Optimizer(name)
@@ -125,6 +127,7 @@ def test_a_vector_reads_by_name_and_has_a_norm(random):
         vector["c"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "name, hyper, message",
     [
@@ -165,6 +168,7 @@ def test_the_loop_drives_a_keras_optimizers_rate(random):
     assert int(optimizer.count) == 0 and float(optimizer.inner.learning_rate) == pytest.approx(0.7)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "ours, theirs",
     [

@@ -67,6 +67,7 @@ def train(digits):
 # --- models
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "model",
     [
@@ -109,6 +110,7 @@ def test_a_model_gives_what_keras_gives(random, train, model):
     assert np.isfinite(train(model, "sgd", 0.01)[1].train.total)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "model, last",
     [
@@ -246,6 +248,7 @@ def test_a_module_that_asks_is_told_whether_it_is_trained(train, decorate):
 # --- losses and penalties
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -312,6 +315,7 @@ def test_an_optimizer_belongs_to_one_state(make):
         tfloop.TrainState(linear(), optimizer)
 
 
+@pytest.mark.quick
 def test_without_a_schedule_the_rate_is_the_keras_optimizers(train):
     assert train(linear(), keras.optimizers.SGD(0.5))[1].learning_rate == 0.5
     assert train(linear(), "sgd")[1].learning_rate == pytest.approx(0.001)

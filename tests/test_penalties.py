@@ -5,6 +5,8 @@ import tensorflow as tf
 
 from tfloop import penalties
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "ours, reference",

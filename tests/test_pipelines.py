@@ -6,6 +6,8 @@ from tfloop.data import pipelines
 from tfloop.data.dataset import Split
 from tfloop.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 NAMES = ("resident", "host", "prefetch")
 
 

@@ -102,6 +102,7 @@ def compiled(function, *specs) -> tf.Graph:
     return tf.function(function, autograph=False).get_concrete_function(*specs).graph
 
 
+@pytest.mark.quick
 def test_it_sees_what_crosses():
     pixels, count = tf.TensorSpec([8], tf.float32), tf.TensorSpec([], tf.int32)
     assert not crossings(compiled(lambda x: tf.nn.relu(x) * 2.0, pixels))
@@ -158,6 +159,7 @@ def test_nothing_crosses_inside_a_step(loop, settings):
     assert crossings(job.graph) == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_nothing_crosses_in_a_schedule(loop, name):
     needed = dict(boundaries=(10,), rates=(0.1,)) if name == "piecewise" else {}

@@ -16,6 +16,7 @@ def test_the_state_is_afterwards_what_it_was_before_and_trains_on_as_if_nothing_
     assert tested.fit(3).test == undisturbed.fit(3).test and tested.traces["train"] == 1
 
 
+@pytest.mark.quick
 def test_the_rates_grow_by_one_factor_and_the_losses_are_those_of_training_at_them(loop):
     found = range_test(loop(), 1e-4, 1e-2, steps=21)
     np.testing.assert_allclose(found.rates, np.geomspace(1e-4, 1e-2, 21), rtol=1e-12)
@@ -48,6 +49,7 @@ def test_a_falling_rate_is_refused(loop):
         range_test(loop(schedule="cosine"))
 
 
+@pytest.mark.quick
 def test_the_command_prints_a_suggestion_and_writes_the_plot(tmp_path, capsys):
     assert (
         main(

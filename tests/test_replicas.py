@@ -271,7 +271,7 @@ def meet(addresses, present):
             else:
                 said[position] = cluster.meet(place, config, config, "CPU")
         except UserError as error:
-            said[position] = str(error)
+            said[position] = error.as_flags
 
     threads = [
         threading.Thread(target=one, args=(position, *worker))
@@ -288,6 +288,7 @@ def meet(addresses, present):
 IMPATIENT = dict(worker_timeout=3.0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "present, message",
     [
@@ -482,6 +483,7 @@ def test_the_place_is_read_from_tf_config_and_from_slurm(monkeypatch):
     assert len(set(found.addresses)) == 3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -495,6 +497,7 @@ def test_settings_that_do_not_go_together_are_named(settings, message):
         Config.make(**settings)
 
 
+@pytest.mark.quick
 def test_a_dry_run_tries_the_replicas_too(tmp_path):
     process = tfloop(
         "train",

@@ -144,6 +144,7 @@ def test_where_and_how_it_runs_may_change_and_what_it_writes(config):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -194,6 +195,7 @@ def test_an_override_takes_the_new_number_from_there_on(config):
     assert rates[0] == pytest.approx(0.001) and rates[-1] == pytest.approx(0.5)
 
 
+@pytest.mark.quick
 def test_auto_goes_on_with_the_newest_unfinished_run_or_begins(tmp_path, capsys):
     flags = ["train", *SMALL, f"--logdir={tmp_path}", "--resume=auto"]
     assert main(flags) == 0 and main(flags) == 0
@@ -336,6 +338,7 @@ def test_a_group_that_cannot_go_on_says_why(config, tmp_path, capsys, flags, cha
     assert message in said and said.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.quick
 def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
     main(["train", *SMALL, f"--logdir={tmp_path}"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -344,6 +347,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.quick
 def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_again(tmp_path, capsys):
     main(["train", *SMALL, f"--logdir={tmp_path}"])
     (tmp_path / "digits-001" / "result.json").unlink()
@@ -422,6 +426,7 @@ def test_mistakes_are_one_line(capsys, flags, message):
     assert message in captured.err and captured.err.count("\n") == 1
 
 
+@pytest.mark.quick
 def test_the_best_checkpoint_by_validation_is_kept(config):
     done = session.train(
         config(epochs=6, keep=1, checkpoint_every="epoch", learning_rate=0.05, schedule="constant")
@@ -613,6 +618,7 @@ def test_a_diverging_run_is_rewound_at_half_the_rate_a_bounded_number_of_times(c
     assert found["rewinds"] == [0, 0, 0] and found["diverged"]["step"] == 0
 
 
+@pytest.mark.quick
 def test_a_run_rewound_to_a_checkpoint_goes_on_from_there(config, monkeypatch, capsys):
     """The rate is spoiled once, after the first checkpoint, so that the next step diverges."""
     from tfloop.loop import Loop

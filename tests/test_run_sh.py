@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parent.parent
 STAND_IN = f"""#!/usr/bin/env bash
 if [[ $0 == */tfloop ]]; then printf '<%s>' "$@"; exit ${{CODE:-0}}; fi

@@ -7,6 +7,8 @@ from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.schedules import SCHEDULES, Schedule
 
+pytestmark = pytest.mark.quick
+
 KS = keras.optimizers.schedules
 
 

@@ -56,6 +56,7 @@ def result(folder):
     return json.loads((folder / "digits-001" / "result.json").read_text())
 
 
+@pytest.mark.quick
 def test_what_is_packed_is_read_again_at_any_place(packed, digits, random):
     data = tfloop.load(str(packed))
     assert data.image_shape == (8, 8, 1) and data.classes == 10
@@ -118,6 +119,7 @@ def test_it_resumes_in_the_middle_of_an_epoch(packed, tmp_path):
     )
 
 
+@pytest.mark.quick
 def test_each_worker_reads_its_part_of_every_batch(packed):
     data = tfloop.load(str(packed))
     whole, *parts = [
@@ -158,6 +160,7 @@ def picture(path: Path, pixels: np.ndarray) -> None:
     path.write_bytes(encode(pixels).numpy())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("format", ["png", "raw"])
 @pytest.mark.parametrize("divided", [True, False])
 def test_a_folder_to_each_class_is_packed(tmp_path, random, format, divided):
@@ -265,6 +268,7 @@ def place(folder: Path, row: int) -> tuple[Path, int, int, int]:
     return images.files[shard], number, offset, length
 
 
+@pytest.mark.quick
 def test_a_damaged_record_is_named_with_its_number_or_left_out_and_counted(copy, tmp_path, capsys):
     path, number, offset, _ = place(copy, 321)
     damage(path, offset + 20)

@@ -69,6 +69,7 @@ def test_a_new_seed_gives_the_run_that_a_fresh_state_with_it_gives(loop):
     assert trained.fit(2).train == fresh.fit(2).train
 
 
+@pytest.mark.quick
 def test_begin_is_as_good_as_new(loop):
     trained = loop(**RICH)
     new = trained.state.digest()
@@ -78,6 +79,7 @@ def test_begin_is_as_good_as_new(loop):
     assert trained.state.digest() == new
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "part, moved",
     [
@@ -127,6 +129,7 @@ def test_a_warm_restart_keeps_the_weights_and_starts_the_rate_again(loop):
     )
 
 
+@pytest.mark.quick
 def test_every_variable_that_a_step_reads_or_writes_is_in_the_state(loop):
     """What TensorFlow's graph captures, but for the images and their order, is named."""
     trained = loop(optimizer="nadam", **RICH)
@@ -137,6 +140,7 @@ def test_every_variable_that_a_step_reads_or_writes_is_in_the_state(loop):
     assert not missing
 
 
+@pytest.mark.quick
 def test_digest_sees_one_bit(loop):
     state = loop().state
     before = state.digest()

@@ -14,6 +14,8 @@ import tfloop
 from tfloop.inspection.event_files import read_scalars
 from tfloop.training import saved_run
 
+pytestmark = pytest.mark.quick
+
 SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, quiet=True)
 
 

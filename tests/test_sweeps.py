@@ -108,6 +108,7 @@ def test_every_trial_ends_as_a_run_of_its_own_would_and_the_step_is_traced_once(
         )
 
 
+@pytest.mark.quick
 def test_the_ranking_is_by_validation_over_seeds_and_only_the_chosen_sees_the_test_images(
     sweep, capsys, tmp_path
 ):
@@ -219,6 +220,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was_finished_trials_untouched(tmp
     assert result(folder / "trial-002")["resumed_at"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -383,6 +385,7 @@ def test_a_killed_sweep_goes_on(tmp_path):
     )
 
 
+@pytest.mark.quick
 def test_each_trial_is_a_run_of_its_own_in_hparams(sweep):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata

@@ -5,6 +5,8 @@ import tensorflow as tf
 
 from tfloop.tracing import Traced
 
+pytestmark = pytest.mark.quick
+
 
 def test_one_trace_serves_tensors_of_one_type():
     double = Traced(lambda x: 2 * x, "doubling")

@@ -59,26 +59,26 @@ HYPER_FIELDS = [
 def training_curves(context: Context) -> Iterator[Summary]:
     assert context.call is not None
     call = context.call
-    yield _scalars(_tagged(call.train) | _speed(context, call) | _norms(context.loop.state, call))
+    yield scalars(_tagged(call.train) | _speed(context, call) | _norms(context.loop.state, call))
 
 
 @summary("epoch")
 def training_by_epoch(context: Context) -> Iterator[Summary]:
     assert context.epoch is not None
     train = context.epoch.train
-    yield _scalars({"epoch_accuracy": train.accuracy, "epoch_loss": train.total})
+    yield scalars({"epoch_accuracy": train.accuracy, "epoch_loss": train.total})
 
 
 @summary("epoch", run="test")
 def test_curves(context: Context) -> Iterator[Summary]:
     if context.epoch and context.epoch.test:
-        yield _scalars(_tagged(context.epoch.test))
+        yield scalars(_tagged(context.epoch.test))
 
 
 @summary("epoch", run="validation")
 def validation_curves(context: Context) -> Iterator[Summary]:
     if context.epoch and context.epoch.validation:
-        yield _scalars(_tagged(context.epoch.validation))
+        yield scalars(_tagged(context.epoch.validation))
 
 
 def _tagged(metrics: Metrics) -> dict[str, float]:
@@ -136,7 +136,7 @@ def _norms(state: TrainState, call: Call) -> dict[str, float]:
 _SCALAR = scalar_metadata(display_name="", description="")
 
 
-def _scalars(values: Mapping[str, float]) -> Summary:
+def scalars(values: Mapping[str, float]) -> Summary:
     """A scalar for each tag. (TensorBoard's own scalar_pb is general, and three times slower.)"""
     return Summary(
         value=[
