@@ -601,7 +601,7 @@ def _check_fit(state: TrainState, data: Dataset) -> tf.TensorShape:
     return outputs.shape[1:]
 
 
-def _check_takes(model, image_shape: tuple[int, int, int]) -> None:
+def _check_takes(model: Any, image_shape: tuple[int, int, int]) -> None:
     """Raises UserError where the model says what images it takes, and they are others."""
     is_built = isinstance(model, keras.Model) and model.built
     shape = getattr(model, "input_shape", None) if is_built else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from tfloop.errors import UserError
 from tfloop.lazy import tf
@@ -25,6 +25,11 @@ from tfloop.settings import NOT_NEGATIVE, POSITIVE, SHARE, UNIT, fields_of, opti
 from tfloop.vectors import Vector, count_elements, flatten, select
 
 OPTIMIZERS = Registry("optimizer")
+
+Number: TypeAlias = "float | tf.Tensor"
+Weights: TypeAlias = "Callable[[], tf.Tensor]"
+Slots: TypeAlias = "dict[str, tf.Tensor]"
+Update: TypeAlias = "tuple[tf.Tensor, Slots]"  # what is added to the weights, and the new slots
 
 
 class Slot(NamedTuple):
@@ -50,19 +55,28 @@ def keeps(*slots: str | Slot) -> Callable[[Callable], Callable]:
     return mark
 
 
-def f32(number) -> tf.Tensor:
+def f32(number: Number) -> tf.Tensor:
     """float32. Hyperparameters are float64, so that 1 - beta_2 is 0.001 and not 5e-5 off it."""
     return tf.cast(number, tf.float32)
 
 
-def average(old, new, decay):
+def average(old: tf.Tensor, new: tf.Tensor, decay: Number) -> tf.Tensor:
     """The exponential moving average decay · old + (1 - decay) · new."""
     return old + (new - old) * f32(1.0 - decay)
 
 
 @OPTIMIZERS.register
 @keeps("momentum")
-def sgd(gradient, weights, slots, count, rate, *, momentum=0.0, nesterov=False):
+def sgd(
+    gradient: tf.Tensor,
+    weights: Weights,
+    slots: Slots,
+    count: tf.Tensor,
+    rate: tf.Tensor,
+    *,
+    momentum: Number = 0.0,
+    nesterov: bool = False,
+) -> Update:
     """m ← momentum · m - rate · g;  w ← w + m, or with Nesterov w ← w + momentum · m - rate · g."""
     m = f32(momentum) * slots["momentum"] - rate * gradient
     update = f32(momentum) * m - rate * gradient if nesterov else m
@@ -72,8 +86,17 @@ def sgd(gradient, weights, slots, count, rate, *, momentum=0.0, nesterov=False):
 @OPTIMIZERS.register
 @keeps("mean_square", "momentum", Slot("mean_gradient", switch="centered"))
 def rmsprop(
-    gradient, weights, slots, count, rate, *, rho=0.9, momentum=0.0, epsilon=1e-7, centered=False
-):
+    gradient: tf.Tensor,
+    weights: Weights,
+    slots: Slots,
+    count: tf.Tensor,
+    rate: tf.Tensor,
+    *,
+    rho: Number = 0.9,
+    momentum: Number = 0.0,
+    epsilon: Number = 1e-7,
+    centered: bool = False,
+) -> Update:
     """v ← rho · v + (1 - rho) · g²;  m ← momentum · m + rate · g / √(v + epsilon);  w ← w - m.
 
     Centered, the mean gradient a ← rho · a + (1 - rho) · g is kept too, and v - a² stands in the
@@ -91,7 +114,17 @@ def rmsprop(
 
 @OPTIMIZERS.register
 @keeps("momentum", "mean_square")
-def adam(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+def adam(
+    gradient: tf.Tensor,
+    weights: Weights,
+    slots: Slots,
+    count: tf.Tensor,
+    rate: tf.Tensor,
+    *,
+    beta_1: Number = 0.9,
+    beta_2: Number = 0.999,
+    epsilon: Number = 1e-7,
+) -> Update:
     """m ← beta_1 · m + (1 - beta_1) · g;  v ← beta_2 · v + (1 - beta_2) · g²;  with t = count + 1
     w ← w - rate · √(1 - beta_2 ** t) / (1 - beta_1 ** t) · m / (√v + epsilon).
 
@@ -108,17 +141,17 @@ def adam(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, eps
 @OPTIMIZERS.register
 @keeps("momentum", "mean_square")
 def adamw(
-    gradient,
-    weights,
-    slots,
-    count,
-    rate,
+    gradient: tf.Tensor,
+    weights: Weights,
+    slots: Slots,
+    count: tf.Tensor,
+    rate: tf.Tensor,
     *,
-    weight_decay=0.004,
-    beta_1=0.9,
-    beta_2=0.999,
-    epsilon=1e-7,
-):
+    weight_decay: Number = 0.004,
+    beta_1: Number = 0.9,
+    beta_2: Number = 0.999,
+    epsilon: Number = 1e-7,
+) -> Update:
     """adam's update, and - rate · weight_decay · w beside it.
 
     (Loshchilov and Hutter, arXiv:1711.05101.)
@@ -130,7 +163,17 @@ def adamw(
 
 @OPTIMIZERS.register
 @keeps("momentum", "mean_square", Slot("product", initial=1.0, is_scalar=True))
-def nadam(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+def nadam(
+    gradient: tf.Tensor,
+    weights: Weights,
+    slots: Slots,
+    count: tf.Tensor,
+    rate: tf.Tensor,
+    *,
+    beta_1: Number = 0.9,
+    beta_2: Number = 0.999,
+    epsilon: Number = 1e-7,
+) -> Update:
     """adam with Nesterov's momentum: u_t = beta_1 · (1 - ½ · 0.96 ** t), U_t = u_1 · … · u_t,
     w ← w - rate · (u_{t+1} · m / (1 - U_{t+1}) + (1 - u_t) · g / (1 - U_t))
                  / (√(v / (1 - beta_2 ** t)) + epsilon).
@@ -151,7 +194,17 @@ def nadam(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, ep
 
 @OPTIMIZERS.register
 @keeps("momentum", "infinity_norm")
-def adamax(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+def adamax(
+    gradient: tf.Tensor,
+    weights: Weights,
+    slots: Slots,
+    count: tf.Tensor,
+    rate: tf.Tensor,
+    *,
+    beta_1: Number = 0.9,
+    beta_2: Number = 0.999,
+    epsilon: Number = 1e-7,
+) -> Update:
     """m as in adam;  u ← max(beta_2 · u, |g|);  w ← w - rate / (1 - beta_1 ** t) · m / (u + ε)."""
     t = f32(count + 1)
     m = average(slots["momentum"], gradient, beta_1)
@@ -160,7 +213,13 @@ def adamax(gradient, weights, slots, count, rate, *, beta_1=0.9, beta_2=0.999, e
     return update, {"momentum": m, "infinity_norm": u}
 
 
-def clip(gradients: Vector, *, clip_value=None, clip_norm=None, clip_global_norm=None) -> Vector:
+def clip(
+    gradients: Vector,
+    *,
+    clip_value: Number | None = None,
+    clip_norm: Number | None = None,
+    clip_global_norm: Number | None = None,
+) -> Vector:
     """The gradients, made smaller where they are too large; None leaves a limit out.
 
     clip_value: each entry to [-clip_value, clip_value].

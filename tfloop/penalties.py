@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 @tf.custom_gradient
-def l1(kernel: tf.Tensor):
+def l1(kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     """Σ|w|. Its gradient is sign(w), 0 at 0."""
 
     def gradient(upstream: tf.Tensor) -> tf.Tensor:

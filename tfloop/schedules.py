@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from tfloop.errors import UserError
 from tfloop.lazy import tf
@@ -22,15 +22,24 @@ from tfloop.settings import NOT_NEGATIVE, POSITIVE, fields_of, option
 
 SCHEDULES = Registry("schedule")
 
+Number: TypeAlias = "float | tf.Tensor"
+
 
 @SCHEDULES.register
-def constant(step, *, learning_rate):
+def constant(step: tf.Tensor, *, learning_rate: Number) -> tf.Tensor:
     """learning_rate, whatever the step."""
     return tf.convert_to_tensor(learning_rate, tf.float32)
 
 
 @SCHEDULES.register
-def inverse_time(step, *, learning_rate, decay_steps=1.0, decay_rate=0.001, staircase=False):
+def inverse_time(
+    step: tf.Tensor,
+    *,
+    learning_rate: Number,
+    decay_steps: Number = 1.0,
+    decay_rate: Number = 0.001,
+    staircase: bool = False,
+) -> tf.Tensor:
     """learning_rate / (1 + decay_rate · step / decay_steps).
 
     Keras's InverseTimeDecay, the "power" schedule.
@@ -39,14 +48,28 @@ def inverse_time(step, *, learning_rate, decay_steps=1.0, decay_rate=0.001, stai
 
 
 @SCHEDULES.register
-def exponential(step, *, learning_rate, decay_steps=1.0, decay_rate=0.999, staircase=False):
+def exponential(
+    step: tf.Tensor,
+    *,
+    learning_rate: Number,
+    decay_steps: Number = 1.0,
+    decay_rate: Number = 0.999,
+    staircase: bool = False,
+) -> tf.Tensor:
     """learning_rate · decay_rate ** (step / decay_steps)."""
     base = tf.cast(decay_rate, tf.float32)
     return learning_rate * tf.pow(base, _progress(step, decay_steps, staircase))
 
 
 @SCHEDULES.register
-def polynomial(step, *, learning_rate, decay_steps, end_rate=0.0, power=1.0):
+def polynomial(
+    step: tf.Tensor,
+    *,
+    learning_rate: Number,
+    decay_steps: Number,
+    end_rate: Number = 0.0,
+    power: Number = 1.0,
+) -> tf.Tensor:
     """(learning_rate - end_rate) · (1 - step / decay_steps) ** power + end_rate.
 
     From decay_steps on it is end_rate.
@@ -56,14 +79,25 @@ def polynomial(step, *, learning_rate, decay_steps, end_rate=0.0, power=1.0):
 
 
 @SCHEDULES.register
-def piecewise(step, *, learning_rate, boundaries, rates):
+def piecewise(
+    step: tf.Tensor, *, learning_rate: Number, boundaries: tf.Tensor, rates: tf.Tensor
+) -> tf.Tensor:
     """learning_rate up to and with boundaries[0], then rates[0] up to and with boundaries[1], …"""
     passed = tf.reduce_sum(tf.cast(tf.cast(step, tf.float32) > boundaries, tf.int64))
     return tf.gather(tf.concat([[learning_rate], rates], axis=0), passed)
 
 
 @SCHEDULES.register
-def cosine(step, *, learning_rate, decay_steps, end_rate=0.0, t_mul=2.0, m_mul=1.0, restarts=False):
+def cosine(
+    step: tf.Tensor,
+    *,
+    learning_rate: Number,
+    decay_steps: Number,
+    end_rate: Number = 0.0,
+    t_mul: Number = 2.0,
+    m_mul: Number = 1.0,
+    restarts: bool = False,
+) -> tf.Tensor:
     """end_rate + (learning_rate - end_rate) · (1 + cos(π · step / decay_steps)) / 2.
 
     From decay_steps on it is end_rate. With `restarts` it starts again at each end (Loshchilov and
@@ -79,7 +113,7 @@ def cosine(step, *, learning_rate, decay_steps, end_rate=0.0, t_mul=2.0, m_mul=1
     return end_rate + (peak - end_rate) * 0.5 * (1.0 + tf.cos(math.pi * share))
 
 
-def _period(share, t_mul):
+def _period(share: tf.Tensor, t_mul: Number) -> tuple[tf.Tensor, tf.Tensor]:
     """(number i of the period that `share` lies in, how much of that period has passed).
 
     Period 0 has length 1 and each is t_mul times as long as the last. For t_mul = 1 the number of
@@ -89,7 +123,7 @@ def _period(share, t_mul):
     grows = tf.not_equal(t_mul, 1.0)
     t = tf.where(grows, t_mul, 2.0)
 
-    def start(i):
+    def start(i: tf.Tensor) -> tf.Tensor:
         return tf.where(grows, (tf.pow(t, i) - 1.0) / (t - 1.0), i)
 
     passed = tf.where(grows, tf.math.log1p(share * (t - 1.0)) / tf.math.log(t), share)
@@ -101,7 +135,15 @@ def _period(share, t_mul):
 
 
 @SCHEDULES.register
-def one_cycle(step, *, learning_rate, decay_steps, peak_at=0.25, start_rate=0.0, end_rate=0.0):
+def one_cycle(
+    step: tf.Tensor,
+    *,
+    learning_rate: Number,
+    decay_steps: Number,
+    peak_at: Number = 0.25,
+    start_rate: Number = 0.0,
+    end_rate: Number = 0.0,
+) -> tf.Tensor:
     """A triangle: start_rate, up to learning_rate at peak_at · decay_steps, down to end_rate.
 
     It reaches end_rate at decay_steps. The one-cycle policy in its linear form (Smith,
@@ -114,7 +156,9 @@ def one_cycle(step, *, learning_rate, decay_steps, peak_at=0.25, start_rate=0.0,
     return tf.where(share < peak_at, rising, falling)
 
 
-def warm_up(step, warmup_steps, schedule: Callable):
+def warm_up(
+    step: tf.Tensor, warmup_steps: Number, schedule: Callable[[tf.Tensor], tf.Tensor]
+) -> tf.Tensor:
     """`schedule`, reached linearly and then shifted by warmup_steps.
 
     Before warmup_steps the rate is schedule(0) · (step + 1) / warmup_steps. `step` and
@@ -124,7 +168,7 @@ def warm_up(step, warmup_steps, schedule: Callable):
     return late * tf.minimum((step + 1.0) / tf.maximum(warmup_steps, 1.0), 1.0)
 
 
-def _progress(step, decay_steps, staircase=False):
+def _progress(step: tf.Tensor, decay_steps: Number, staircase: bool = False) -> tf.Tensor:
     share = tf.cast(step, tf.float32) / decay_steps
     return tf.floor(share) if staircase else share
 
@@ -243,12 +287,12 @@ class Schedule:
             for key, value in numbers.items()
         }
 
-    def __call__(self, step):
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
         """The rate at `step` (counted from 0), a float32 scalar."""
         numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
         unit, warmup = numbers.pop("unit_steps"), numbers.pop("warmup_steps")
 
-        def schedule(step):
+        def schedule(step: tf.Tensor) -> tf.Tensor:
             rate = self._function(step / unit, **numbers, **self._switches)
             return tf.cast(rate, tf.float32)
 

@@ -399,7 +399,7 @@ def _counter(name: str) -> tf.Variable:
     return tf.Variable(0, dtype=tf.int64, trainable=False, name=name)
 
 
-def _check_model(model) -> None:
+def _check_model(model: Any) -> None:
     if isinstance(model, (keras.Model, tf.Module)) and callable(model):
         return
     is_class = isinstance(model, type)
@@ -409,7 +409,7 @@ def _check_model(model) -> None:
     )
 
 
-def _check_penalties(penalties, kernels: list, penalize) -> tuple[Callable, ...]:
+def _check_penalties(penalties: Any, kernels: list, penalize: Any) -> tuple[Callable, ...]:
     if callable(penalties) or not all(map(callable, penalties)):
         raise UserError("penalties: expected a list of functions, each of which takes a kernel")
     if penalties and not kernels:
@@ -418,7 +418,7 @@ def _check_penalties(penalties, kernels: list, penalize) -> tuple[Callable, ...]
     return tuple(penalties)
 
 
-def _make_schedule(schedule, optimizer) -> Schedule:
+def _make_schedule(schedule: Any, optimizer: Any) -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule
     if callable(schedule):
@@ -429,7 +429,7 @@ def _make_schedule(schedule, optimizer) -> Schedule:
     return Schedule("constant", learning_rate=schedule)
 
 
-def _make_optimizer(optimizer, model) -> Optimizer | KerasOptimizer:
+def _make_optimizer(optimizer: Any, model: Any) -> Optimizer | KerasOptimizer:
     if isinstance(optimizer, keras.optimizers.Optimizer):
         return KerasOptimizer(optimizer, model.trainable_variables)
     for variable in model.trainable_variables:

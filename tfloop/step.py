@@ -5,7 +5,7 @@ It returns tensors and touches nothing but the state.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -52,7 +52,7 @@ def cross_entropy(
     return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, logits)
 
 
-def _check_shape(tensor, shape, what: str, meaning: str) -> tf.Tensor:
+def _check_shape(tensor: Any, shape: Any, what: str, meaning: str) -> tf.Tensor:
     tensor = tf.convert_to_tensor(tensor)
     if not tensor.shape.is_compatible_with(shape):
         raise UserError(f"{what} gives {tensor.shape}, expected {tf.TensorShape(shape)}: {meaning}")

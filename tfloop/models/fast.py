@@ -34,6 +34,7 @@ from tfloop.models.layer_rules import (
     over_parts,
     rule_of,
 )
+from tfloop.models.variables import Model
 from tfloop.randomness import Key
 
 MONOTONE = (
@@ -46,7 +47,7 @@ MONOTONE = (
 
 
 def logits(
-    model,
+    model: Model,
     images: tf.Tensor,
     sample_weight: tf.Tensor | None = None,
     training: bool = False,
@@ -156,11 +157,11 @@ def _bias_relu_pool(x: tf.Tensor, bias: tf.Tensor, pool: keras.layers.MaxPooling
     }
 
     @tf.custom_gradient
-    def pooled(x, bias):
+    def pooled(x: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         active = tf.nn.relu(tf.nn.bias_add(x, bias))
         largest = tf.raw_ops.MaxPool(input=active, **window)
 
-        def gradient(upstream):
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             upstream = tf.raw_ops.ReluGrad(gradients=upstream, features=largest)
             placed = tf.raw_ops.MaxPoolGrad(
                 orig_input=active, orig_output=largest, grad=upstream, **window

@@ -8,17 +8,19 @@ return logits, or what a loss of its own takes.
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfloop.models.layer_rules import over_parts, rule_of
 from tfloop.models.outputs import output_activation
+from tfloop.models.variables import Model
 from tfloop.randomness import Key
 
 
 def activations(
-    model,
+    model: Model,
     images: tf.Tensor,
     sample_weight: tf.Tensor | None = None,
     training: bool = False,
@@ -48,7 +50,7 @@ def activations(
 
 
 def logits(
-    model,
+    model: Model,
     images: tf.Tensor,
     sample_weight: tf.Tensor | None = None,
     training: bool = False,
@@ -83,7 +85,7 @@ def apply_layer(
     return call_layer(layer, x, training)
 
 
-def call_layer(layer, x: tf.Tensor, training: bool) -> tf.Tensor:
+def call_layer(layer: Any, x: tf.Tensor, training: bool) -> tf.Tensor:
     """The layer or model, told whether it is trained where it takes that."""
     is_layer = isinstance(layer, keras.layers.Layer)
     takes_it = is_layer or "training" in inspect.signature(layer.__call__).parameters
@@ -97,6 +99,6 @@ def _without_activation(layer: keras.layers.Layer, x: tf.Tensor) -> tf.Tensor:
     return x if layer.bias is None else tf.nn.bias_add(x, cast(layer.bias, layer))
 
 
-def cast(x, layer: keras.layers.Layer) -> tf.Tensor:
+def cast(x: Any, layer: keras.layers.Layer) -> tf.Tensor:
     """In the type that the layer computes in: with mixed precision not that of its weights."""
     return tf.cast(tf.convert_to_tensor(x), layer.compute_dtype)

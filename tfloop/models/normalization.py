@@ -4,6 +4,8 @@ The rows may lie in one part, in several, or on replicas.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -38,13 +40,13 @@ def batch_norm(
     examples_here, replicas = tf.reduce_sum(sample_weight), _replicas()
     examples = _over_replicas(examples_here, examples_here)
 
-    def full():
+    def full() -> tuple:
         if len(parts) > 1 and parts[0].dtype == tf.float32:
             return _normalized(parts, gamma, beta, layer.epsilon)
         y, mean, variance = _fused(join(parts), gamma, beta, layer.epsilon)
         return *split(y), mean, variance
 
-    def filled_up():
+    def filled_up() -> tuple:
         x = join(parts)
         w = tf.reshape(sample_weight, [-1] + [1] * len(axes))
         wide = tf.cast(x, w.dtype)
@@ -78,7 +80,7 @@ def _by_keras(
     return tf.identity(x)
 
 
-def _as_tensor(variable) -> tf.Tensor | None:
+def _as_tensor(variable: Any) -> tf.Tensor | None:
     return None if variable is None else tf.convert_to_tensor(variable)
 
 
@@ -109,19 +111,19 @@ def _normalized(
     n = float(sum(counts))
 
     @tf.custom_gradient
-    def normalize(gamma, beta, *parts):
+    def normalize(gamma: tf.Tensor, beta: tf.Tensor, *parts: tf.Tensor) -> tuple[tuple, Callable]:
         # The quickest way to the moments, though it also normalises.
         moments = [_fused(part, gamma, beta, epsilon)[1:] for part in parts]
         counted = list(zip(counts, moments, strict=True))
         mean = tf.add_n([k / n * m for k, (m, _) in counted])
         variance = tf.add_n([k / n * (v + tf.square(m - mean)) for k, (m, v) in counted])
 
-        def scaled(part, gamma, beta):
+        def scaled(part: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
             return tf.compat.v1.nn.fused_batch_norm(
                 part, gamma, beta, mean, variance, epsilon, is_training=False
             )[0]
 
-        def back(*upstream):
+        def back(*upstream: tf.Tensor) -> tuple:
             # As if mean and variance were constants.
             gradients = [
                 tf.raw_ops.FusedBatchNormGradV3(
@@ -165,8 +167,8 @@ def _over_replicas(x: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
         return x
 
     @tf.custom_gradient
-    def add_up(x):
-        def total(x):
+    def add_up(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        def total(x: tf.Tensor) -> tf.Tensor:
             context = tf.distribute.get_replica_context()
             return context.all_reduce(tf.distribute.ReduceOp.SUM, x)
 

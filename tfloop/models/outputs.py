@@ -1,14 +1,17 @@
 """What a model's outputs are: logits, or probabilities that it ends in."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from tfloop.errors import UserError
+from tfloop.models.variables import Model
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
-def output_activation(model) -> str:
+def output_activation(model: Model) -> str:
     """The activation that the forward pass leaves out of a stack of layers: "softmax", "sigmoid".
 
     "" where the forward pass gives what the model does.
@@ -21,12 +24,12 @@ def output_activation(model) -> str:
     return _activation_name(last) if is_known else ""
 
 
-def last_activation(model) -> str:
+def last_activation(model: Model) -> str:
     """The activation that a stack or graph of layers ends in: "softmax", "sigmoid" or ""."""
     return _activation_name(_last_operation(model))
 
 
-def check_outputs(model) -> None:
+def check_outputs(model: Model) -> None:
     """Raises UserError for a model whose outputs would be taken for logits and are none."""
     activation = last_activation(model)
     if activation and not output_activation(model):
@@ -38,7 +41,7 @@ def check_outputs(model) -> None:
         )
 
 
-def probabilities(model, outputs: tf.Tensor) -> tf.Tensor:
+def probabilities(model: Model, outputs: tf.Tensor) -> tf.Tensor:
     """The model's output activation over its logits; softmax where it has none.
 
     Probabilities that the model ends in are left as they are.
@@ -50,7 +53,7 @@ def probabilities(model, outputs: tf.Tensor) -> tf.Tensor:
     return tf.nn.softmax(outputs)
 
 
-def _last_operation(model):
+def _last_operation(model: Model) -> Any:
     """That of a stack or graph of layers, or of the one that it ends in.
 
     None of any other model, whose layers have no order.
@@ -65,7 +68,7 @@ def _last_operation(model):
     return last
 
 
-def _activation_name(layer) -> str:
+def _activation_name(layer: keras.layers.Layer) -> str:
     if isinstance(layer, keras.layers.Softmax):
         return "softmax"
     name = getattr(getattr(layer, "activation", None), "__name__", "")

@@ -1,13 +1,17 @@
 """A model's variables by name, and which of them penalties count."""
 
+from typing import Any, TypeAlias
+
 import keras
 import tensorflow as tf
 
 from tfloop.errors import UserError
 from tfloop.models.layer_rules import draws_by_position
 
+Model: TypeAlias = Any  # a keras.Model, or a tf.Module that can be called; neither has types
 
-def named_variables(model) -> tuple[dict[str, tf.Variable], dict[str, tf.Variable]]:
+
+def named_variables(model: Model) -> tuple[dict[str, tf.Variable], dict[str, tf.Variable]]:
     """(trainable, other) variables of a model by name, "conv1/kernel", in the model's order.
 
     A name that comes twice gets a number. What Keras keeps for dropout is left out where the
@@ -26,7 +30,7 @@ def named_variables(model) -> tuple[dict[str, tf.Variable], dict[str, tf.Variabl
     return trainable, other
 
 
-def _unused(model) -> set[int]:
+def _unused(model: Model) -> set[int]:
     """The ids of the variables that nothing reads."""
     if not isinstance(model, keras.Sequential):
         return set()
@@ -34,7 +38,7 @@ def _unused(model) -> set[int]:
     return {id(variable) for layer in ours for variable in layer.variables}
 
 
-def _path(model, variable) -> str:
+def _path(model: Model, variable: Any) -> str:
     path = getattr(variable, "path", variable.name).split(":")[0].removeprefix(f"{model.name}/")
     # Keras numbers these by process, so that number is not a name to keep.
     return "seed_generator" if path.startswith("seed_generator") else path
@@ -49,12 +53,12 @@ def _free_name(path: str, taken: set[str]) -> str:
     return f"{path}_{number}"
 
 
-def as_tf_variable(variable) -> tf.Variable:
+def as_tf_variable(variable: Any) -> tf.Variable:
     """The tf.Variable behind a Keras variable, or the variable itself."""
     return variable if isinstance(variable, tf.Variable) else variable.value
 
 
-def penalized_kernels(model, which: str) -> list[tf.Variable]:
+def penalized_kernels(model: Model, which: str) -> list[tf.Variable]:
     """The kernels that a penalty counts: of the layers with a trainable `kernel`.
 
     Args:
