@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tfloop.wording import counted
+
 from race import HERE, arguments, describe, environment, save, table
 
 SMOOTH = [
@@ -36,7 +38,7 @@ SMOOTH = [
 WAYS = {
     "one device": ["train"],
     **{
-        f"{n} replica{'s' * (n > 1)}, one process": [
+        f"{counted(n, 'replica')}, one process": [
             "train",
             "--strategy=mirrored",
             f"--replicas={n}",
@@ -188,7 +190,7 @@ if replicas.is_chief:
 
 
 def workers(count: int) -> list[dict]:
-    """The environment of each of so many workers, on free ports."""
+    """The environment of each of N workers, on free ports."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
     for listener in listeners:
@@ -204,7 +206,7 @@ def workers(count: int) -> list[dict]:
 
 
 def adding_up(count: int, sizes: list[int]) -> dict[int, float]:
-    """Seconds to add up a float32 vector over so many workers, by its size."""
+    """Seconds to add up a float32 vector over N workers, by its size."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", ADD_UP, ",".join(map(str, sizes))],

@@ -295,7 +295,7 @@ def fuzz_guided(name: str, cases: int) -> dict:
 
 
 def guide(name: str, cases: int, folder: Path) -> None:
-    """Never returns: libFuzzer ends the process after so many cases, or at the first that fails."""
+    """Never returns: libFuzzer ends the process after the last case, or at the first that fails."""
     import atheris
 
     for module in INSTRUMENTED:

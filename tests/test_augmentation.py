@@ -10,8 +10,6 @@ from scipy.interpolate import BSpline
 from tfloop.data import augmentation
 from tfloop.randomness import Key, seed_of
 
-pytestmark = pytest.mark.quick
-
 
 def key(number=0, **parts):
     return Key(seed_of(number, 7), **parts)
@@ -22,6 +20,7 @@ def images(random):
     return tf.constant(random.uniform(1, 9, (300, 9, 7, 2)).astype(np.float32))
 
 
+@pytest.mark.quick
 def test_views_are_the_image_and_it_moved_by_so_many_pixels_in_four_directions(images):
     found = augmentation.shifted(images, 2)
     for view, by in zip(found, [(0, 0), (2, 0), (-2, 0), (0, 2), (0, -2)], strict=True):
@@ -30,6 +29,7 @@ def test_views_are_the_image_and_it_moved_by_so_many_pixels_in_four_directions(i
         )
 
 
+@pytest.mark.quick
 def test_a_shift_is_by_whole_pixels_all_equally_likely_and_fills_with_0(images):
     found, seen = augmentation.shift(images, key(), 1.0).numpy(), []
     for image, moved in zip(images.numpy(), found):
@@ -51,6 +51,7 @@ def resampled(image, rows, columns):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("xla", [False, True])
 def test_an_image_is_turned_and_scaled_about_its_middle(images, xla):
     warp = tf.function(augmentation.warp, jit_compile=True) if xla else augmentation.warp
@@ -68,6 +69,7 @@ def test_an_image_is_turned_and_scaled_about_its_middle(images, xla):
         np.testing.assert_allclose(turned, resampled(image, rows, columns), atol=1e-3)
 
 
+@pytest.mark.quick
 def test_an_image_is_bent_by_cubic_splines_between_the_points_that_are_pulled(images):
     found = augmentation.warp(images, key(), elastic=2.0).numpy()
     pulls = 2.0 * key().fold_in(0).uniform([300, 2, 6, 6], -1.0, 1.0).numpy()
@@ -82,10 +84,12 @@ def test_an_image_is_bent_by_cubic_splines_between_the_points_that_are_pulled(im
         np.testing.assert_allclose(bent, resampled(image, rows, columns), atol=1e-3)
 
 
+@pytest.mark.quick
 def test_what_is_neither_turned_nor_bent_stays_as_it_is(images):
     np.testing.assert_allclose(augmentation.warp(images, key(), elastic=0.0), images, rtol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("side", [1, 2, 3, 4])
 def test_a_square_is_cut_out_and_nothing_else(images, side):
     found = augmentation.cut_out(images, key(), float(side)).numpy()
@@ -100,6 +104,7 @@ def test_a_square_is_cut_out_and_nothing_else(images, side):
     assert max(areas) == side**2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "apply",
     [

@@ -6,8 +6,6 @@ from tfloop.errors import UserError
 from tfloop.training import checkpoints
 from tfloop.training.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture
 def saved(loop, tmp_path):
@@ -17,6 +15,7 @@ def saved(loop, tmp_path):
     return trained, Checkpoints(trained.state, tmp_path).save({"note": "one epoch"})
 
 
+@pytest.mark.quick
 def test_restoring_gives_the_whole_state_back_bit_for_bit(loop, saved):
     trained, path = saved
     other = loop(optimizer="nadam", batch_norm=True, seed=9)
@@ -61,6 +60,7 @@ def test_what_a_killed_process_left_is_cleared_away(saved, tmp_path):
     assert sorted(tmp_path.iterdir()) == [path, made]
 
 
+@pytest.mark.quick
 def test_a_damaged_one_is_named_and_the_one_before_taken(saved, tmp_path):
     trained, path = saved
     newer = Checkpoints(trained.state, tmp_path).save({})

@@ -257,6 +257,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -400,6 +401,7 @@ def test_a_dry_run_does_a_step_of_everything_and_leaves_nothing(train, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "arguments, code, message",
     [

@@ -7,9 +7,8 @@ import tfloop
 from tfloop.cli import main
 from tfloop.inspection import evaluation, plots
 
-pytestmark = pytest.mark.quick
 
-
+@pytest.mark.quick
 def test_precision_and_recall_by_class(random):
     labels, probabilities = (
         random.integers(0, 4, 200),
@@ -24,6 +23,7 @@ def test_precision_and_recall_by_class(random):
     assert found.images.tolist() == [*np.bincount(labels), 0]
 
 
+@pytest.mark.quick
 def test_calibration_error_worked_by_hand():
     """Two bins: (0, 0.5] with confidences 0.5 and 0.45, one right; (0.5, 1] with 0.9, 0.8 and 1,
     two right."""
@@ -35,10 +35,12 @@ def test_calibration_error_worked_by_hand():
     assert found.error == pytest.approx((2 * abs(0.5 - 0.475) + 3 * abs(2 / 3 - 0.9)) / 5)
 
 
+@pytest.mark.quick
 def test_one_that_is_always_sure_and_right_is_calibrated():
     assert evaluation.calibration(np.arange(4), np.eye(4)).error == 0.0
 
 
+@pytest.mark.quick
 def test_confident_mistakes_are_wrong_and_the_most_confident_first():
     probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.99, 0.01], [0.3, 0.7]])
     labels = np.array([0, 1, 0, 1, 1])
@@ -46,6 +48,7 @@ def test_confident_mistakes_are_wrong_and_the_most_confident_first():
     assert evaluation.confident_mistakes(labels, probabilities, 2).tolist() == [3, 2]
 
 
+@pytest.mark.quick
 def test_the_command_prints_all_of_it_and_draws_it(tmp_path, capsys, digits):
     main(
         [
@@ -77,6 +80,7 @@ def test_the_command_prints_all_of_it_and_draws_it(tmp_path, capsys, digits):
     assert (tmp_path / "view.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.quick
 def test_a_model_without_mistakes_is_drawn_too(tmp_path):
     nothing = np.zeros(0, int)
     sure = evaluation.calibration(np.arange(4), np.eye(4))
@@ -88,6 +92,7 @@ def test_a_model_without_mistakes_is_drawn_too(tmp_path):
     assert not pictures and "0.00 %" in "".join(axes.get_title() for axes in figure.axes)
 
 
+@pytest.mark.quick
 def test_predictions_averaged_over_shifts_are_the_mean_of_five(loop, digits):
     one = loop(average_shifts=1)
     one.fit(2)
@@ -112,6 +117,7 @@ def test_predictions_averaged_over_shifts_are_the_mean_of_five(loop, digits):
     ).data == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.quick
 def test_with_sigmoid_outputs_that_are_all_sure_the_averaged_loss_is_finite(loop, digits):
     one = loop(average_shifts=1, output="sigmoid")
     one.state.weights["output/bias"].assign([40.0, *[-40.0] * 9])

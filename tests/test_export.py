@@ -224,7 +224,6 @@ def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are
     assert f"accuracy {100 * np.mean(found == digits.test.labels):.2f} %" in capsys.readouterr().out
 
 
-@pytest.mark.quick
 def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys):
     from tfloop.training import saved_run
 

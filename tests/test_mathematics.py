@@ -8,8 +8,6 @@ import tensorflow as tf
 import tfloop
 from tfloop.data.pipelines import Batch
 
-pytestmark = pytest.mark.quick
-
 
 def gradient(state, batch, **options):
     return np.concatenate(

@@ -288,7 +288,6 @@ def meet(addresses, present):
 IMPATIENT = dict(worker_timeout=3.0)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     "present, message",
     [
@@ -297,9 +296,10 @@ IMPATIENT = dict(worker_timeout=3.0)
             [(1, IMPATIENT, ""), (2, IMPATIENT, "")],
             "worker 0 (ADDRESS0), the chief, did not answer within 3 s",
         ),
-        (
+        pytest.param(
             [(0, {}, ""), (1, {}, ""), (2, dict(l2=0.1), "")],
             "worker 2 (ADDRESS2) has --l2=0.1 where worker 0 has 0.0",
+            marks=pytest.mark.quick,
         ),
         (
             [(0, {}, ""), (1, {}, ""), (1, {}, "")],

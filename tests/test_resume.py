@@ -195,7 +195,6 @@ def test_an_override_takes_the_new_number_from_there_on(config):
     assert rates[0] == pytest.approx(0.001) and rates[-1] == pytest.approx(0.5)
 
 
-@pytest.mark.quick
 def test_auto_goes_on_with_the_newest_unfinished_run_or_begins(tmp_path, capsys):
     flags = ["train", *SMALL, f"--logdir={tmp_path}", "--resume=auto"]
     assert main(flags) == 0 and main(flags) == 0
@@ -426,7 +425,6 @@ def test_mistakes_are_one_line(capsys, flags, message):
     assert message in captured.err and captured.err.count("\n") == 1
 
 
-@pytest.mark.quick
 def test_the_best_checkpoint_by_validation_is_kept(config):
     done = session.train(
         config(epochs=6, keep=1, checkpoint_every="epoch", learning_rate=0.05, schedule="constant")

@@ -79,7 +79,6 @@ def test_begin_is_as_good_as_new(loop):
     assert trained.state.digest() == new
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     "part, moved",
     [

@@ -14,8 +14,6 @@ import tfloop
 from tfloop.inspection.event_files import read_scalars
 from tfloop.training import saved_run
 
-pytestmark = pytest.mark.quick
-
 SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, quiet=True)
 
 
@@ -62,6 +60,7 @@ def test_scalars_alone_are_curves_settings_and_texts(tmp_path):
     assert plugins == {"scalars", "text", "hparams", "custom_scalars"}
 
 
+@pytest.mark.quick
 def test_train_test_and_validation_share_the_axis_of_global_steps(full):
     _, found, _ = full
     assert set(found) == {".", "train", "test", "validation"}
@@ -72,6 +71,7 @@ def test_train_test_and_validation_share_the_axis_of_global_steps(full):
     assert steps[-1] == 28
 
 
+@pytest.mark.quick
 def test_the_terms_add_up_and_penalties_are_told_layer_by_layer(full):
     scalars = full[1]["train"]["scalars"]
     last = {tag: values(events)[-1][1] for tag, events in scalars.items()}
@@ -110,6 +110,7 @@ def test_norms_by_layer_are_those_of_the_last_step(loop, tmp_path):
             )
 
 
+@pytest.mark.quick
 def test_speed_input_wait_memory_and_rate_are_curves(full):
     last = {tag: values(events)[-1][1] for tag, events in full[1]["train"]["scalars"].items()}
     images, steps = 1337 - 0, 14  # one call an epoch, the last batch of which is not full
@@ -121,6 +122,7 @@ def test_speed_input_wait_memory_and_rate_are_curves(full):
     assert last["learning_rate"] == pytest.approx(0.001)
 
 
+@pytest.mark.quick
 def test_histograms_of_weights_gradients_and_activations(full):
     _, found, _ = full
     weights = {
@@ -159,6 +161,7 @@ def test_histograms_of_weights_gradients_and_activations(full):
     assert norms["gradient_norm/all"] == pytest.approx(np.sqrt(np.sum(np.square(parts))), rel=1e-5)
 
 
+@pytest.mark.quick
 def test_pictures_are_png_files_of_the_size_they_say(full):
     _, found, _ = full
     images = found["train"]["images"] | found["test"]["images"]
@@ -175,6 +178,7 @@ def test_pictures_are_png_files_of_the_size_they_say(full):
         assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
 
 
+@pytest.mark.quick
 def test_precision_and_recall_for_every_class(full):
     curves = full[1]["test"]["pr_curves"]
     assert sorted(curves) == [f"class_{label}/pr_curves" for label in range(10)]
@@ -185,6 +189,7 @@ def test_precision_and_recall_for_every_class(full):
     ] == len(labels)
 
 
+@pytest.mark.quick
 def test_the_graphs_are_the_compiled_step_and_the_models_layers(full):
     _folder, found, multiplexer = full
     names = {node.name.split("/")[0] for node in multiplexer.Graph("train").node}
@@ -219,6 +224,7 @@ def test_the_projector_has_embeddings_labels_and_thumbnails(full):
     )
 
 
+@pytest.mark.quick
 def test_settings_and_report_are_texts_and_hparams(full):
     _, found, _ = full
 

@@ -85,9 +85,9 @@ class Registry(Mapping[str, Callable]):
 
 def parameters(function: Callable) -> dict[str, Any]:
     """The hyperparameters of a function with their defaults; None where it has no default."""
-    found = {}
+    defaults = {}
     for key, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             has_default = parameter.default is not parameter.empty
-            found[key] = parameter.default if has_default else None
-    return found
+            defaults[key] = parameter.default if has_default else None
+    return defaults

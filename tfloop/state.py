@@ -182,8 +182,8 @@ class TrainState(tf.Module):
     @property
     def hyper(self) -> Mapping[str, tf.Variable]:
         parts = (self.schedule, self.optimizer, self.augmentation)
-        found = {name: variable for part in parts for name, variable in part.hyper.items()}
-        return MappingProxyType({**found, **self._own_hyper})
+        numbers = {name: variable for part in parts for name, variable in part.hyper.items()}
+        return MappingProxyType({**numbers, **self._own_hyper})
 
     def standardize(self, images: tf.Tensor) -> tf.Tensor:
         """(x - mean) / scale, float32."""
@@ -202,11 +202,11 @@ class TrainState(tf.Module):
         """
         if not self._average_shifts:
             return forward(self.model, self.standardize(images))
-        found = [
+        predictions = [
             models.probabilities(self.model, forward(self.model, self.standardize(view)))
             for view in shifted(tf.cast(images, tf.float32), self._average_shifts)
         ]
-        mean = tf.clip_by_value(tf.add_n(found) / len(found), 1e-30, 1.0 - 2.0**-24)
+        mean = tf.clip_by_value(tf.add_n(predictions) / len(predictions), 1e-30, 1.0 - 2.0**-24)
         if models.output_activation(self.model) == "sigmoid":
             return tf.math.log(mean) - tf.math.log1p(-mean)
         return tf.math.log(mean)
@@ -369,13 +369,13 @@ class TrainState(tf.Module):
             "loss_scale": self.loss_scale,
             "good_steps": self.good_steps,
         }
-        found = {
+        grouped = {
             f"{group}/{name}": variable
             for group, variables in groups.items()
             for name, variable in variables.items()
         }
         present = {name: variable for name, variable in single.items() if variable is not None}
-        return found | present
+        return grouped | present
 
     def digest(self, *groups: str) -> str:
         """SHA-256 over names, types, shapes and bytes of the variables.

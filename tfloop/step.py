@@ -80,11 +80,11 @@ def custom_penalties(state: TrainState) -> tf.Tensor:
     """The user's own penalties, summed over the penalised kernels; a float32 scalar."""
 
     def penalize(kernel: tf.Tensor) -> tf.Tensor:
-        found = [
+        values = [
             _check_shape(penalty(kernel), [], "a penalty", "one number for the kernel")
             for penalty in state.penalties
         ]
-        return tf.add_n(found)
+        return tf.add_n(values)
 
     return penalties.total(penalize, state.kernels if state.penalties else [])
 

@@ -12,13 +12,13 @@ from tfloop.commands.command import TOPICS, Command
 
 def find() -> dict[str, Command]:
     """Every command by name: by topic, and in a topic by name."""
-    found = {}
+    commands = {}
     for module in pkgutil.iter_modules(__path__):
         if module.name != "command":
             imported = importlib.import_module(f"{__name__}.{module.name}")
-            found[module.name.rstrip("_")] = imported.COMMAND
-    order = sorted(found, key=lambda name: (TOPICS.index(found[name].topic), name))
-    return {name: found[name] for name in order}
+            commands[module.name.rstrip("_")] = imported.COMMAND
+    order = sorted(commands, key=lambda name: (TOPICS.index(commands[name].topic), name))
+    return {name: commands[name] for name in order}
 
 
 COMMANDS: dict[str, Command] = find()

@@ -71,7 +71,8 @@ def check_gradients(
     weights, _ = models.named_variables(model)
     key, rows = Key(seed_of(seed, 1)), tf.ones([2], tf.float64)
     for index, layer in enumerate(model.layers):
-        own = {name: w for name, w in weights.items() if name.startswith(f"{layer.name}/")}
+        prefix = f"{layer.name}/"
+        layer_weights = {name: w for name, w in weights.items() if name.startswith(prefix)}
         x = normal(2, *layer.input.shape[1:])
         projection = random.normal(size=(2, *layer.output.shape[1:]))
 
@@ -80,7 +81,7 @@ def check_gradients(
         ) -> tf.Tensor:
             return projection * apply_layer(model, index, x, rows, True, key)
 
-        yield from _compare(layer.name, apply, {"input": x, **own}, random)
+        yield from _compare(layer.name, apply, {"input": x, **layer_weights}, random)
 
     labels = tf.constant(random.integers(classes, size=6), tf.int64)
     for name, sigmoid in (("softmax", False), ("sigmoid", True)):

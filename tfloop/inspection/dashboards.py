@@ -101,14 +101,14 @@ def _speed(context: Context, call: Call) -> dict[str, float]:
 
 def _memory() -> dict[str, float]:
     """Memory in use now, MiB: of this process, where the system tells, and of the GPU."""
-    found = {}
+    memory = {}
     if os.path.exists("/proc/self/statm"):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found["memory/host_mib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        memory["memory/host_mib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     if tf.config.list_logical_devices("GPU"):
         used = tf.config.experimental.get_memory_info("GPU:0")["current"]
-        found["memory/device_mib"] = used / 2**20
-    return found
+        memory["memory/device_mib"] = used / 2**20
+    return memory
 
 
 def _norms(state: TrainState, call: Call) -> dict[str, float]:

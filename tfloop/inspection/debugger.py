@@ -114,8 +114,8 @@ def _weights_of(state: TrainState, index: int) -> dict[str, tf.Variable]:
     if not isinstance(state.model, keras.Sequential):
         return state.weights
     variables = state.model.layers[index].trainable_variables
-    own = {id(variable.value) for variable in variables}
-    return {name: weight for name, weight in state.weights.items() if id(weight) in own}
+    of_the_layer = {id(variable.value) for variable in variables}
+    return {name: weight for name, weight in state.weights.items() if id(weight) in of_the_layer}
 
 
 def split(state: TrainState, recording: _Recording, name: str, data: tf.Tensor) -> Gradient:
@@ -168,8 +168,8 @@ def backward(state: TrainState, batch: Batch) -> Iterator[Layer]:
     learning_rate = state.schedule(state.schedule_step)
     updates, _ = state.optimizer.updates(gradients, state.weights, learning_rate)
     for layer, upstream, by_weight in walk:
-        own = {name: updates[name] for name in by_weight}
-        yield Layer(layer, recording.activations[layer], upstream, by_weight, own)
+        layer_updates = {name: updates[name] for name in by_weight}
+        yield Layer(layer, recording.activations[layer], upstream, by_weight, layer_updates)
 
 
 class Debugger(pdb.Pdb):

@@ -169,17 +169,17 @@ def by_epoch(scalars: list, where: str) -> Series:
     series: dict[tuple[str, str], list[float]] = {}
     for scalar in scalars:
         series.setdefault((scalar.run, scalar.tag), []).append(scalar.value)
-    found = {}
+    curves = {}
     for name, places in _BY_EPOCH.items():
         values = next((series[place] for place in places if place in series), None)
         if values:
-            found[name] = [float(epoch) for epoch in range(1, len(values) + 1)], values
-    if not found:
+            curves[name] = [float(epoch) for epoch in range(1, len(values) + 1)], values
+    if not curves:
         tags = sorted({f"{run}/{tag}" for run, tag in series})
         shown = ", ".join(tags[:6]) or "no scalars"
         more = " …" if len(tags) > 6 else ""
         raise UserError(f"{where}: holds no accuracy or loss by epoch; it holds {shown}{more}")
-    return found
+    return curves
 
 
 class LivePlot:

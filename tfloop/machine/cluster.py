@@ -163,8 +163,8 @@ def meet(place: Place, asked: Config, settings: Config, device: str) -> Config:
         raise
     if "error" in answer:
         raise UserError(answer["error"])
-    own = {name: getattr(asked, name) for name in MAY_DIFFER}
-    return Config.make(**{**answer["settings"], **own})
+    local = {name: getattr(asked, name) for name in MAY_DIFFER}
+    return Config.make(**{**answer["settings"], **local})
 
 
 def refuse(place: Place, asked: Config, reason: str) -> None:

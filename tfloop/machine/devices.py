@@ -45,7 +45,7 @@ def choose(config: Config, cores: int, replicas: int = 1, workers: int = 1) -> C
 
 
 def _shards(config: Config, cores: int, replicas: int, workers: int) -> int:
-    """Parts of a batch to compute side by side, and one after the other, on so many cores."""
+    """Parts of a batch to compute side by side, and one after the other, on N cores."""
     on_cpu = config.device in ("auto", "cpu")
     if not config.fast or not on_cpu or config.eager or config.jit_compile:
         return 1

@@ -53,7 +53,7 @@ def _block(
     pool_layer = layers.MaxPooling2D(pool, dtype=dtype, name=f"pool{i}")
     pools_early = config.pool_first and pool > 1
     fused = None if config.batch_norm or pools_early else config.conv_activation
-    found = [
+    block = [
         layers.Conv2D(
             filters,
             kernel,
@@ -64,15 +64,15 @@ def _block(
         )
     ]
     if pools_early:
-        found.append(pool_layer)
+        block.append(pool_layer)
     if config.batch_norm:
-        found.append(layers.BatchNormalization(dtype=dtype, name=f"norm{i}"))
+        block.append(layers.BatchNormalization(dtype=dtype, name=f"norm{i}"))
     if not fused:
         activation = config.conv_activation
-        found.append(layers.Activation(activation, dtype=dtype, name=f"activation{i}"))
+        block.append(layers.Activation(activation, dtype=dtype, name=f"activation{i}"))
     if pool > 1 and not pools_early:
-        found.append(pool_layer)
-    return found
+        block.append(pool_layer)
+    return block
 
 
 def _kernels(config: Config) -> tuple[int, ...]:

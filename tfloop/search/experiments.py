@@ -123,14 +123,14 @@ def rows(trials: list[Trial]) -> list[Row]:
     for trial in trials:
         key = trial.values["preset"], trial.values["protocol"]
         groups.setdefault(key, []).append(trial)
-    made = []
+    rows = []
     for (preset, protocol), same in groups.items():
         results = [trial.result for trial in same if trial.result]
         by_epoch = [[epoch["test"]["accuracy"] for epoch in result["epochs"]] for result in results]
         seeds = [trial.config.seed for trial in same]
         seconds = [result["seconds"]["training"] for result in results]
-        made.append(Row(preset, protocol, same[0].config.epochs, seeds, by_epoch, seconds))
-    return made
+        rows.append(Row(preset, protocol, same[0].config.epochs, seeds, by_epoch, seconds))
+    return rows
 
 
 def markdown(rows: list[Row], picture: str, device: str) -> str:
