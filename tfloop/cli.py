@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from tfloop.commands import COMMANDS, Command
-from tfloop.config import FIELDS, GROUPS, PRESETS, Config
+from tfloop.config import FIELDS, GROUPS, PRESETS, Config, users_of
 from tfloop.errors import DivergenceError, UserError, WorkerLost
 from tfloop.version import __version__
 from tfloop.wording import value_text
@@ -146,9 +146,11 @@ def _help(name: str, command: Command) -> str:
 
 
 def help_text(name: str) -> str:
-    """A setting's help with the values it may take."""
+    """A setting's help with the values it may take, and the rules that it belongs to."""
     choices = ", ".join(PRESETS if name == "preset" else FIELDS[name].choices)
-    return f"{FIELDS[name].help} ({choices})" if choices else FIELDS[name].help
+    text = f"{FIELDS[name].help} ({choices})" if choices else FIELDS[name].help
+    users = [] if name == "learning_rate" else users_of(name)  # every schedule takes that
+    return f"{', '.join(users)}: {text}" if users else text
 
 
 def flag(name: str, default: Any) -> str:

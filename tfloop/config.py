@@ -480,6 +480,12 @@ def hyperparameters(kind: str) -> list[str]:
     return [name for name in FIELDS if name in accepted and name != "learning_rate"]
 
 
+def users_of(name: str) -> list[str]:
+    """The optimizers and schedules that take this setting as a hyperparameter."""
+    registered = [pair for registry in _CHOSEN.values() for pair in registry.items()]
+    return [user for user, function in registered if name in parameters(function)]
+
+
 def check_setting(name: str, value: Any) -> Any:
     """`value` as the type of the setting `name`.
 

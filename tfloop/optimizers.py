@@ -248,17 +248,17 @@ class OptimizerSettings:
     HEADING: ClassVar[str] = "optimizer"
 
     optimizer: str = option("rmsprop", "update rule", choices=OPTIMIZERS, retrace="value")
-    momentum: float | None = option(None, "sgd, rmsprop", within=UNIT)
-    nesterov: bool = option(False, "sgd: Nesterov's momentum", retrace="value")
-    rho: float | None = option(None, "rmsprop: decay of the mean square", within=UNIT)
+    momentum: float | None = option(None, "share of the last update in this one", within=UNIT)
+    nesterov: bool = option(False, "Nesterov's momentum", retrace="value")
+    rho: float | None = option(None, "decay of the mean square", within=UNIT)
     centered: bool = option(
-        False, "rmsprop: divide by the variance, not by the mean square", retrace="value"
+        False, "divide by the variance, not by the mean square", retrace="value"
     )
-    beta_1: float | None = option(None, "adam, adamw, nadam, adamax", within=SHARE)
-    beta_2: float | None = option(None, "adam, adamw, nadam, adamax", within=SHARE)
-    epsilon: float | None = option(None, "all but sgd: added to the divisor", within=NOT_NEGATIVE)
+    beta_1: float | None = option(None, "decay of the mean gradient", within=SHARE)
+    beta_2: float | None = option(None, "decay of the gradient's mean size", within=SHARE)
+    epsilon: float | None = option(None, "added to the divisor", within=NOT_NEGATIVE)
     weight_decay: float | None = option(
-        None, "adamw: decoupled decay, times the rate", within=NOT_NEGATIVE
+        None, "decoupled decay, times the rate", within=NOT_NEGATIVE
     )
     clip_value: float | None = option(
         None, "limit of each entry of the gradient", within=POSITIVE, retrace="set"

@@ -198,34 +198,31 @@ class ScheduleSettings:
     )
     decay_steps: float | None = option(
         None,
-        "length of the schedule's step; unset, inverse_time and exponential take 1, the others the "
-        "whole run",
+        "length of the schedule, or of one decay; unset, its default or the whole run",
         within=POSITIVE,
     )
-    decay_rate: float | None = option(None, "inverse_time, exponential", within=NOT_NEGATIVE)
-    staircase: bool = option(False, "inverse_time, exponential: whole steps only", retrace="value")
-    end_rate: float | None = option(
-        None, "polynomial, cosine, one_cycle: last rate", within=NOT_NEGATIVE
-    )
-    power: float | None = option(None, "polynomial: exponent", within=POSITIVE)
-    restarts: bool = option(False, "cosine: start again at each end", retrace="value")
+    decay_rate: float | None = option(None, "how fast the rate falls", within=NOT_NEGATIVE)
+    staircase: bool = option(False, "count whole decay_steps only", retrace="value")
+    end_rate: float | None = option(None, "last rate", within=NOT_NEGATIVE)
+    power: float | None = option(None, "exponent", within=POSITIVE)
+    restarts: bool = option(False, "start again at each end", retrace="value")
     t_mul: float | None = option(
-        None, "cosine: each restart's length over the last one's", within=(1.0, math.inf)
+        None, "each restart's length over the last one's", within=(1.0, math.inf)
     )
     m_mul: float | None = option(
-        None, "cosine: each restart's rate over the last one's", within=NOT_NEGATIVE
+        None, "each restart's rate over the last one's", within=NOT_NEGATIVE
     )
-    start_rate: float | None = option(None, "one_cycle: first rate", within=NOT_NEGATIVE)
+    start_rate: float | None = option(None, "first rate", within=NOT_NEGATIVE)
     peak_at: float | None = option(
         None,
-        "one_cycle: where the peak lies, as a share of decay_steps",
+        "where the peak lies, as a share of decay_steps",
         within=(1e-6, 0.999999),
     )
     boundaries: tuple[float, ...] = option(
-        (), "piecewise: where the rate changes", within=NOT_NEGATIVE, retrace="length"
+        (), "where the rate changes", within=NOT_NEGATIVE, retrace="length"
     )
     rates: tuple[float, ...] = option(
-        (), "piecewise: the rate after each boundary", within=NOT_NEGATIVE, retrace="length"
+        (), "the rate after each boundary", within=NOT_NEGATIVE, retrace="length"
     )
     warmup_steps: float = option(
         0.0, "linear warm-up in front of any schedule", within=NOT_NEGATIVE
