@@ -244,10 +244,10 @@ class ExecutionSettings:
     eager: bool = option(False, "run the step uncompiled, op by op")
     device: str = option("auto", "auto, cpu, gpu or gpu:1")
     intra_op_threads: int = option(
-        0, "threads inside one operation; 0: TensorFlow decides", within=(0, 4096)
+        0, "threads inside one operation; 0: chosen for the job", within=(0, 4096)
     )
     inter_op_threads: int = option(
-        0, "operations side by side; 0: TensorFlow decides", within=(0, 4096)
+        0, "operations side by side; 0: chosen for the job", within=(0, 4096)
     )
     memory_growth: bool = option(True, "GPU memory is taken as needed, not all at once")
     memory_limit: int = option(0, "GPU memory at most, in MiB; 0: no limit", within=WHOLE)
