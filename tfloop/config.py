@@ -56,7 +56,7 @@ class DataSettings:
     )
     standardize: bool = option(
         True,
-        "scale every pixel to mean 0 and variance 1 over the training images; not together with "
+        "scale every pixel to mean 0 and variance 1 over the training images; best left out with "
         "shifts",
     )
 
