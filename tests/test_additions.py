@@ -121,6 +121,8 @@ def test_a_summary(tmp_path):
 
 
 def test_a_data_format(tmp_path, capsys):
+    (tmp_path / "my.stripes").mkdir()  # a folder, which would pass for one of IDX files
+
     def read(dataset, cut):
         labels = np.arange(300) % 3
         images = np.full((300, 6, 6), 80, np.uint8) * labels[:, None, None].astype(np.uint8)
@@ -129,11 +131,22 @@ def test_a_data_format(tmp_path, capsys):
         )
 
     sources.register(sources.Source("stripes", lambda name: name.endswith(".stripes"), read))
-    flags = ["--dataset=my.stripes", "--conv=2", "--pool=", "--dense=8", "--batch_size=20"]
-    assert main(["train", *flags, "--epochs=9", f"--logdir={tmp_path}", "--name=a"]) == 0
+    flags = ["--conv=2", "--pool=", "--dense=8", "--batch_size=20", "--epochs=9"]
+    assert (
+        main(
+            [
+                "train",
+                f"--dataset={tmp_path}/my.stripes",
+                *flags,
+                f"--logdir={tmp_path}",
+                "--name=a",
+            ]
+        )
+        == 0
+    )
     assert "200 training and 100 test images of 6×6×1, 3 classes" in capsys.readouterr().out
-    assert tfloop.load("my.stripes").classes == 3
-    with pytest.raises(tfloop.UserError, match="or stripes"):
+    assert tfloop.load(f"{tmp_path}/my.stripes").classes == 3
+    with pytest.raises(tfloop.UserError, match="name stripes, mnist"):
         tfloop.load("nothing")
 
 

@@ -280,3 +280,29 @@ def test_what_fails_in_a_call_is_raised_in_the_training_that_waits_for_it(loop):
 def test_what_an_ensemble_cannot_do_is_said(flags, message, capsys, tmp_path):
     assert main(["train", "--preset=digits", *flags, f"--logdir={tmp_path}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_last_of_the_seeds_may_be_fewer_than_the_ensemble(tmp_path, capsys):
+    flags = ["--preset=digits", "--conv=4", "--dense=8", "--batch_size=200", "--epochs=1"]
+    seeds = ["--ensemble=3", "--seeds=0,1,2,3,4", f"--logdir={tmp_path}"]
+    assert main(["train", *flags, *seeds]) == 0
+    out = capsys.readouterr().out
+    assert "3 together: test accuracy" in out and "2 together: test accuracy" in out
+    assert "5 runs: test accuracy" in out
+    assert [len(one["together"]["folders"]) for one in results(tmp_path)] == [3, 3, 3, 2, 2]
+
+
+def test_trainings_that_are_left_close_their_files_at_once(loop):
+    closed = []
+
+    def train(one):
+        try:
+            yield from one.pending(1)
+        finally:
+            closed.append(one)
+
+    loops = [loop(seed=1), loop(seed=2)]
+    together = ensemble.Together([train(one) for one in loops])
+    next(together)
+    together.close()
+    assert closed == loops

@@ -71,7 +71,7 @@ def test_the_command_trains_reports_and_does_not_train_again(tmp_path, capsys, m
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--experiments=article9"], "'article9' is none"),
+        (["--experiments=article9"], "'article9' is no experiment"),
         (["--seeds=0,0"], "comes twice"),
         ([f"--out={__file__}/x"], "test_experiments.py is not a folder"),
     ],

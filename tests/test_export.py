@@ -2,6 +2,7 @@
 same. And back."""
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -211,6 +212,7 @@ def test_an_imported_keras_model_predicts_the_same(tmp_path, digits, front, last
 def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are_taken(
     tmp_path, digits, capsys, flags
 ):
+    keras.utils.set_random_seed(3)
     plain = stack(keras.layers.Rescaling(1 / 16))
     inputs = keras.Input((8, 8, 1))
     keras.Model(inputs, plain(inputs))  # builds it
@@ -221,7 +223,9 @@ def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are
     assert main(["import", str(tmp_path / "m.keras"), *MODEL, *flags, f"--logdir={tmp_path}"]) == 0
     assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
     found = plain(digits.test.images.astype(np.float32)).numpy().argmax(axis=1)
-    assert f"accuracy {100 * np.mean(found == digits.test.labels):.2f} %" in capsys.readouterr().out
+    accuracy = float(re.search(r"accuracy +([\d.]+) %", capsys.readouterr().out)[1])
+    # In 16 bits one or two of the 360 images may go over to another class.
+    assert accuracy == pytest.approx(100 * np.mean(found == digits.test.labels), abs=0.6)
 
 
 def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys):

@@ -234,7 +234,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was_finished_trials_untouched(tmp
         (["--random=2", "l2=lin:-1e308:1e308"], "expected l2=lin:LOW:HIGH"),
         (["--optimizer=adam", "--grid=momentum=0.1,0.9"], "momentum"),
         (["--grid=l2=0", "--name=../out"], "expected a plain name"),
-        (["--grid=l2=0", "--halving=10"], "--halving=10 needs more than --epochs=1"),
+        (["--grid=l2=0", "--halving=10"], "--halving=10 needs more epochs than 1"),
         (["--grid=keep=1,2"], "--keep cannot differ between trials"),
         (["--grid=validation_size=1,2"], "would not be compared on the same images"),
         (["--grid=l2"], "'l2': expected NAME=VALUES"),

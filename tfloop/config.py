@@ -52,12 +52,12 @@ class DataSettings:
         0, "training images held out, stratified by class, for choosing anything", within=WHOLE
     )
     split_seed: int = option(
-        0, "of the shuffled split and of the choice of validation images", within=WHOLE
+        0, "seed of the shuffled split and of the validation images", within=WHOLE
     )
     standardize: bool = option(
         True,
-        "scale every pixel to mean 0 and variance 1 over the training images; best left out with "
-        "shifts",
+        "scale every pixel to mean 0 and variance 1 over the training images; turn it off with "
+        "--augment_shift",
     )
 
 
@@ -101,49 +101,33 @@ class AugmentationSettings:
 class ModelSettings:
     HEADING: ClassVar[str] = "model"
 
-    conv: tuple[int, ...] = option(
-        (32, 64, 64), "filters of each convolution", within=COUNT, retrace="value"
-    )
+    conv: tuple[int, ...] = option((32, 64, 64), "filters of each convolution", within=COUNT)
     kernel: tuple[int, ...] = option(
-        (3,), "kernel size of each convolution, or one for all", within=COUNT, retrace="value"
+        (3,), "kernel size of each convolution, or one for all", within=COUNT
     )
     pool: tuple[int, ...] = option(
         (2, 2),
         "max-pool size after each convolution; 1, or none given, is no pooling",
         within=COUNT,
-        retrace="value",
     )
-    padding: str = option(
-        "valid", "padding of the convolutions", choices=("valid", "same"), retrace="value"
-    )
-    dense: tuple[int, ...] = option(
-        (70,), "units of each hidden dense layer", within=COUNT, retrace="value"
-    )
-    conv_activation: str = option(
-        "relu", "after each convolution", choices=ACTIVATIONS, retrace="value"
-    )
-    dense_activation: str = option(
-        "relu", "after each hidden dense layer", choices=ACTIVATIONS, retrace="value"
-    )
+    padding: str = option("valid", "padding of the convolutions", choices=("valid", "same"))
+    dense: tuple[int, ...] = option((70,), "units of each hidden dense layer", within=COUNT)
+    conv_activation: str = option("relu", "after each convolution", choices=ACTIVATIONS)
+    dense_activation: str = option("relu", "after each hidden dense layer", choices=ACTIVATIONS)
     output: str = option(
         "softmax",
         "softmax with cross-entropy, or sigmoid with binary cross-entropy",
         choices=("softmax", "sigmoid"),
-        retrace="value",
     )
     batch_norm: bool = option(
         False,
         "batch normalisation between each convolution and its activation",
-        retrace="value",
     )
-    pool_first: bool = option(
-        False, "pool before batch normalisation and activation, not after", retrace="value"
-    )
+    pool_first: bool = option(False, "pool before batch normalisation and activation, not after")
     dropout: float = option(
         0.0,
         "share of units dropped after each hidden dense layer",
         within=(0.0, 0.999),
-        retrace="value",
     )
 
 
@@ -226,8 +210,8 @@ class ExecutionSettings:
     )
     strategy: str = option(
         "none",
-        "one device; a replica on each GPU (or of the CPU); several processes, by TF_CONFIG or "
-        "Slurm",
+        "none: one device; mirrored: a replica on each GPU, or of the CPU; multi_worker: several "
+        "processes, by TF_CONFIG or Slurm",
         choices=("none", "mirrored", "multi_worker"),
     )
     replicas: int = option(
@@ -261,7 +245,7 @@ class InspectionSettings:
 
     summaries: str = option(
         "default",
-        "what TensorBoard gets: curves; histograms and pictures; these after every epoch",
+        "scalars: curves; default: histograms too, pictures at the end; full: all by epoch",
         choices=("none", "scalars", "default", "full"),
     )
     live_plot: bool = option(
@@ -385,19 +369,7 @@ class Config(
         return values
 
 
-_SETTINGS = (
-    PresetSettings,
-    DataSettings,
-    AugmentationSettings,
-    ModelSettings,
-    LossSettings,
-    OptimizerSettings,
-    ScheduleSettings,
-    RunSettings,
-    ExecutionSettings,
-    InspectionSettings,
-    OutputSettings,
-)
+_SETTINGS: list[Any] = [group for group in Config.__mro__[::-1] if "HEADING" in vars(group)]
 FIELDS: dict[str, Field] = fields_of(Config)
 GROUPS: dict[str, list[str]] = {
     group.HEADING: list(fields_of(group)) for group in _SETTINGS

@@ -19,7 +19,9 @@ class KerasOptimizer:
     """
 
     def __init__(self, inner: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           inner: a Keras optimizer that no model was compiled with.
           variables: the Keras variables that it is to train.
 

@@ -131,7 +131,9 @@ class Loop:
         time_input: bool = True,
         check_numerics: bool = False,
     ) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           state: what to train.
           data: images and labels.
           batch_size: images per step; the last step of an epoch takes what is left.
@@ -254,7 +256,11 @@ class Loop:
 
     def train_epoch(self) -> Iterator[Call]:
         """The rest of the epoch that the state is in, a record per compiled call."""
-        for item in self.pending_epoch():
+        yield from self._alone(self.pending_epoch())
+
+    def _alone(self, items: Iterator) -> Iterator:
+        """The records among the items; pending calls are made."""
+        for item in items:
             if isinstance(item, PendingCall):
                 self.make(item)
             else:
@@ -295,7 +301,7 @@ class Loop:
         self.warm_up()
         with self._timed("training") as timer:
             last, waited = self.compiled.call(call.source, tf.constant(call.count))
-            # This waits for the device: what a call returns, it returns at once.
+            last.sums.numpy()  # waits for the device: what a call returns, it returns at once
             call.last, call.waited = last, float(waited)
         call.seconds = timer.seconds
 
@@ -365,8 +371,7 @@ class Loop:
                 f"images to evaluate are {split.images.dtype}, those of the training {trained_on}"
             )
         if "evaluate" not in self._warm:
-            with self._timed("tracing"):
-                self._evaluate_rows(split, slice(1))
+            self._evaluate_rows(split, slice(1), "tracing")
             self._warm.add("evaluate")
         in_memory = isinstance(split.images, np.ndarray)
         at_once = len(split) if in_memory else READ_AT_ONCE
@@ -374,19 +379,19 @@ class Loop:
         with self.state.using_ema():
             for first in range(0, len(split), at_once):
                 rows = slice(first, first + at_once)
-                with self._timed("evaluation"):
-                    results.append(self._evaluate_rows(split, rows))
+                results.append(self._evaluate_rows(split, rows, "evaluation"))
         sums = tf.add_n([sums for sums, _ in results])
         metrics = means(sums)._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
             raise self._held_out_divergence()
         return metrics, np.concatenate([outputs.numpy() for _, outputs in results])
 
-    def _evaluate_rows(self, split: Split, rows: slice) -> tuple[tf.Tensor, tf.Tensor]:
-        """(sums [SUMS], outputs) of some rows, when the device has computed them."""
+    def _evaluate_rows(self, split: Split, rows: slice, what: str) -> tuple[tf.Tensor, tf.Tensor]:
+        """(sums [SUMS], outputs) of some rows; the time counts as `what`, without reading them."""
         images, labels = tf.constant(split.images[rows]), tf.constant(split.labels[rows], tf.int64)
-        sums, outputs = self._evaluate.call(images, labels)
-        sums.numpy()
+        with self._timed(what):
+            sums, outputs = self._evaluate.call(images, labels)
+            sums.numpy()  # waits for the device
         return sums, outputs
 
     def _evaluate_all(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -437,11 +442,7 @@ class Loop:
           DivergenceError: the loss or a gradient is NaN or infinite; the state is that before the
             step.
         """
-        for item in self.pending(epochs):
-            if isinstance(item, PendingCall):
-                self.make(item)
-            else:
-                yield item
+        yield from self._alone(self.pending(epochs))
 
     def pending(self, epochs: int) -> Iterator[PendingCall | Call | Epoch]:
         """`run`, where whoever takes a PendingCall makes it before taking more."""

@@ -290,7 +290,9 @@ class Optimizer:
     """
 
     def __init__(self, name: str = "rmsprop", **hyper: Any) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           name: one of OPTIMIZERS.
           **hyper: the rule's hyperparameters, and `clip`'s; those left out take its defaults.
 
@@ -327,7 +329,7 @@ class Optimizer:
 
     def _kept(self) -> list[Slot]:
         """The rule's slots, less those of switches that are off."""
-        slots = self._rule.slots  # type: ignore[attr-defined]
+        slots: list[Slot] = getattr(self._rule, "slots", [])  # a rule without `keeps` has none
         return [slot for slot in slots if not slot.switch or self._switches[slot.switch]]
 
     def updates(

@@ -30,8 +30,10 @@ class Registry(Mapping[str, Callable]):
     """
 
     def __init__(self, kind: str) -> None:
-        """Args:
-        kind: what messages call such a function, and the name of the setting that chooses one.
+        """Make one.
+
+        Args:
+          kind: what messages call such a function, and the name of the setting that chooses one.
         """
         self.kind = kind
         self._functions: dict[str, Callable] = {}

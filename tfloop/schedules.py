@@ -198,10 +198,14 @@ class ScheduleSettings:
     )
     decay_steps: float | None = option(
         None,
-        "length of the schedule, or of one decay; unset, its default or the whole run",
+        "steps to its end, by default the whole run; inverse_time, exponential: to one decay, 1",
         within=POSITIVE,
     )
-    decay_rate: float | None = option(None, "how fast the rate falls", within=NOT_NEGATIVE)
+    decay_rate: float | None = option(
+        None,
+        "the divisor's growth (inverse_time), or the factor (exponential), per decay_steps",
+        within=NOT_NEGATIVE,
+    )
     staircase: bool = option(False, "count whole decay_steps only", retrace="value")
     end_rate: float | None = option(None, "last rate", within=NOT_NEGATIVE)
     power: float | None = option(None, "exponent", within=POSITIVE)
@@ -253,7 +257,9 @@ class Schedule:
         unit_steps: float = 1.0,
         **hyper: Any,
     ) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           name: one of SCHEDULES; or a function step → rate, such as a
             keras.optimizers.schedules.LearningRateSchedule.
           warmup_steps: length of the linear warm-up in front, in units; 0 is none.

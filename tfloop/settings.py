@@ -1,8 +1,7 @@
 """What a setting is: a name with a type, a default, a range and a help text. Needs no TensorFlow.
 
 A group of settings is a frozen dataclass whose fields are made with `option`; `Config` joins the
-groups. A value is checked in one place, `Field.parse`, wherever it comes from: a flag, a file, or
-an argument in Python.
+groups. `Field.parse` checks a value, whether it comes from a flag, a file or Python.
 """
 
 import dataclasses
@@ -37,7 +36,8 @@ def option(
       help: one line for `--help` and the table of flags.
       choices: the values it accepts; a registry stays open for what is registered later.
       within: the closed interval it must lie in.
-      retrace: when another value needs another graph. "never": it is a variable. "value": always.
+      retrace: when trials of a search with other values need another graph. "never": the graph
+        reads it from a variable, or does not depend on it. "value": always, as all of the model.
         "set": where it is given in one run and not in the other. "nonzero": where it is 0 in one
         of them. "length": for a list of another length.
     """

@@ -78,7 +78,9 @@ class TrainState(tf.Module):
         seed: int = 0,
         initial_weights: Callable[[int], dict[str, np.ndarray]] | None = None,
     ) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           model: a keras.Model, or a tf.Module that is callable and has trainable variables.
           optimizer: an Optimizer, the name of one, or a keras.optimizers.Optimizer.
           schedule: a Schedule, a function step → rate, or a constant rate; None: the rate of a

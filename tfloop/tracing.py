@@ -17,11 +17,13 @@ class Traced:
     """
 
     def __init__(self, function: Callable, name: str, eager: bool = False, **options: Any) -> None:
-        """Args:
-        function: what to compile.
-        name: what warnings call it.
-        eager: run it as it is instead, in a debugger's reach; then `traces` stays 0.
-        **options: of tf.function.
+        """Make one.
+
+        Args:
+          function: what to compile.
+          name: what warnings call it.
+          eager: run it as it is instead, in a debugger's reach; then `traces` stays 0.
+          **options: of tf.function.
         """
         self.name, self.traces = name, 0
         self._function = function

@@ -18,9 +18,11 @@ class Vector(Mapping):
     """A vector [n] over all trainable weights: gradients["conv1/kernel"], gradients.norm."""
 
     def __init__(self, flat: tf.Tensor, like: Mapping[str, tf.Variable]) -> None:
-        """Args:
-        flat: the vector.
-        like: the weights whose names and shapes its parts have, in order.
+        """Make one.
+
+        Args:
+          flat: the vector.
+          like: the weights whose names and shapes its parts have, in order.
         """
         self.flat, self._like = flat, like
 

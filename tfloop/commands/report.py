@@ -17,7 +17,8 @@ def report(config: Config, options: dict[str, Any], arguments: list[str]) -> int
         if preset not in experiments.EXPERIMENTS:
             known = ", ".join(experiments.EXPERIMENTS)
             raise UserError(
-                f"--experiments={options['experiments']}: '{preset}' is none; choose from {known}"
+                f"--experiments={options['experiments']}: '{preset}' is no experiment; choose from "
+                f"{known}"
             )
     seeds = config.seeds or tuple(range(5))
     if len({*presets}) < len(presets) or len({*seeds}) < len(seeds):
@@ -53,7 +54,10 @@ COMMAND = Command(
     topic="search",
     settings=("epochs", "seeds", "summaries", *WHERE),
     options={
-        "experiments": ("article2,article3,article3_32", "which"),
+        "experiments": (
+            "article2,article3,article3_32",
+            "which of the article's, a comma between them",
+        ),
         "out": ("report", "the folder for runs, report.md, report.png and report.json"),
     },
 )

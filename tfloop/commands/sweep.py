@@ -78,7 +78,7 @@ def _halving(config: Config, options: dict[str, Any], values: list[dict[str, str
         )
     if halving > 1 and sweeps.rungs(config.epochs, halving) == [config.epochs]:
         raise UserError(
-            f"--halving={halving} needs more than --epochs={config.epochs}: it cuts no trial off"
+            f"--halving={halving} needs more epochs than {config.epochs}: it would cut no trial off"
         )
     return halving
 
@@ -251,7 +251,7 @@ COMMAND = Command(
             'N draws of what follows the flags: "learning_rate=log:1e-4:1e-2 seed=0,1"; also '
             "lin:LOW:HIGH",
         ),
-        "search_seed": ("0", "of these draws"),
+        "search_seed": ("0", "seed of the draws of --random"),
         "halving": (
             "1",
             "after epochs / N, / N² …, only every N-th trial goes on; 1: all go to the end",

@@ -143,12 +143,14 @@ class Augmentation(tf.Module):
         elastic: float = 0.0,
         cutout: int = 0,
     ) -> None:
-        """Args:
-        shift: by up to N pixels.
-        rotate: by up to N degrees.
-        scale: by up to this share of the size.
-        elastic: bent by up to N pixels.
-        cutout: side of the square, in pixels.
+        """Make one.
+
+        Args:
+          shift: by up to N pixels.
+          rotate: by up to N degrees.
+          scale: by up to this share of the size.
+          elastic: bent by up to N pixels.
+          cutout: side of the square, in pixels.
         """
         super().__init__(name="augmentation")
         asked = {

@@ -104,12 +104,14 @@ class Streamed(_Pipeline):
         worker: int = 0,
         workers: int = 1,
     ) -> None:
-        """Args:
-        split: the examples.
-        batch_size: of all workers together.
-        to_device: copy the batches ahead to a GPU, too.
-        worker: which part of every batch it gives.
-        workers: of how many.
+        """Make one.
+
+        Args:
+          split: the examples.
+          batch_size: of all workers together.
+          to_device: copy the batches ahead to a GPU, too.
+          worker: which part of every batch it gives.
+          workers: of how many.
         """
         super().__init__(split, batch_size, worker, workers)
         self.name = "prefetch" if to_device else "host"

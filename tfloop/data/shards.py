@@ -72,11 +72,13 @@ class Records:
         image_shape: tuple[int, int, int],
         skip: bool,
     ) -> None:
-        """Args:
-        files: the shards.
-        index: for each record its shard, number, offset, length, crc, and whether it is raw.
-        image_shape: of each image.
-        skip: leave a damaged record out, where else it is an error.
+        """Make one.
+
+        Args:
+          files: the shards.
+          index: for each record its shard, number, offset, length, crc, and whether it is raw.
+          image_shape: of each image.
+          skip: leave a damaged record out, where else it is an error.
         """
         self.files, self.index, self._skip = files, index, skip
         self.shape = (len(index["offset"]), *image_shape)

@@ -45,8 +45,8 @@ SOURCES: list[Source] = []
 
 
 def register(source: Source) -> None:
-    """Let `load` read what the source matches; those registered first are asked first."""
-    SOURCES.append(source)
+    """Let `load` read what the source matches; the one that was registered last is asked first."""
+    SOURCES.insert(0, source)
 
 
 def load(
@@ -175,8 +175,10 @@ def _is_npz(dataset: str) -> bool:
 
 
 _FOLDER = "a folder of IDX files or TFRecord shards"
-register(Source("mnist", lambda name: name in SHIPPED, _from_parts(_read_shipped)))
-register(Source("digits", lambda name: name == "digits", _from_parts(_read_digits)))
-register(Source(_FOLDER, _holds_shards, _read_shards))
-register(Source(_FOLDER, lambda name: Path(name).is_dir(), _from_parts(_read_idx_folder)))
-register(Source("an .npz file", _is_npz, _from_parts(_read_npz)))
+SOURCES += [
+    Source("mnist", lambda name: name in SHIPPED, _from_parts(_read_shipped)),
+    Source("digits", lambda name: name == "digits", _from_parts(_read_digits)),
+    Source(_FOLDER, _holds_shards, _read_shards),
+    Source(_FOLDER, lambda name: Path(name).is_dir(), _from_parts(_read_idx_folder)),
+    Source("an .npz file", _is_npz, _from_parts(_read_npz)),
+]

@@ -332,7 +332,7 @@ def _image(tag: str, png: bytes) -> Summary:
 # --- Graphs
 
 
-@summary("end", levels=HISTOGRAMS, needs_test=True)
+@summary("start", levels=HISTOGRAMS)
 def conceptual_graph(context: Context) -> Iterator[Summary]:
     """Keras's: TensorBoard draws it from the model's JSON."""
     model = context.loop.state.model

@@ -24,7 +24,6 @@ class Context:
 
     Attributes:
       loop: whose records are written.
-      level: how much is written, one of LEVELS.
       folder: the run's own.
       settings: what is told of the run.
       step: the global step that the summary stands at.
@@ -32,11 +31,10 @@ class Context:
       epoch: the last record of an epoch; None before the first.
     """
 
-    def __init__(
-        self, loop: Loop, level: str, folder: Path, settings: Mapping[str, object]
-    ) -> None:
-        self.loop, self.level, self.folder, self.settings = loop, level, folder, settings
+    def __init__(self, loop: Loop, folder: Path, settings: Mapping[str, object]) -> None:
+        self.loop, self.folder, self.settings = loop, folder, settings
         self.step = 0
+        self._evaluated: tuple[int, np.ndarray] | None = None  # (step, outputs)
         self.call: Call | None = None
         self.epoch: Epoch | None = None
 
@@ -44,7 +42,10 @@ class Context:
         """[test images, outputs]: those of the last epoch, or of the present weights."""
         if self.epoch is not None and self.epoch.outputs is not None:
             return self.epoch.outputs
-        return self.loop.evaluate_with_outputs(self.loop.data.test)[1]
+        if self._evaluated is None or self._evaluated[0] != self.step:
+            outputs = self.loop.evaluate_with_outputs(self.loop.data.test)[1]
+            self._evaluated = self.step, outputs
+        return self._evaluated[1]
 
     def activations(self, images: np.ndarray) -> list[tuple[str, tf.Tensor]]:
         """(layer, activation) of images as they lie in the data."""
@@ -52,7 +53,7 @@ class Context:
         return list(models.activations(state.model, state.standardize(images)))
 
 
-class Summary(NamedTuple):
+class Registration(NamedTuple):
     """When a summary is written, into which run, and how it is made."""
 
     moment: Moment
@@ -62,7 +63,7 @@ class Summary(NamedTuple):
     make: Callable[[Context], Iterable[Any]]  # messages, TensorBoard's or TensorFlow's
 
 
-REGISTERED: list[Summary] = []
+REGISTERED: list[Registration] = []
 
 
 def summary(
@@ -81,7 +82,7 @@ def summary(
     """
 
     def register(make: Callable[[Context], Iterable[Any]]) -> Callable:
-        REGISTERED.append(Summary(moment, run, levels, needs_test, make))
+        REGISTERED.append(Registration(moment, run, levels, needs_test, make))
         return make
 
     return register

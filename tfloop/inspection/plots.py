@@ -199,7 +199,9 @@ class LivePlot:
         reference: float | None = None,
         before: Sequence[dict] = (),
     ) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           path: the file; None in a notebook.
           reference: an accuracy to draw a line at.
           before: epochs that were drawn before, as in result.json.

@@ -12,10 +12,12 @@ class Display:
     """Shows records as they come; `quiet` shows none. Use it in a `with` block."""
 
     def __init__(self, epochs: int, steps: int, quiet: bool = False) -> None:
-        """Args:
-        epochs: of the run.
-        steps: of an epoch.
-        quiet: show nothing but warnings.
+        """Make one.
+
+        Args:
+          epochs: of the run.
+          steps: of an epoch.
+          quiet: show nothing but warnings.
         """
         self._epochs, self._steps = epochs, steps
         self._console = Console(quiet=quiet, highlight=False)

@@ -41,7 +41,9 @@ class Summaries:
         settings: Mapping[str, object] | None = None,
         resumed: bool = False,
     ) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           folder: the run's own.
           loop: whose records they are.
           level: how much is written, one of LEVELS.
@@ -64,7 +66,7 @@ class Summaries:
             }
         self._folder, self._level = Path(folder), level
         self._files: dict[str, EventFile] = {}
-        self._context = Context(loop, level, self._folder, settings)
+        self._context = Context(loop, self._folder, settings)
         if not resumed:
             self._write_all("start", 0)
 
@@ -82,7 +84,7 @@ class Summaries:
         state, graph = self._context.loop.state, self._context.loop.graph
         self._write_all("end", int(state.global_step))
         has_test = bool(len(self._context.loop.data.test))
-        if graph is not None and self._level in ("default", "full") and has_test:
+        if graph is not None and self._level in dashboards.HISTOGRAMS and has_test:
             self._file("train").write_graph(graph)
         self.end(succeeded=True)
 

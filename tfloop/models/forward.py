@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfloop.models.layer_rules import over_parts, rule_of
+from tfloop.models.layer_rules import draws_by_position, over_parts, rule_of
 from tfloop.models.outputs import output_activation
 from tfloop.models.variables import Model
 from tfloop.randomness import Key
@@ -57,8 +57,9 @@ def logits(
     key: Key | None = None,
 ) -> tf.Tensor:
     """The last of what `activations` yields."""
-    *_, (_, outputs) = activations(model, images, sample_weight, training, key)
-    return outputs
+    for _, outputs in activations(model, images, sample_weight, training, key):
+        last = outputs  # what came before it may go
+    return last
 
 
 def apply_layer(
@@ -71,12 +72,12 @@ def apply_layer(
 ) -> tf.Tensor:
     """The activation of layer `index`, from the one before; arguments as in `activations`."""
     layer = model.layers[index]
-    rule = rule_of(layer)
-    if rule.draw and rule.stands_in(layer):
+    if draws_by_position(layer):
         if not training:
             return x
-        assert key is not None, "a model with dropout needs a key in training"
-        return rule.draw(layer, x, key.fold_in(index))
+        draw = rule_of(layer).draw
+        assert draw and key is not None, "a model with dropout needs a key in training"
+        return draw(layer, x, key.fold_in(index))
     over = over_parts(layer, training)
     if over and sample_weight is not None:
         return over(layer, [x], sample_weight)[0]

@@ -159,10 +159,12 @@ def structure(config: Config) -> tuple:
         "nonzero": bool,
         "length": len,
     }
+    retraces = {name: field.retrace for name, field in FIELDS.items()}
+    retraces |= dict.fromkeys(GROUPS["model"], "value")
     return tuple(
-        views[field.retrace](getattr(config, name))
-        for name, field in FIELDS.items()
-        if field.retrace != "never"
+        views[retrace](getattr(config, name))
+        for name, retrace in retraces.items()
+        if retrace != "never"
     )
 
 
@@ -313,7 +315,9 @@ class Sweep:
         device: str,
         say: Callable[[str], None],
     ) -> None:
-        """Args:
+        """Make one.
+
+        Args:
           config: the settings.
           trials: what is tried.
           data: the Dataset to train on and to choose by.
@@ -403,7 +407,8 @@ class Sweep:
                 assembly.settle(loop, trial.config)
                 run = Run(trial.config, loop, trial.folder, quiet, self._device)
                 trainings.append(run.train(started, _stop_at(loop, until, stop)))
-            for calls in Together(trainings):
+            together = locks.enter_context(contextlib.closing(Together(trainings)))
+            for calls in together:
                 with calls:
                     if self._side_by_side[key]:
                         self._side_by_side[key].make(calls)

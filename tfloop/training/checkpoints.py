@@ -26,10 +26,12 @@ class Checkpoints:
     """The checkpoints of one run: "000007-step-00004690", numbered in the order they were made."""
 
     def __init__(self, state: TrainState, folder: str | Path, keep: int = 2) -> None:
-        """Args:
-        state: what is saved.
-        folder: of the checkpoints alone.
-        keep: how many of the newest to keep.
+        """Make one.
+
+        Args:
+          state: what is saved.
+          folder: of the checkpoints alone.
+          keep: how many of the newest to keep.
         """
         self._state, self._folder, self._keep = state, Path(folder), keep
         self._tensors = _tensors(state)

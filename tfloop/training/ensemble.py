@@ -135,7 +135,11 @@ class Together(Iterator[Calls]):
     def __next__(self) -> Calls:
         return next(self._calls)
 
-    def _run(self) -> Iterator[Calls]:
+    def close(self) -> None:
+        """End the trainings that are still going on, so that they close their files."""
+        self._calls.close()
+
+    def _run(self) -> Generator[Calls, None, None]:
         failure: Exception | None = None
         try:
             while self._live:

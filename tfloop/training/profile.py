@@ -17,10 +17,12 @@ class Profile:
     """
 
     def __init__(self, config: Config, folder: Path, say: Callable[[str], None]) -> None:
-        """Args:
-        config: the settings.
-        folder: the run's.
-        say: is told what was recorded.
+        """Make one.
+
+        Args:
+          config: the settings.
+          folder: the run's.
+          say: is told what was recorded.
         """
         self._steps, self._folder, self._say = config.profile_steps, folder / "train", say
         self._is_running, self._is_done, self._last = False, False, 0

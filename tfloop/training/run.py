@@ -67,15 +67,17 @@ class Run:
         label: str = "",
         finished: bool = False,
     ) -> None:
-        """Args:
-        config: the settings.
-        loop: what trains.
-        folder: the run's.
-        display: where it is shown.
-        device: the device's name, for the record.
-        replicas: what it trains on, in place of one device.
-        label: which of several runs it is, on the display.
-        finished: it is finished already, so that there is only its state to be read.
+        """Make one.
+
+        Args:
+          config: the settings.
+          loop: what trains.
+          folder: the run's.
+          display: where it is shown.
+          device: the device's name, for the record.
+          replicas: what it trains on, in place of one device.
+          label: which of several runs it is, on the display.
+          finished: it is finished already, so that there is only its state to be read.
         """
         self.outputs: np.ndarray | None = None
         self._config, self._loop, self._folder = config, loop, folder
@@ -253,6 +255,9 @@ class Run:
                 f"{self._folder}: has made {done} epochs, more than --epochs={config.epochs}"
             )
         self._reached = Reached(**manifest["reached"])
+        for entry in self._reached.epochs:
+            if "rate" in entry:  # as version 0.1 called it
+                entry["learning_rate"] = entry.pop("rate")
         if differs:
             state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
         folders.write(self._folder / folders.CONFIG, config.to_json())
@@ -374,9 +379,11 @@ class Due:
     """Is it time for a checkpoint?"""
 
     def __init__(self, every: str, step: int) -> None:
-        """Args:
-        every: "epoch", a number of steps, "1000", or of seconds, "30s".
-        step: the global step at which the run goes on.
+        """Make one.
+
+        Args:
+          every: "epoch", a number of steps, "1000", or of seconds, "30s".
+          step: the global step at which the run goes on.
         """
         self._every, self._step, self._time = every, step, time.monotonic()
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,14 @@ def train(
         return session.results
 
 
+class _Planned(NamedTuple):
+    """A run that the command asks for."""
+
+    config: Config
+    folder: Path
+    is_done: bool  # all its epochs are trained already
+
+
 class Session:
     """The runs of one command. Use it in a `with` block.
 
@@ -90,7 +98,7 @@ class Session:
         resume: Sequence[Path],
         replicas: Replicas | None,
     ) -> None:
-        """Args: as those of `train`."""
+        """Arguments as those of `train`."""
         for folder in resume:
             if not folders.is_finished(folder):
                 folders.check_writable(folder, "--resume")
@@ -131,35 +139,46 @@ class Session:
           DivergenceError: a run diverged; those beside it have gone on to their end.
         """
         self._say_what_trains()
-        places = list(self._resume) or folders.create_all(self._config)
-        finished = [
-            bool(folders.epochs_done(folder, config))
-            for folder, config in zip(places, self._configs, strict=True)
-        ]
-        for folder, done in zip(places, finished, strict=True):
-            if not done:
-                self._locks.enter_context(folders.locked(folder))
-        for first in range(0, len(places), self._members):
-            rows = slice(first, first + self._members)
-            if self._agree(all(finished[rows]) and folders.all_finished(places[rows])):
-                self._leave(places[rows])
+        planned = self._plan()
+        for first in range(0, len(planned), self._members):
+            group = planned[first : first + self._members]
+            places = [plan.folder for plan in group]
+            if self._agree(all(plan.is_done for plan in group) and folders.all_finished(places)):
+                self._leave(places)
                 continue
-            runs = [
-                self._run(config, loop, folder, done)
-                for config, loop, folder, done in zip(
-                    self._configs[rows], self._loops, places[rows], finished[rows], strict=False
-                )
-            ]
-            group = Together([run.train(self._started, self._stop) for run in runs])
-            yield from group
-            if not self._close(runs, places[rows], group.ends):
+            loops = self._loops[: len(group)]  # the last group may have fewer members
+            runs = [self._run(plan, loop) for plan, loop in zip(group, loops, strict=True)]
+            together = Together([run.train(self._started, self._stop) for run in runs])
+            with contextlib.closing(together):
+                yield from together
+            if not self._close(runs, places, together.ends):
                 break
             self._started = time.perf_counter()
         self._say_the_mean()
 
-    def _run(self, config: Config, loop: Loop, folder: Path, done: bool) -> Run:
-        label = f"seed {config.seed}" if self._members > 1 else ""
-        return Run(config, loop, folder, self._display, self._device, self._replicas, label, done)
+    def _plan(self) -> list["_Planned"]:
+        """All runs of the command; those that are to be trained are locked."""
+        places = list(self._resume) or folders.create_all(self._config)
+        planned = []
+        for config, folder in zip(self._configs, places, strict=True):
+            planned.append(_Planned(config, folder, bool(folders.epochs_done(folder, config))))
+        for plan in planned:
+            if not plan.is_done:
+                self._locks.enter_context(folders.locked(plan.folder))
+        return planned
+
+    def _run(self, plan: "_Planned", loop: Loop) -> Run:
+        label = f"seed {plan.config.seed}" if self._members > 1 else ""
+        return Run(
+            plan.config,
+            loop,
+            plan.folder,
+            self._display,
+            self._device,
+            self._replicas,
+            label,
+            plan.is_done,
+        )
 
     def _leave(self, places: list[Path]) -> None:
         """These runs are finished: they are left as they are."""
@@ -187,12 +206,12 @@ class Session:
 
     def _judge(self, runs: list[Run], places: list[Path], ends: list[End]) -> None:
         """The test accuracy of several models' mean probabilities, after their last epoch."""
-        test = self._loops[0].data.test
+        test, loops = self._loops[0].data.test, self._loops[: len(runs)]
         outputs = [
             loop.evaluate_with_outputs(test)[1] if run.outputs is None else run.outputs
-            for loop, run in zip(self._loops, runs, strict=True)
+            for loop, run in zip(loops, runs, strict=True)
         ]
-        guesses = mean_probabilities(self._loops, outputs).argmax(axis=1)
+        guesses = mean_probabilities(loops, outputs).argmax(axis=1)
         accuracy = float(np.mean(guesses == test.labels))
         self._display.say(
             f"{len(runs)} together: test accuracy {100 * accuracy:.2f} %, by the mean of their "
