@@ -54,9 +54,8 @@ def main() -> None:
             if members > 1
             else group[0]["final"]["test"]["accuracy"]
         )
-        seconds = sum(
-            run["seconds"]["training"] for run in group
-        )  # members share the time of their calls
+        # Members share the time of their calls.
+        seconds = sum(run["seconds"]["training"] for run in group)
         until = (
             reached(group[0], options.target)
             if members == 1

@@ -52,9 +52,8 @@ MEASURED = ("speed/", "memory/")  # tags whose values are the machine's
 class Case(NamedTuple):
     pipeline: str
     optimizer: str
-    kills: tuple[
-        tuple[str, int], ...
-    ]  # (phase, count): at the count-th millisecond, or operation of the phase
+    # (phase, count): at the count-th millisecond, or operation of the phase.
+    kills: tuple[tuple[str, int], ...]
 
 
 def flags(case: Case, folder: Path) -> list[str]:

@@ -60,10 +60,8 @@ def main() -> None:
             skipped.append(name)
         else:
             contenders.append(contender)
-    first, tolerance = (
-        contenders[0],
-        1e-4 if options.precision == "float32" else 1e-2,
-    )  # TF32 has 10 bits
+    first = contenders[0]
+    tolerance = 1e-4 if options.precision == "float32" else 1e-2  # TF32 has 10 bits
     wrong = [
         c.label
         for c in contenders

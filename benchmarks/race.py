@@ -30,13 +30,14 @@ class Contender:
             0.0,
         )
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # All live at once.
         environment = {
             **os.environ,
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PYTHONPATH": os.pathsep.join(paths),
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        }  # all live at once
+        }
         environment.pop("TF_ENABLE_ONEDNN_OPTS", None)
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "contenders.py"), name, json.dumps(settings)],

@@ -77,9 +77,8 @@ def by_keras(epochs: int, validation_size: int, steps_per_execution: int) -> dic
         data.train.labels,
         (scaled(data.validation.images), data.validation.labels),
     )
-    model = models.build(
-        config, data.image_shape, data.classes
-    )  # TensorFlow is up before the clock runs
+    # TensorFlow is up before the clock runs.
+    model = models.build(config, data.image_shape, data.classes)
     model.predict(x[:64], verbose=0)
     accuracies, started = [], time.perf_counter()
     for l2, momentum in itertools.product(*GRID.values()):

@@ -62,9 +62,8 @@ def test_an_image_is_turned_and_scaled_about_its_middle(images, xla):
     places = np.indices((9, 7)).reshape(2, -1) - [[4], [3]]
     for image, turned, (angle, size) in list(zip(images.numpy(), found, draws))[:20]:
         a = np.deg2rad(30 * angle)
-        back = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) / (
-            1 + 0.2 * size
-        )  # (row, column) of the output → input
+        # (row, column) of the output → input.
+        back = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) / (1 + 0.2 * size)
         rows, columns = (back @ places + [[4], [3]]).reshape(2, 9, 7)
         np.testing.assert_allclose(turned, resampled(image, rows, columns), atol=1e-3)
 

@@ -63,9 +63,8 @@ def test_parity_names_the_step_and_the_layer_where_modes_part():
     found = {mode.mode: mode for mode in checks.parity(tfloop.Config.make(**SMALL), 3)}
     for mode in ("compiled, again", "host pipeline", "prefetch pipeline", "many steps a call"):
         assert found[mode].step is None
-    assert (
-        found["XLA"].step is not None and found["fast, 2 shards"].step is not None
-    )  # other orders of additions
+    # Other orders of additions.
+    assert found["XLA"].step is not None and found["fast, 2 shards"].step is not None
     for mode in found.values():
         if mode.step is not None:
             assert mode.step in (1, 2, 3) and mode.layer in (

@@ -453,9 +453,8 @@ def test_check_numerics_names_the_operation_and_the_layer(tmp_path):
     ), err
     from tfloop.training import saved_run
 
-    _, state, _ = saved_run.open_run(
-        tmp_path / "digits-001"
-    )  # moving averages too are those before the step
+    # Moving averages too are those before the step.
+    _, state, _ = saved_run.open_run(tmp_path / "digits-001")
     assert all(
         np.isfinite(v).all() and np.abs(v).max() < 1e6
         for v in state.non_trainable.values()

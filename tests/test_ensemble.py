@@ -111,9 +111,8 @@ def test_members_that_were_stopped_go_on_as_if_nothing_had_been(tmp_path):
     assert (
         not any(one["finished"] for one in cut) and "together" not in results(tmp_path / "cut")[0]
     )
-    shutil.rmtree(
-        max((tmp_path / "cut" / "digits-002" / "checkpoints").glob("0*"))
-    )  # one of them is further behind
+    # One of them is further behind.
+    shutil.rmtree(max((tmp_path / "cut" / "digits-002" / "checkpoints").glob("0*")))
     flags = [
         f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
         for name, value in settings.items()

@@ -10,10 +10,11 @@ from tfloop.inspection import evaluation, plots
 
 @pytest.mark.quick
 def test_precision_and_recall_by_class(random):
+    # Of class 4 there is no image.
     labels, probabilities = (
         random.integers(0, 4, 200),
         random.dirichlet(np.ones(5), 200),
-    )  # of class 4 there is no image
+    )
     found, guesses = evaluation.by_class(labels, probabilities), probabilities.argmax(axis=1)
     for label in range(5):
         assert found.precision[label] == precision_score(labels == label, guesses == label)

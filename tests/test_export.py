@@ -249,9 +249,8 @@ def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys)
         np.testing.assert_allclose(predictions.predict(state, images), expected, atol=1e-5)
     assert main(["train", f"--resume={tmp_path}/digits-001"]) == 0
     result = json.loads((tmp_path / "digits-001" / "result.json").read_text())
-    assert (
-        result["finished"] and result["final"]["train"]["accuracy"] > 0.85
-    )  # from random weights: below 0.7
+    # From random weights: below 0.7.
+    assert result["finished"] and result["final"]["train"]["accuracy"] > 0.85
     assert list((tmp_path / "digits-001").glob("train/*tfevents*"))
 
 

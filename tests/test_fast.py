@@ -68,9 +68,8 @@ def test_values_and_gradients_are_those_of_the_twin(random, case, shards):
     sharded = found(functools.partial(fast.logits, shards=shards))
     largest = max(np.abs(value).max() for value in plain.values())
     for name, expected in plain.items():
-        scale = max(
-            np.abs(expected).max(), 0.1 * largest
-        )  # a bias before batch normalisation has gradient 0, rounded
+        # A bias before batch normalisation has gradient 0, rounded.
+        scale = max(np.abs(expected).max(), 0.1 * largest)
         np.testing.assert_allclose(sharded[name] / scale, expected / scale, atol=2e-5, err_msg=name)
 
 

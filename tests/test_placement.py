@@ -106,12 +106,10 @@ def compiled(function, *specs) -> tf.Graph:
 def test_it_sees_what_crosses():
     pixels, count = tf.TensorSpec([8], tf.float32), tf.TensorSpec([], tf.int32)
     assert not crossings(compiled(lambda x: tf.nn.relu(x) * 2.0, pixels))
-    assert (
-        len(crossings(compiled(lambda x: tf.cast(x, tf.int32) + 1, pixels))) == 1
-    )  # down: int32 sums are the host's
-    assert (
-        len(crossings(compiled(lambda x, n: x * tf.cast(n, tf.float32), pixels, count))) == 1
-    )  # up
+    # Down: int32 sums are the host's.
+    assert len(crossings(compiled(lambda x: tf.cast(x, tf.int32) + 1, pixels))) == 1
+    # Up.
+    assert len(crossings(compiled(lambda x, n: x * tf.cast(n, tf.float32), pixels, count))) == 1
     assert len(crossings(compiled(lambda x: x + tf.cast(tf.timestamp(), tf.float32), pixels))) == 1
     assert (
         len(
@@ -152,9 +150,8 @@ def test_it_sees_what_crosses():
     ids=lambda settings: " ".join(map(str, settings.values())) or "default",
 )
 def test_nothing_crosses_inside_a_step(loop, settings):
-    job = loop(
-        **settings, deterministic=True
-    )  # which leaves out the clock that a CPU has around the input
+    # Which leaves out the clock that a CPU has around the input.
+    job = loop(**settings, deterministic=True)
     job.warm_up()
     assert crossings(job.graph) == []
 

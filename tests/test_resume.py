@@ -276,10 +276,8 @@ def test_what_was_begun_together_is_known_by_its_folders(config, tmp_path):
         )
         == 0
     )
-    assert (
-        not (alone / "result.json").exists()
-        and result(tmp_path / "digits-005")["config"]["seed"] == 1
-    )  # that one was not asked for
+    assert not (alone / "result.json").exists()  # that one was not asked for
+    assert result(tmp_path / "digits-005")["config"]["seed"] == 1
 
 
 def test_members_are_unfinished_until_they_were_judged_together(config):
@@ -561,15 +559,12 @@ def test_early_stopping_ends_a_run_after_epochs_without_a_better_validation_accu
         in capsys.readouterr().out
     )
     resumed = session.train(config(**settings), resume=[Path(cut["folder"])])[0]
-    assert resumed["state_sha256"] == whole["state_sha256"] and len(resumed["epochs"]) == len(
-        accuracies
-    )
-    again = session.train(config(**settings), resume=[Path(cut["folder"])])[
-        0
-    ]  # nothing is left to do
-    assert again["state_sha256"] == whole["state_sha256"] and len(again["epochs"]) == len(
-        accuracies
-    )
+    assert resumed["state_sha256"] == whole["state_sha256"]
+    assert len(resumed["epochs"]) == len(accuracies)
+    # Nothing is left to do.
+    again = session.train(config(**settings), resume=[Path(cut["folder"])])[0]
+    assert again["state_sha256"] == whole["state_sha256"]
+    assert len(again["epochs"]) == len(accuracies)
 
 
 @pytest.mark.skipif(

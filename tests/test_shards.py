@@ -126,9 +126,8 @@ def test_each_worker_reads_its_part_of_every_batch(packed):
         pipelines.Streamed(data.train, 96, False, part, of)
         for part, of in ((0, 1), (0, 3), (1, 3), (2, 3))
     ]
-    whole_batch, *part_batches = [
-        next(pipeline.begin(1, 2, 14)) for pipeline in (whole, *parts)
-    ]  # the last, filled up
+    # The last, filled up.
+    whole_batch, *part_batches = [next(pipeline.begin(1, 2, 14)) for pipeline in (whole, *parts)]
     for found, expected in zip(zip(*part_batches), whole_batch):
         np.testing.assert_array_equal(tf.concat(found, axis=0), expected)
 
@@ -333,9 +332,8 @@ def test_a_record_that_is_damaged_after_it_was_indexed_is_noticed_while_training
     path, number, offset, length = place(copy, 5)
     about = path.stat()
     damage(path, offset + length // 2)
-    os.utime(
-        path, ns=(about.st_atime_ns, about.st_mtime_ns)
-    )  # nothing about the file has changed but its content
+    # Nothing about the file has changed but its content.
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
     code = main(
         [
             "train",

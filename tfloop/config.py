@@ -555,7 +555,7 @@ def _check_formats(config: Config) -> None:
         )
 
 
-def _exclude(one: str, other: str, reason: str) -> UserError:
+def _exclusion(one: str, other: str, reason: str) -> UserError:
     return UserError(f"--{one} and --{other} exclude each other: {reason}")
 
 
@@ -565,23 +565,23 @@ def _check_modes(config: Config) -> None:
     if config.strategy != "none":
         for name in alone:
             if getattr(config, name):
-                raise _exclude(f"strategy={config.strategy}", name, f"try --{name} on one device")
+                raise _exclusion(f"strategy={config.strategy}", name, f"try --{name} on one device")
     elif config.replicas:
         raise UserError(
             f"--replicas={config.replicas} counts with --strategy=mirrored or multi_worker only"
         )
     if config.debugger_dump and config.jit_compile:
-        raise _exclude("debugger_dump", "jit_compile", "XLA leaves nothing to look into")
+        raise _exclusion("debugger_dump", "jit_compile", "XLA leaves nothing to look into")
     if config.check_numerics:
         if config.precision == "mixed_float16":
-            raise _exclude(
+            raise _exclusion(
                 "check_numerics", "precision=mixed_float16", "there an overflow is nothing unusual"
             )
         for name in ("jit_compile", "debugger_dump"):
             if getattr(config, name):
-                raise _exclude("check_numerics", name, "TensorFlow cannot do both")
+                raise _exclusion("check_numerics", name, "TensorFlow cannot do both")
     if config.eager and config.jit_compile:
-        raise _exclude("eager", "jit_compile", "one runs op by op, the other compiles")
+        raise _exclusion("eager", "jit_compile", "one runs op by op, the other compiles")
     limits = (config.clip_value, config.clip_norm, config.clip_global_norm)
     if sum(limit is not None for limit in limits) > 1:
         raise UserError(
@@ -604,11 +604,11 @@ def _check_seeds(config: Config) -> None:
     if config.ensemble > 1:
         for name in ("runs", "strategy", "eager", "check_numerics", "debugger_dump", "profile"):
             if getattr(config, name) != FIELDS[name].default:
-                raise _exclude(ensemble, name, f"try --{name} on one model")
+                raise _exclusion(ensemble, name, f"try --{name} on one model")
         if config.on_nan == "rewind":
             reason = "a model that diverges ends, the others go on"
-            raise _exclude(ensemble, "on_nan=rewind", reason)
+            raise _exclusion(ensemble, "on_nan=rewind", reason)
     if config.seeds and config.seed:
-        raise _exclude("seed", "seeds", "--seeds trains once for each seed")
+        raise _exclusion("seed", "seeds", "--seeds trains once for each seed")
     if config.seeds and config.runs > 1:
-        raise _exclude("seeds", "runs", "--seeds trains once for each seed")
+        raise _exclusion("seeds", "runs", "--seeds trains once for each seed")

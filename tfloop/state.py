@@ -170,8 +170,8 @@ class TrainState(tf.Module):
         }
         self.ema_weights = None
         if ema is not None:
-            own = tf.Variable(ema, dtype=tf.float64, trainable=False, name="ema")
-            self._own_hyper["ema"] = own
+            decay = tf.Variable(ema, dtype=tf.float64, trainable=False, name="ema")
+            self._own_hyper["ema"] = decay
             self.ema_weights = tf.Variable(self._flat(), trainable=False, name="ema_weights")
 
     def _make_counters(self, seed: int) -> None:

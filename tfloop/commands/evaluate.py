@@ -32,8 +32,8 @@ def evaluate(config: Config, options: dict[str, Any], arguments: list[str]) -> i
                 "or give --dataset"
             )
         loops.append(loop)
-        metrics, own = loop.evaluate_with_outputs(loop.data.test)
-        outputs.append(own)
+        metrics, logits = loop.evaluate_with_outputs(loop.data.test)
+        outputs.append(logits)
         prefix = f"{folder}: " if len(arguments) > 1 else ""
         print(
             f"{prefix}{len(loop.data.test)} test images of {name}: loss {metrics.total:.4f} (data "

@@ -46,17 +46,17 @@ def _flags(config: Config, options: dict[str, Any], workers: int) -> list[str]:
 
     preset = Config.make(config.preset)
     threads = max(1, devices.cores() // workers)
-    own: dict[str, Any] = {"preset": config.preset}
-    own |= {"shards": threads, "intra_op_threads": 1, "inter_op_threads": threads}
+    flags: dict[str, Any] = {"preset": config.preset}
+    flags |= {"shards": threads, "intra_op_threads": 1, "inter_op_threads": threads}
     for name in FIELDS:
         value = getattr(config, name)
         if value != getattr(preset, name) or name in options["given"]:
-            own[name] = value
-    own["strategy"] = "multi_worker"
+            flags[name] = value
+    flags["strategy"] = "multi_worker"
     for name in ("resume", "override"):
         if options[name]:
-            own[name] = options[name]
-    return [f"--{name}={value_text(value)}" for name, value in own.items()]
+            flags[name] = options[name]
+    return [f"--{name}={value_text(value)}" for name, value in flags.items()]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -25,23 +25,23 @@ def lr_find(config: Config, options: dict[str, Any], arguments: list[str]) -> in
 
     loop = make_loop(config)
     before = loop.state.digest()
-    found = range_test(loop, low, high, steps)
+    result = range_test(loop, low, high, steps)
     state = "as it was" if loop.state.digest() == before else "CHANGED"
     print(
-        f"{len(found.rates)} steps of {config.batch_size} images at rates from {low:g} to "
-        f"{found.rates[-1]:.3g}, {config.optimizer}; the state is {state}"
+        f"{len(result.rates)} steps of {config.batch_size} images at rates from {low:g} to "
+        f"{result.rates[-1]:.3g}, {config.optimizer}; the state is {state}"
     )
     print(f"{'rate':>10}  loss, smoothed")
-    for row in sorted({round(share * (len(found.rates) - 1) / 12) for share in range(13)}):
-        print(f"{found.rates[row]:10.2e}  {found.smoothed[row]:.4f}")
-    too_large = f", and too large at {found.rates[-1]:.1e}" if found.diverged else ""
+    for row in sorted({round(share * (len(result.rates) - 1) / 12) for share in range(13)}):
+        print(f"{result.rates[row]:10.2e}  {result.smoothed[row]:.4f}")
+    too_large = f", and too large at {result.rates[-1]:.1e}" if result.diverged else ""
     print(
-        f"suggestion: --learning_rate={found.suggestion:.1e}, where the loss falls fastest; it is "
-        f"least at {found.least:.1e}{too_large}"
+        f"suggestion: --learning_rate={result.suggestion:.1e}, where the loss falls fastest; it is "
+        f"least at {result.least:.1e}{too_large}"
     )
     if options["plot"]:
         title = f"range test: {config.preset}, {config.optimizer}, batch {config.batch_size}"
-        plots.range_test(found, title, options["plot"])
+        plots.range_test(result, title, options["plot"])
         print(options["plot"])
     return 0
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tfloop.data import shards, sources
 from tfloop.data.dataset import Dataset, Split
 from tfloop.errors import UserError
-from tfloop.wording import plural, shape_text
+from tfloop.wording import shape_text
 
 PICTURES = (".png", ".jpg", ".jpeg")
 TEST_SHARE = 0.1  # of each class, where pictures are not divided into train and test
@@ -152,9 +152,8 @@ def _classes(root: Path) -> list[str]:
     """The names of the class folders in `root`, sorted; a class's number is its place here."""
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     if len(classes) < 2:
-        folders = plural("folder", len(classes) or 2)
-        found = f"{len(classes) or 'no'} class {folders}"
-        raise UserError(f"{root}: holds {found}; there must be two or more")
+        held = "1 class folder" if classes else "no class folders"
+        raise UserError(f"{root}: holds {held}; there must be two or more")
     return classes
 
 

@@ -39,13 +39,13 @@ def schedule(
     save(figure, path)
 
 
-def range_test(found: Any, title: str, path: str | Path) -> None:
+def range_test(result: Any, title: str, path: str | Path) -> None:
     """The loss over the rate, from a `range_test.RangeTest`, with what it suggests."""
     figure, axes = _figure()
     colour, label = COLOURS[0], "loss of each step's batch"
-    axes.plot(found.rates, found.losses, color=colour, linewidth=0.6, alpha=0.4, label=label)
-    axes.plot(found.rates, found.smoothed, color=colour, linewidth=1.8, label="smoothed")
-    marks = ((found.suggestion, "falls fastest", "right"), (found.least, "least", "left"))
+    axes.plot(result.rates, result.losses, color=colour, linewidth=0.6, alpha=0.4, label=label)
+    axes.plot(result.rates, result.smoothed, color=colour, linewidth=1.8, label="smoothed")
+    marks = ((result.suggestion, "falls fastest", "right"), (result.least, "least", "left"))
     for rate, what, side in marks:
         style = ":" if what == "least" else "--"
         axes.axvline(rate, color=COLOURS[1], linewidth=1, linestyle=style)
@@ -59,7 +59,7 @@ def range_test(found: Any, title: str, path: str | Path) -> None:
             color=COLOURS[1],
         )
     axes.set(title=title, xlabel="learning rate", ylabel="loss", xscale="log")
-    axes.set(ylim=(0, 1.3 * found.smoothed[:10].max()))
+    axes.set(ylim=(0, 1.3 * result.smoothed[:10].max()))
     axes.legend(loc="lower left", fontsize=8)
     save(figure, path)
 

@@ -266,13 +266,11 @@ def _ask(place: Place, hello: dict, timeout: float) -> dict:
     while True:
         left = deadline - time.monotonic()
         try:
-            with socket.create_connection(
-                (host, int(port)), timeout=max(0.1, min(left, 5.0))
-            ) as connection:
+            patience = max(0.1, min(left, 5.0))
+            with socket.create_connection((host, int(port)), timeout=patience) as connection:
                 _send(connection, hello)
-                connection.settimeout(
-                    max(0.1, left + 5.0)
-                )  # the chief waits as long for the others
+                # The chief waits as long for the others.
+                connection.settimeout(max(0.1, left + 5.0))
                 if answer := _read(connection):
                     return answer
         except OSError:

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tfloop.errors import UserError
 from tfloop.models.variables import Model
 
-ACTIVATIONS = ("softmax", "sigmoid")
+LEFT_OUT = ("softmax", "sigmoid")
 
 
 def output_activation(model: Model) -> str:
@@ -72,4 +72,4 @@ def _activation_name(layer: keras.layers.Layer) -> str:
     if isinstance(layer, keras.layers.Softmax):
         return "softmax"
     name = getattr(getattr(layer, "activation", None), "__name__", "")
-    return name if name in ACTIVATIONS else ""
+    return name if name in LEFT_OUT else ""

@@ -21,9 +21,8 @@ class RangeTest(NamedTuple):
     rates: np.ndarray  # [steps], those that were made
     losses: np.ndarray  # [steps], of each step's batch, before its update
     smoothed: np.ndarray  # [steps]
-    suggestion: (
-        float  # the rate at which the smoothed loss falls fastest, over the rate's logarithm
-    )
+    # The rate at which the smoothed loss falls fastest, over the rate's logarithm.
+    suggestion: float
     least: float  # the rate at which it is least
     diverged: bool  # did the loss become too large, or NaN, before the highest rate?
 
@@ -44,7 +43,7 @@ def range_test(loop: Loop, low: float = 1e-6, high: float = 1.0, steps: int = 30
         )
     rates = low * (high / low) ** (np.arange(steps) / (steps - 1))
     losses, diverged = _train_at(loop, rates)
-    smoothed, made = smooth(losses), rates[: len(losses)]
+    smoothed, tried = smooth(losses), rates[: len(losses)]
     lowest = int(smoothed.argmin()) if len(smoothed) else 0
     if lowest < 2:
         raise UserError(
@@ -54,10 +53,10 @@ def range_test(loop: Loop, low: float = 1e-6, high: float = 1.0, steps: int = 30
     # The first means are of a few losses, and jump.
     settled = min(round(1 / (1 - SMOOTHING)), lowest // 2)
     falling = slice(lowest + 1)
-    slope = np.gradient(smoothed[falling], np.log(made[falling]))[settled:]
+    slope = np.gradient(smoothed[falling], np.log(tried[falling]))[settled:]
     steepest = settled + slope.argmin()
-    suggestion, least = float(made[steepest]), float(made[lowest])
-    return RangeTest(made, np.array(losses), smoothed, suggestion, least, bool(diverged))
+    suggestion, least = float(tried[steepest]), float(tried[lowest])
+    return RangeTest(tried, np.array(losses), smoothed, suggestion, least, bool(diverged))
 
 
 def _train_at(loop: Loop, rates: np.ndarray) -> tuple[list[float], bool]:

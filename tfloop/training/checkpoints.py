@@ -90,7 +90,7 @@ class Checkpoints:
         return f"; the last checkpoint is {kept[0]}"
 
     def _clean(self) -> None:
-        """Remove what an interrupted `save` left."""
+        """Remove what is no longer needed, and what an interrupted `save` left."""
         for ending in ("partial", "deleted"):
             for path in self._folder.glob(f"*.{ending}"):
                 shutil.rmtree(path, ignore_errors=True)
