@@ -216,7 +216,8 @@ def test_schedule_prints_the_rate_and_plots_it(tmp_path, capsys):
     "flags, message",
     [
         (["--nonsense=1"], "Unknown command line flag 'nonsense'; see tfloop train --help"),
-        (["--epoch=1"], "Did you mean: epochs"),
+        (["--epoch=1"], "Did you mean: epochs?; see tfloop train --help"),
+        (["--fast=maybe"], "tfloop: --fast=maybe: expected true or false; see tfloop train"),
         (["extra"], "train takes flags only, found 'extra'"),
         (["--flagfile=/nowhere"], "/nowhere"),
         (["--config=/nowhere"], "--config=/nowhere: cannot be read"),

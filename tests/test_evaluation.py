@@ -140,3 +140,12 @@ def test_runs_on_other_images_are_not_averaged(tmp_path, capsys):
         )
     assert main(["evaluate", str(tmp_path / "digits-001"), str(tmp_path / "digits-002")]) == 2
     assert "digits-002: has other test images than" in capsys.readouterr().err
+
+
+def test_a_plot_shows_where_every_curve_ends_whatever_the_reference():
+    runs = {
+        "good": {"test/accuracy": ([1, 2], [0.5, 0.92])},
+        "weak": {"test/accuracy": ([1, 2], [0.3, 0.73])},
+    }
+    low, high = plots.curves(runs, reference=0.99).axes[0].get_ylim()
+    assert 0.3 < low < 0.73 and 0.99 < high <= 1.02

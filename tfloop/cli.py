@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is los
 143 terminated. Only this module knows absl.
 """
 
+import re
 import sys
 from typing import Any
 
@@ -72,7 +73,10 @@ def _main(argv: list[str]) -> int:
     try:
         arguments = parsed([name, *rest])[1:]
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split()) + f"; see tfloop {name} --help") from None
+        said = " ".join(str(error).split()).replace(" ?", "?")
+        if switch := re.match(r"flag --(\w+)=(.*): .*Non-boolean argument", said):
+            said = f"--{switch[1]}={switch[2]}: expected true or false"
+        raise UserError(f"{said.rstrip('.')}; see tfloop {name} --help") from None
     except UnicodeDecodeError:
         raise UserError("--flagfile: not a text file") from None
     if arguments and not command.arguments:

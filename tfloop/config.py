@@ -210,8 +210,8 @@ class ExecutionSettings:
     )
     strategy: str = option(
         "none",
-        "none: one device; mirrored: a replica on each GPU, or of the CPU; multi_worker: several "
-        "processes, by TF_CONFIG or Slurm",
+        "none: one device; mirrored: a replica on each GPU or of the CPU; multi_worker: by "
+        "TF_CONFIG or Slurm",
         choices=("none", "mirrored", "multi_worker"),
     )
     replicas: int = option(

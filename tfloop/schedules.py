@@ -198,7 +198,7 @@ class ScheduleSettings:
     )
     decay_steps: float | None = option(
         None,
-        "steps to its end, by default the whole run; inverse_time, exponential: to one decay, 1",
+        "length in steps; unset, the rule's default, or else that of the run",
         within=POSITIVE,
     )
     decay_rate: float | None = option(

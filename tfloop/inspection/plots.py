@@ -137,14 +137,16 @@ def _accuracy_limits(
 ) -> tuple[float, float] | None:
     """From the middle of the first climb on: the rest is decided in the last per cent."""
     accuracies = [] if reference is None else [reference]
+    ends = []
     for series in runs.values():
         for key, (_, y) in series.items():
-            if key.endswith("accuracy"):
-                accuracies += y
-    accuracies = [value for value in accuracies if math.isfinite(value)]
+            if key.endswith("accuracy") and (finite := [v for v in y if math.isfinite(v)]):
+                accuracies += finite
+                ends.append(finite[-1])
     if not accuracies:
         return None
-    low = max(min(accuracies), 1 - 8 * (1 - max(accuracies)) - 0.01)
+    # The end of every curve is in sight.
+    low = min([max(min(accuracies), 1 - 8 * (1 - max(accuracies)) - 0.01), *ends])
     bottom = low - 0.03 * (1 - low) - 1e-4
     return bottom, min(1.0, max(accuracies)) + 0.05 * (1 - low) + 1e-4
 

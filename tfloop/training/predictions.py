@@ -32,7 +32,8 @@ def read_images(path: str | Path, shape: tuple[int, int, int]) -> tuple[list[str
         images = [_read_picture(file, shape) for file in files]
         return [file.name for file in files], np.stack(images)
     if path.suffix != ".npz" or not path.is_file():
-        raise UserError(f"{path}: expected a folder of pictures or an .npz file")
+        missing = "" if path.exists() else "does not exist; "
+        raise UserError(f"{path}: {missing}expected a folder of pictures or an .npz file")
     arrays = read_npz(path)
     name = next((name for name in ARRAYS if name in arrays), None)
     if name is None:
