@@ -7,7 +7,7 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -63,8 +63,9 @@ def train(
         if replicas and not replicas.is_chief:
             _follow(config, stop, replicas)
             return []
-        with Session(config, device, started, stop, resume, replicas) as session:
-            for calls in session.calls():
+        session = Session(config, device, started, stop, resume, replicas)
+        with session, contextlib.closing(session.calls()) as all_calls:
+            for calls in all_calls:
                 with calls:
                     if session.side_by_side:
                         session.side_by_side.make(calls)
@@ -132,7 +133,7 @@ class Session:
         self._locks.close()
         self._display.__exit__(kind, error, traceback)
 
-    def calls(self) -> Iterator[Calls]:
+    def calls(self) -> Generator[Calls, None, None]:
         """The calls that the runs are ready for; as many runs at a time as an ensemble has members.
 
         Raises:
@@ -156,7 +157,7 @@ class Session:
             self._started = time.perf_counter()
         self._say_the_mean()
 
-    def _plan(self) -> list["_Planned"]:
+    def _plan(self) -> list[_Planned]:
         """All runs of the command; those that are to be trained are locked."""
         places = list(self._resume) or folders.create_all(self._config)
         planned = []
@@ -167,7 +168,7 @@ class Session:
                 self._locks.enter_context(folders.locked(plan.folder))
         return planned
 
-    def _run(self, plan: "_Planned", loop: Loop) -> Run:
+    def _run(self, plan: _Planned, loop: Loop) -> Run:
         label = f"seed {plan.config.seed}" if self._members > 1 else ""
         return Run(
             plan.config,
