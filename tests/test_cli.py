@@ -542,6 +542,7 @@ def test_divergence_is_exit_code_3_and_keeps_the_last_good_weights(train, tmp_pa
     assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_flag(capsys, command):
     assert main([command, "--help"]) == 0
