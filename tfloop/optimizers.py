@@ -49,7 +49,8 @@ def keeps(*slots: str | Slot) -> Callable[[Callable], Callable]:
     """A decorator that names the slots of a rule; a plain name is a vector that starts at 0."""
 
     def mark(rule: Callable) -> Callable:
-        rule.slots = [Slot(slot) if isinstance(slot, str) else slot for slot in slots]  # type: ignore[attr-defined]
+        kept = [Slot(slot) if isinstance(slot, str) else slot for slot in slots]
+        rule.slots = kept  # type: ignore[attr-defined]  # a function takes attributes
         return rule
 
     return mark

@@ -43,9 +43,6 @@ class Registry(Mapping[str, Callable]):
         self._functions[function.__name__] = function
         return function
 
-    def remove(self, name: str) -> None:
-        del self._functions[name]
-
     def bind(self, name: str, hyper: Mapping[str, Any], fields: Mapping[str, Field]) -> Bound:
         """The function `name` with `hyper` over the defaults of its signature.
 

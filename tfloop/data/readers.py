@@ -42,7 +42,7 @@ def read_idx(path: str | Path, sha256: str | None = None) -> np.ndarray:
     limit = len(content) * (DEFLATE_LIMIT if is_zipped else 1)
     stream: BinaryIO = io.BytesIO(content)
     if is_zipped:
-        stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
+        stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]  # a stream, too
     try:
         shape, dtype = _read_idx_header(stream, path)
         expected = math.prod(shape) * dtype.itemsize

@@ -338,7 +338,7 @@ def _write_index(folder: Path, index: _Index) -> None:
         arrays[f"{name}_damaged"] = np.array(part.damaged, dtype=np.str_)
     partial = folder / f"{INDEX}.{os.getpid()}.partial.npz"
     try:
-        np.savez(partial, **arrays)  # type: ignore[arg-type]
+        np.savez(partial, **arrays)  # type: ignore[arg-type]  # arrays by name
         partial.replace(folder / INDEX)
     except OSError:  # a folder that may not be written to is indexed anew each time
         partial.unlink(missing_ok=True)

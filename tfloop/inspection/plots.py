@@ -371,7 +371,7 @@ def evaluation(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))  # type: ignore[misc]
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))  # type: ignore[misc]  # an array
     _draw_calibration(left, calibration)
     if not len(images):
         return figure

@@ -231,7 +231,7 @@ def _hidden(*packages: str) -> Iterator[None]:
     4.6 s that TensorFlow's import takes. Who needs them imports them after it.
     """
     hidden = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None hides it
     try:
         yield
     finally:
