@@ -6,6 +6,7 @@ what the order of operations buys by itself. The whole step is timed as `train` 
 shards and threads it chooses, against `train --nofast --shards=1`, in processes that take turns.
 """
 
+import functools
 import statistics
 import time
 
@@ -43,7 +44,7 @@ def alone(settings: dict, shape, repeats: int) -> dict[str, tuple[float, float]]
 
     from tfloop import models
     from tfloop.config import Config
-    from tfloop.models import fast
+    from tfloop.randomness import Key
 
     config = Config.make(**settings)
     model = models.build(config, tuple(shape), 10)
@@ -54,16 +55,15 @@ def alone(settings: dict, shape, repeats: int) -> dict[str, tuple[float, float]]
         @tf.function(autograph=False)
         def call():
             with tf.GradientTape() as tape:
-                loss = tf.nn.l2_loss(
-                    forward(model, images, tf.ones(config.batch_size), True, tf.constant([0, 0]))
-                )
+                loss = tf.nn.l2_loss(forward(model, images, True, Key(tf.zeros([2], tf.int64))))
             return tape.gradient(loss, weights) if gradient else loss
 
         return call
 
     found = {}
     for what, gradient in (("forward", False), ("gradient", True)):
-        calls, times = [make(models.logits, gradient), make(fast.logits, gradient)], ([], [])
+        passes = models.outputs, functools.partial(models.outputs, fast=True)
+        calls, times = [make(forward, gradient) for forward in passes], ([], [])
         for _ in range(repeats + 3):
             for call, kept in zip(calls, times, strict=True):
                 started = time.perf_counter()

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tfloop
-from tfloop import commands
+from tfloop import commands, models
 from tfloop.cli import main
 from tfloop.commands.command import Command
 from tfloop.data import sources
@@ -17,7 +17,7 @@ from tfloop.data.dataset import from_arrays
 from tfloop.inspection.dashboards import scalars
 from tfloop.inspection.event_files import read_scalars
 from tfloop.inspection.moments import summary
-from tfloop.models import fast, layer_rules
+from tfloop.models import layer_rules
 from tfloop.optimizers import OPTIMIZERS, f32, keeps
 from tfloop.schedules import SCHEDULES
 from tfloop.search import sweeps
@@ -96,7 +96,7 @@ def test_a_layer_kind(random):
 
     def rows():
         Double.rows.clear()
-        outputs = fast.logits(model, images, training=True, shards=2)
+        outputs = models.outputs(model, images, training=True, fast=True, shards=2)
         np.testing.assert_allclose(outputs, expected, atol=1e-6)
         return Double.rows
 

@@ -103,7 +103,7 @@ def test_predictions_averaged_over_shifts_are_the_mean_of_five(loop, digits):
 
     def plain(view):
         return tfloop.models.probabilities(
-            one.state.model, tfloop.models.logits(one.state.model, one.state.standardize(view))
+            one.state.model, tfloop.models.outputs(one.state.model, one.state.standardize(view))
         ).numpy()
 
     expected = np.mean([plain(view) for view in views], axis=0)

@@ -13,9 +13,11 @@ import tensorflow as tf
 from tfloop import models
 from tfloop.config import Config
 from tfloop.machine.devices import _hidden, choose, start
-from tfloop.models import fast
+from tfloop.models.fast import used_pixels
+from tfloop.models.program import program_of
 from tfloop.randomness import Key, seed_of
 
+fast = functools.partial(models.outputs, fast=True)
 pytestmark = pytest.mark.quick
 
 CASES = {
@@ -37,18 +39,11 @@ CASES = {
 }
 
 
-def outputs_and_gradients(forward, model, images, rows=None):
-    """Logits, moving averages after it, and the gradient of Σ logits² / 2, by name; of the first
-    rows, others only fill up."""
+def outputs_and_gradients(forward, model, images):
+    """Logits, moving averages after it, and the gradient of Σ logits² / 2, by name."""
     trainable, moving = models.named_variables(model)
     with tf.GradientTape() as tape:
-        found = forward(
-            model,
-            images,
-            tf.cast(tf.range(len(images)) < (rows or len(images)), tf.float32),
-            True,
-            Key(seed_of(0, 1)),
-        )[:rows]
+        found = forward(model, images, True, Key(seed_of(0, 1)))
         loss = tf.nn.l2_loss(found)
     gradients = tape.gradient(loss, trainable)
     return {"logits": found, **gradients, **{name: v.numpy() for name, v in moving.items()}}
@@ -64,8 +59,8 @@ def test_values_and_gradients_are_those_of_the_twin(random, case, shards):
         model = models.build(Config.make(**settings), shape, 10)
         return outputs_and_gradients(forward, model, images)
 
-    plain = found(models.logits)
-    sharded = found(functools.partial(fast.logits, shards=shards))
+    plain = found(models.outputs)
+    sharded = found(functools.partial(fast, shards=shards))
     largest = max(np.abs(value).max() for value in plain.values())
     for name, expected in plain.items():
         # A bias before batch normalisation has gradient 0, rounded.
@@ -75,19 +70,17 @@ def test_values_and_gradients_are_those_of_the_twin(random, case, shards):
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("rows", [8, 5, 1])
-def test_batch_normalisation_sees_all_shards_and_not_what_fills_them_up(random, rows, precision):
-    images = tf.constant(random.normal(3, 2, size=(8, 12, 12, 1)).astype(np.float32))
+def test_batch_normalisation_sees_all_shards(random, rows, precision):
+    images = tf.constant(random.normal(3, 2, size=(rows, 12, 12, 1)).astype(np.float32))
 
     def build(precision):
         small = dict(batch_norm=True, conv=(4, 5), pool=(2,), dense=(6,))
         return models.build(Config.make(**small, precision=precision), (12, 12, 1), 3)
 
     exact, plain = (
-        outputs_and_gradients(models.logits, build(p), images, rows) for p in ("float32", precision)
+        outputs_and_gradients(models.outputs, build(p), images) for p in ("float32", precision)
     )
-    sharded = outputs_and_gradients(
-        functools.partial(fast.logits, shards=3), build(precision), images, rows
-    )
+    sharded = outputs_and_gradients(functools.partial(fast, shards=3), build(precision), images)
     largest = max(np.abs(value).max() for value in exact.values())
     for name, expected in exact.items():
         rounding = 2e-5 * largest
@@ -106,7 +99,7 @@ def test_ties_go_where_the_twin_sends_them(random):
         np.float32
     )
     results = []
-    for forward in (models.logits, fast.logits):
+    for forward in (models.outputs, fast):
         model = models.build(Config.make(), (28, 28, 1), 10)
         for variable in models.named_variables(model)[0].values():
             variable.assign(tf.round(8 * variable) / 8)
@@ -132,7 +125,7 @@ def test_with_relu_even_values_that_the_bias_rounds_to_a_tie_go_to_the_first_pla
     for variable, value in zip(model.trainable_variables, (1.0, 1e8, 1.0, 0.0)):
         variable.assign(tf.fill(variable.shape, value))
     image = tf.constant([[1.0, 2.0], [2.0, 2.0]])[None, :, :, None]
-    for forward in (models.logits, fast.logits):
+    for forward in (models.outputs, fast):
         with tf.GradientTape() as tape:
             output = forward(model, image)
         kernel, bias, *_ = tape.gradient(output, model.trainable_weights)
@@ -152,7 +145,8 @@ def test_with_relu_even_values_that_the_bias_rounds_to_a_tie_go_to_the_first_pla
     ],
 )
 def test_used_pixels(settings, shape, used):
-    assert fast.used_pixels(models.build(Config.make(**settings), shape, 10)) == used
+    model = models.build(Config.make(**settings), shape, 10)
+    assert used_pixels(program_of(model)) == used
 
 
 def test_pixels_beyond_the_used_ones_change_nothing_and_those_within_do(random):
@@ -160,9 +154,9 @@ def test_pixels_beyond_the_used_ones_change_nothing_and_those_within_do(random):
     images = random.normal(size=(2, 28, 28, 1)).astype(np.float32)
     changed = images.copy()
     changed[:, 26:], changed[:, :, 26:] = 9, 9
-    np.testing.assert_array_equal(models.logits(model, changed), models.logits(model, images))
+    np.testing.assert_array_equal(models.outputs(model, changed), models.outputs(model, images))
     changed[:, 25, 25] = 9
-    assert not np.array_equal(models.logits(model, changed), models.logits(model, images))
+    assert not np.array_equal(models.outputs(model, changed), models.outputs(model, images))
 
 
 def test_layers_that_it_does_not_know_see_the_whole_batch(random):
@@ -174,7 +168,7 @@ def test_layers_that_it_does_not_know_see_the_whole_batch(random):
         [keras.Input((4,)), keras.layers.Dense(3), Centre(), keras.layers.Dense(2)]
     )
     x = random.normal(size=(6, 4)).astype(np.float32)
-    np.testing.assert_allclose(fast.logits(model, x, shards=3), model(x), atol=1e-6)
+    np.testing.assert_allclose(fast(model, x, shards=3), model(x), atol=1e-6)
 
 
 def test_strides_dilation_and_functional_models_are_left_to_keras(random):
@@ -192,7 +186,7 @@ def test_strides_dilation_and_functional_models_are_left_to_keras(random):
     )
     functional = keras.Model(stack.inputs, stack.outputs)
     for model in (stack, functional):
-        np.testing.assert_allclose(fast.logits(model, images, shards=2), model(images), atol=1e-6)
+        np.testing.assert_allclose(fast(model, images, shards=2), model(images), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_names_are_those_of_stock_layers():
 def test_forward_gives_the_logits_of_what_keras_computes(random, settings):
     model = build(**settings)
     images = random.normal(size=(5, *SHAPE)).astype(np.float32)
-    ours = models.probabilities(model, models.logits(model, images))
+    ours = models.probabilities(model, models.outputs(model, images))
     np.testing.assert_allclose(ours, model(images, training=False), atol=1e-6)
 
 
@@ -65,7 +65,9 @@ def test_forward_names_every_layer_in_order(random):
     model = build(conv=(3,), pool=(2,))
     names = [
         name
-        for name, _ in models.activations(model, random.normal(size=(2, *SHAPE)).astype(np.float32))
+        for name, *_ in models.activations(
+            model, random.normal(size=(2, *SHAPE)).astype(np.float32)
+        )
     ]
     assert names == ["conv1", "pool1", "flatten", "dense1", "output"]
 
@@ -86,56 +88,31 @@ def test_initial_kernels_are_glorot_uniform():
     assert kernel.std() == pytest.approx(limit / 3**0.5, rel=0.02)
 
 
-def test_rows_of_weight_0_do_not_count_in_batch_normalisation(random):
-    images = random.normal(size=(6, *SHAPE)).astype(np.float32)
-    settings = dict(batch_norm=True, conv=(3,), pool=(2,), dense=(4,))
-    whole, padded = build(**settings), build(**settings)
-    expected = models.logits(whole, images[:4], tf.ones([4]), training=True)
-    found = models.logits(padded, images, tf.constant([1.0] * 4 + [0.0] * 2), training=True)
-    np.testing.assert_allclose(found[:4], expected, rtol=1e-4, atol=1e-5)
-    for name, variable in models.named_variables(whole)[1].items():
-        np.testing.assert_allclose(
-            models.named_variables(padded)[1][name], variable, rtol=1e-5, atol=1e-6
-        )
-
-
-def test_batch_normalisation_is_keras_own(random):
-    """Values, gradients and moving averages, of a full batch and of one whose last rows only fill
-    it up."""
-    for rows in (6, 4):
-        results = []
-        for ours in (True, False):
-            layer = keras.layers.BatchNormalization()
-            model = keras.Sequential([keras.Input((5, 3, 2)), layer])
-            layer.gamma.assign([1.5, 0.5]), layer.beta.assign([0.1, -0.2])
-            x = tf.constant(np.random.default_rng(1).normal(2, 3, (6, 5, 3, 2)).astype(np.float32))
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = (
-                    models.logits(model, x, tf.cast(tf.range(6) < rows, tf.float32), True)
-                    if ours
-                    else layer(x[:rows], training=True)
-                )
-                loss = tf.reduce_sum(tf.sin(y[:rows]))
-            gradients = tape.gradient(loss, [x, layer.gamma.value, layer.beta.value])
-            results.append(
-                [
-                    y[:rows],
-                    gradients[0][:rows],
-                    *gradients[1:],
-                    layer.moving_mean.value,
-                    layer.moving_variance.value,
-                ]
-            )
-        for found, expected in zip(*results):
-            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("shape", [(6, 5, 3, 2), (6, 7, 2), (6, 2)])
+def test_batch_normalisation_is_keras_own(shape):
+    """Values, gradients and moving averages, of images and of what is none."""
+    results = []
+    for ours in (True, False):
+        layer = keras.layers.BatchNormalization()
+        model = keras.Sequential([keras.Input(shape[1:]), layer])
+        layer.gamma.assign([1.5, 0.5]), layer.beta.assign([0.1, -0.2])
+        x = tf.constant(np.random.default_rng(1).normal(2, 3, shape).astype(np.float32))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = models.outputs(model, x, True) if ours else layer(x, training=True)
+            loss = tf.reduce_sum(tf.sin(y))
+        gradients = tape.gradient(loss, [x, layer.gamma.value, layer.beta.value])
+        averages = [layer.moving_mean.value, layer.moving_variance.value]
+        results.append([y, *gradients, *averages])
+    for found, expected in zip(*results):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_dropout_is_a_function_of_the_key(random):
     model = build(dropout=0.5)
     images = random.normal(size=(3, *SHAPE)).astype(np.float32)
     one, again, other, off = (
-        models.logits(model, images, None, training, Key(seed_of(0, use))).numpy()
+        models.outputs(model, images, training, Key(seed_of(0, use))).numpy()
         for training, use in ((True, 1), (True, 1), (True, 2), (False, 1))
     )
     np.testing.assert_array_equal(one, again)
@@ -154,12 +131,7 @@ def test_dropout_is_a_function_of_the_key(random):
 def test_penalised_kernels_are_chosen_by_kind(which, names):
     model = build(conv=(2, 3), pool=())
     trainable, _ = models.named_variables(model)
-    found = [
-        name
-        for kernel in models.penalized_kernels(model, which)
-        for name, v in trainable.items()
-        if v is kernel
-    ]
+    found = list(models.penalized(model, which, trainable))
     assert found == [f"{name}/kernel" for name in names]
 
 
@@ -179,7 +151,7 @@ def test_a_stack_that_ends_in_a_softmax_layer_gives_logits(random):
     dense = keras.layers.Dense(3)
     model = keras.Sequential([keras.Input((4,)), dense, keras.layers.Softmax()])
     x = random.normal(size=(2, 4)).astype(np.float32)
-    np.testing.assert_allclose(models.logits(model, x), dense(x))
+    np.testing.assert_allclose(models.outputs(model, x), dense(x))
 
 
 def test_dropout_of_another_kind_is_left_to_keras(random):
@@ -187,22 +159,20 @@ def test_dropout_of_another_kind_is_left_to_keras(random):
         [keras.Input((4, 4, 2)), keras.layers.SpatialDropout2D(0.5, seed=1), keras.layers.Flatten()]
     )
     found = (
-        models.logits(model, np.ones((8, 4, 4, 2), np.float32), None, True)
+        models.outputs(model, tf.ones((8, 4, 4, 2)), True, Key(seed_of(0, 1)))
         .numpy()
         .reshape(8, 16, 2)
     )
     assert (found == found[:, :1]).all() and {0.0, 2.0} == set(found.ravel())
-    assert list(models.named_variables(model)[1]) == ["seed_generator"]
+    assert not models.named_variables(model)[1]  # its seed comes from the step
 
 
-def test_a_functional_model_that_ends_in_softmax_is_refused():
-    inputs = keras.Input((4,))
-    with pytest.raises(
-        UserError, match="the model ends in softmax .* hand in one that returns logits"
-    ):
-        models.check_outputs(
-            keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(inputs))
-        )
+def test_a_functional_model_that_ends_in_softmax_gives_logits(random):
+    inputs, dense = keras.Input((4,)), keras.layers.Dense(2, activation="softmax")
+    model = keras.Model(inputs, dense(inputs))
+    x = random.normal(size=(3, 4)).astype(np.float32)
+    np.testing.assert_allclose(models.outputs(model, x), x @ dense.kernel, rtol=1e-6)
+    np.testing.assert_array_equal(models.outputs(model, x, as_logits=False), model(x))
 
 
 def test_any_keras_model_is_taken(random):
@@ -211,21 +181,18 @@ def test_any_keras_model_is_taken(random):
         inputs, keras.layers.Dense(2)(keras.layers.Dropout(0.5)(inputs)), name="mine"
     )
     trainable, moving = models.named_variables(model)
-    assert [name.split("/")[-1] for name in trainable] == ["kernel", "bias"] and list(moving) == [
-        "seed_generator"
-    ]
-    assert models.logits(model, random.normal(size=(3, 4)).astype(np.float32)).shape == (3, 2)
+    assert [name.split("/")[-1] for name in trainable] == ["kernel", "bias"] and not moving
+    assert models.outputs(model, random.normal(size=(3, 4)).astype(np.float32)).shape == (3, 2)
 
 
-@pytest.mark.parametrize("rows", [4, 0])
-def test_batch_norm_after_a_dense_layer_leaves_out_what_fills_up(random, rows):
+def test_batch_norm_behind_a_mask_counts_what_keras_counts(random):
     layer, stock = (keras.layers.BatchNormalization(scale=False) for _ in range(2))
-    x = random.normal(3, 5, size=(6, 7)).astype(np.float32)
+    x = random.normal(3, 5, size=(6, 4, 7)).astype(np.float32)
     for each in (layer, stock):
         each.build(x.shape)
-    (y,) = batch_norm(layer, [tf.constant(x)], tf.cast(tf.range(6) < rows, tf.float32))
-    if rows:
-        np.testing.assert_allclose(y[:rows], stock(x[:rows], training=True), rtol=1e-3, atol=1e-4)
+    mask = tf.sequence_mask([4, 3, 1, 2, 4, 1], 4)
+    (y,) = batch_norm(layer, [tf.constant(x)], mask)
+    np.testing.assert_allclose(y, stock(x, training=True, mask=mask), rtol=1e-3, atol=1e-4)
     for one, other in zip(layer.non_trainable_variables, stock.non_trainable_variables):
         np.testing.assert_allclose(one, other, rtol=1e-4)
 
@@ -236,7 +203,7 @@ def test_pooling_before_a_rising_activation_changes_nothing_and_before_batch_nor
         models.build(Config.make(pool_first=early), (28, 28, 1), 10) for early in (True, False)
     )
     first.set_weights(after.get_weights())
-    np.testing.assert_array_equal(models.logits(first, images), models.logits(after, images))
+    np.testing.assert_array_equal(models.outputs(first, images), models.outputs(after, images))
     model = models.build(Config.make(pool_first=True, batch_norm=True), (28, 28, 1), 10)
     assert [layer.name for layer in model.layers][:5] == [
         "conv1",

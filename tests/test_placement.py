@@ -162,12 +162,3 @@ def test_nothing_crosses_in_a_schedule(loop, name):
     needed = dict(boundaries=(10,), rates=(0.1,)) if name == "piecewise" else {}
     schedule = loop(schedule=name, **needed).state.schedule
     assert crossings(compiled(schedule, tf.TensorSpec([], tf.int64))) == []
-
-
-def test_batch_normalisation_alone_asks_back(loop):
-    """Whether all rows count: a full batch goes through other operations than one that is filled
-    up."""
-    job = loop(batch_norm=True, pool_first=True, deterministic=True)
-    job.warm_up()
-    found = crossings(job.graph)
-    assert found and all("norm" in crossing and "→ StatelessIf" in crossing for crossing in found)

@@ -126,7 +126,7 @@ def test_each_worker_reads_its_part_of_every_batch(packed):
         pipelines.Streamed(data.train, 96, False, part, of)
         for part, of in ((0, 1), (0, 3), (1, 3), (2, 3))
     ]
-    # The last, filled up.
+    # The last, of 93.
     whole_batch, *part_batches = [next(pipeline.begin(1, 2, 14)) for pipeline in (whole, *parts)]
     for found, expected in zip(zip(*part_batches), whole_batch):
         np.testing.assert_array_equal(tf.concat(found, axis=0), expected)

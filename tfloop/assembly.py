@@ -188,6 +188,7 @@ def make_loop(
         state,
         dataset,
         batch_size=config.batch_size,
+        evaluation_batch_size=config.evaluation_batch_size,
         pipeline=config.pipeline,
         steps_per_call=config.steps_per_call,
         jit_compile=config.jit_compile,

@@ -162,6 +162,12 @@ class RunSettings:
     )
     epochs: int = option(5, "passes over the training images", within=COUNT)
     batch_size: int = option(64, "images per step", within=COUNT, retrace="value")
+    evaluation_batch_size: int = option(
+        0,
+        "images that an evaluation takes at once; 0: as many as a part of a step",
+        within=WHOLE,
+        retrace="value",
+    )
     accumulate: int = option(
         1,
         "compute each batch in N parts, one after the other, to save memory",

@@ -5,6 +5,7 @@ command line prints `as_flags`. What stands between backticks is a command and s
 """
 
 import re
+from typing import Any
 
 _FLAG_OR_COMMAND = re.compile(r"(`[^`]*`)|(?<![\w-])--(?=[a-z])")
 
@@ -49,3 +50,16 @@ class DivergenceError(ArithmeticError):
         self.as_flags = message
         super().__init__(as_arguments(message))
         self.step, self.layer = step, layer
+
+
+class WithoutGradient(Exception):
+    """The loss does not depend on some weights. Raised and caught while a step is traced.
+
+    Attributes:
+      state: whose weights.
+      names: of the weights.
+    """
+
+    def __init__(self, state: Any, names: list[str]) -> None:
+        super().__init__(", ".join(names))
+        self.state, self.names = state, names

@@ -9,6 +9,7 @@ import functools
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,9 +22,9 @@ from tfloop.config import check_setting
 from tfloop.data import pipelines
 from tfloop.data.dataset import Dataset, Split
 from tfloop.data.pipelines import Batch
-from tfloop.errors import DivergenceError, UserError
+from tfloop.errors import DivergenceError, UserError, WithoutGradient
+from tfloop.keras_optimizers import KerasOptimizer
 from tfloop.metrics import Metrics, means
-from tfloop.models import fast as fast_pass
 from tfloop.state import TrainState
 from tfloop.step import (
     Step,
@@ -34,13 +35,13 @@ from tfloop.step import (
     losses,
     model_losses,
     no_step,
+    rows_of,
     train_step,
 )
 from tfloop.tracing import Traced
 from tfloop.vectors import Vector
-from tfloop.wording import shape_text
+from tfloop.wording import first_sentence, shape_text
 
-EVALUATION_BATCH = 256
 READ_AT_ONCE = 4096  # images that evaluation reads from disk, where they do not lie in memory
 # Chosen so that a call lasts about half a second: Ctrl-C waits for its end.
 STEPS_PER_CALL = {"CPU": 50, "GPU": 500}
@@ -111,6 +112,8 @@ class Loop:
       stop_every: calls end at every multiple of this global_step, for a checkpoint; 0: at none.
       beside: ensemble.SideBySide, where this loop's calls are made together with those of others.
       options: tf.function's, for what makes a whole call.
+      is_warm: is the step traced and compiled?
+      classifies: is there an output for each class, so that accuracy means something?
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Loop:
         data: Dataset,
         *,
         batch_size: int = 64,
+        evaluation_batch_size: int = 0,
         pipeline: str = "auto",
         steps_per_call: int = 0,
         jit_compile: bool = False,
@@ -137,6 +141,8 @@ class Loop:
           state: what to train.
           data: images and labels.
           batch_size: images per step; the last step of an epoch takes what is left.
+          evaluation_batch_size: images that an evaluation puts through the model at once; 0: as
+            many as a part of a training step.
           pipeline: "auto", "host", "prefetch" or "resident" (see `pipelines`).
           steps_per_call: steps in one compiled call; 0 chooses.
           jit_compile: compile the step with XLA; on a GPU with resident images, all steps of a
@@ -147,14 +153,16 @@ class Loop:
           accumulate: parts of a batch to compute one after the other.
           replicas: machine.replicas.Replicas to compute on, in whose scope the model was made; the
             batch is that of all together.
-          grad_fn: computes loss and gradients in place of `forward_and_backward`.
+          grad_fn: computes loss and gradients in place of `forward_and_backward`; takes the same
+            (state, batch, part).
           time_input: measure the wait for batches, for which TensorFlow's op determinism leaves no
             operation.
           check_numerics: tf.debugging.enable_check_numerics() is on, which breaks off a step half
             done: one step a call.
 
         Raises:
-          UserError: a batch larger than the data, or a model whose outputs do not fit its classes.
+          UserError: a batch larger than the data; a model that does not take the images, or whose
+            outputs do not fit the classes or are probabilities where logits are meant.
         """
         sizes = {
             "batch_size": batch_size,
@@ -163,16 +171,19 @@ class Loop:
             "accumulate": accumulate,
         }
         _check_data(data, sizes)
-        self._output_shape = _check_fit(state, data)
         if batch_size % accumulate:
             raise UserError(f"--accumulate={accumulate} does not divide --batch_size={batch_size}")
+        check_setting("evaluation_batch_size", evaluation_batch_size)
+        self.evaluation_batch_size = evaluation_batch_size or batch_size // accumulate
+        self._output_shape = _check_fit(state, data, batch_size // accumulate)
+        self.classifies = _classifies(state, self._output_shape, data.classes)
         self.state, self.data = state, data
         self.graph: tf.Graph | None = None
         self.single, self.stop_every = range(0), 0
         self.beside: Any = None
         self._place: tuple[int, int, int] | None = None
         self._source: Any = None
-        self._warm = {"train", "evaluate"} if eager else set()  # nothing to trace
+        self._eager, self.is_warm = eager, False
         worker = (replicas.worker, replicas.workers) if replicas else (0, 1)
         self.pipeline = pipelines.make(pipeline, data.train, batch_size, *worker)
         self.steps = self.pipeline.steps
@@ -189,31 +200,31 @@ class Loop:
         self._time_input = time_input and not (kind == "GPU" and is_resident)
         self._check_numerics = check_numerics
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
-        self.forward = models.logits
+        self.forward = models.outputs
         if fast:
-            self.forward = functools.partial(fast_pass.logits, shards=shards)
+            self.forward = functools.partial(models.outputs, fast=True, shards=shards)
         grad_fn = grad_fn or functools.partial(forward_and_backward, forward=self.forward)
         if accumulate > 1:
             grad_fn = accumulated(grad_fn, accumulate)
         if replicas:
             grad_fn = replicas.grad_fn(grad_fn)
         self._step = functools.partial(train_step, state, grad_fn=grad_fn)
-        if jit_compile and not compiles_whole:
+        self._compiles_steps = jit_compile and not compiles_whole
+        if self._compiles_steps:
             self._step = tf.function(self._step, autograph=False, jit_compile=True)
         self.compiled = Traced(self.train_steps, "the training step", eager, **self.options)
-        signature = [
-            tf.TensorSpec([None, *data.image_shape], data.train.images.dtype),
-            tf.TensorSpec([None], tf.int64),
-        ]
-        self._evaluate = Traced(
-            self._evaluate_all, "the evaluation", eager, input_signature=signature
-        )
+        self._evaluations: dict[tuple[bool, int], Traced] = {}
+        state.follow_model()
 
     @property
     def traces(self) -> dict[str, int]:
-        """{"train", "evaluate"}: how often each was traced; 1 each, in a whole process."""
+        """{"train", "evaluate"}: how often each was traced; 1 each, in a whole process.
+
+        An evaluation is traced once for each number of images that its last batch has.
+        """
         train = (self.beside or self).compiled.traces
-        return {"train": train, "evaluate": self._evaluate.traces}
+        evaluate = max((made.traces for made in self._evaluations.values()), default=0)
+        return {"train": train, "evaluate": evaluate}
 
     def train_steps(self, source: Any, steps: tf.Tensor) -> tuple[Step, tf.Tensor]:
         """`steps` steps in one call: (the last step, with the sums of all; seconds of waiting).
@@ -221,29 +232,38 @@ class Loop:
         A count that is a tensor keeps one trace for all counts. The seconds are those spent waiting
         for batches.
         """
+        pipeline = self.pipeline
         # Read once: on a GPU no step then waits for the one before to tell it.
         first = tf.cast(self.state.batch_index, tf.int32)
 
         def body(i: tf.Tensor, total: Step, waited: tf.Tensor) -> tuple:
             if not tf.executing_eagerly():
                 self.graph = tf.compat.v1.get_default_graph()
-            batch, seconds = self._take(source, first + i)
+            batch, seconds = self._take(source, first + i, pipeline.batch_size)
             # TensorBoard's graph then has the layers on top, not inside the loop.
             with tf.compat.v1.name_scope(None):
-                step = self._step(batch)
+                step = self._step(batch, part=pipeline.part(pipeline.batch_size))
             return i + 1, step._replace(sums=total.sums + step.sums), waited + seconds
 
-        start = (tf.constant(0), no_step(self.state), tf.constant(0.0, tf.float64))
-        _, last, waited = tf.while_loop(lambda i, *_: i < steps, body, start, parallel_iterations=1)
-        return last, waited
+        def last_step() -> tuple:
+            batch, seconds = self._take(source, first + full, pipeline.rest)
+            step = self._step(batch, part=pipeline.part(pipeline.rest))
+            return step._replace(sums=total.sums + step.sums), waited + seconds
 
-    def _take(self, source: Any, index: tf.Tensor) -> tuple[Batch, tf.Tensor]:
+        full = tf.minimum(steps, pipeline.full - first)
+        start = (tf.constant(0), no_step(self.state), tf.constant(0.0, tf.float64))
+        _, total, waited = tf.while_loop(lambda i, *_: i < full, body, start, parallel_iterations=1)
+        if pipeline.rest:  # the epoch's last step has another shape
+            total, waited = tf.cond(full < steps, last_step, lambda: (total, waited))
+        return total, waited
+
+    def _take(self, source: Any, index: tf.Tensor, rows: int) -> tuple[Batch, tf.Tensor]:
         """(the batch with this index, the seconds it was waited for)."""
         if not self._time_input:
-            return self.pipeline.take(source, index), tf.constant(0.0, tf.float64)
+            return self.pipeline.take(source, index, rows), tf.constant(0.0, tf.float64)
         started = tf.timestamp()
         with tf.control_dependencies([started]):
-            batch = self.pipeline.take(source, index)
+            batch = self.pipeline.take(source, index, rows)
         with tf.control_dependencies(batch):
             return batch, tf.timestamp() - started
 
@@ -270,6 +290,7 @@ class Loop:
         """`train_epoch`, where whoever takes a PendingCall makes it before taking more."""
         state = self.state
         while (index := int(state.batch_index)) < self.steps:
+            self._follow_model()
             call = PendingCall(self, self._source_at(index), self._call_length(index))
             # Until the call has gone well, what it took of the source is not taken for granted.
             self._place = None
@@ -278,8 +299,7 @@ class Loop:
                 yield call  # the trace marks it in a profile
             assert call.last is not None
             last, count = call.last, call.count
-            # Of the steps that were made, where it diverged.
-            state.totals.assign_add(tf.cast(last.sums, tf.float64))
+            self._note_rate()
             if state.diverged:
                 raise self._divergence()
             self._place = self._position()
@@ -288,7 +308,7 @@ class Loop:
                 int(state.global_step),
                 index + count,
                 count,
-                means(last.sums),
+                self._means(last.sums),
                 float(last.learning_rate),
                 call.seconds,
                 call.waited,
@@ -325,27 +345,72 @@ class Loop:
     def _position(self) -> tuple[int, int, int]:
         return int(self.state.seed), int(self.state.epoch), int(self.state.batch_index)
 
+    def _follow_model(self) -> None:
+        """Trace anew where layers were frozen or unfrozen since the last call."""
+        if isinstance(self.state.optimizer, KerasOptimizer):
+            self.state.optimizer.check_rate()
+        if reason := self.state.follow_model():
+            self.renew(reason)
+
+    def _note_rate(self) -> None:
+        if isinstance(self.state.optimizer, KerasOptimizer):
+            self.state.optimizer.note_rate()
+
+    def renew(self, reason: str) -> None:
+        """Have the training step traced anew at its next call, and the evaluations."""
+        (self.beside or self).compiled.renew(reason)
+        (self.beside or self).is_warm = False
+        for evaluation in self._evaluations.values():
+            evaluation.renew(reason)
+
     def warm_up(self) -> None:
-        """Trace and compile, by one step that is then taken back."""
-        if "train" in self._warm:
+        """Trace and compile, without a step.
+
+        XLA compiles a single step only when it is made; then it is one that is taken back.
+        """
+        if self.is_warm:
             return
+        with self._timed("tracing"), self.state.looking(), self.taken_back():
+            try:
+                self._trace()
+            except WithoutGradient as found:
+                self.leave_out(found.names)
+                self._trace()
+        self.is_warm = True
+
+    def _trace(self) -> None:
         state = self.state
+        if self._eager:
+            _look(state, rows_of(self.batch(int(state.batch_index)), 0, 1))
+            return
         source = self.pipeline.begin(state.seed, state.epoch, int(state.batch_index))
-        with self.taken_back(), self._timed("tracing"):
-            last, _ = self.compiled.call(source, tf.constant(1))
-            last.sums.numpy()  # waits for the device
-        self._warm.add("train")
+        last, _ = self.compiled.call(source, tf.constant(self.steps_to_compile()))
+        last.sums.numpy()  # waits for the device
+
+    def steps_to_compile(self) -> int:
+        """Steps that are made and taken back to compile all: one where XLA compiles steps."""
+        return int(self._compiles_steps and int(self.state.batch_index) < self.steps)
+
+    def leave_out(self, names: list[str]) -> None:
+        """Go on without weights that have no gradient, and say so."""
+        self.state.leave_out(names)
+        (self.beside or self).compiled.renew()
+        warnings.warn(
+            f"the loss does not depend on {', '.join(names)}: not trained, decayed or penalised",
+            stacklevel=2,
+        )
 
     @contextlib.contextmanager
     def taken_back(self) -> Iterator[None]:
         """After this block the state is what it was before."""
-        variables = list(self.state.named().values())
-        before = [variable.numpy() for variable in variables]
+        before = {id(v): (v, v.numpy()) for v in self.state.named().values()}
         try:
             yield
         finally:
-            for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
+            for variable in self.state.named().values():  # slots may have been made anew
+                if id(variable) in before:
+                    variable.assign(before[id(variable)][1])
+            self._note_rate()
 
     def evaluate(self, split: Split) -> Metrics:
         """Means over all of `split`, with the moving average of the weights where one is kept.
@@ -370,67 +435,98 @@ class Loop:
             raise UserError(
                 f"images to evaluate are {split.images.dtype}, those of the training {trained_on}"
             )
-        if "evaluate" not in self._warm:
-            self._evaluate_rows(split, slice(1), "tracing")
-            self._warm.add("evaluate")
-        in_memory = isinstance(split.images, np.ndarray)
-        at_once = len(split) if in_memory else READ_AT_ONCE
+        self._follow_model()
+        in_memory, size = isinstance(split.images, np.ndarray), self.evaluation_batch_size
+        at_once = len(split) if in_memory else max(READ_AT_ONCE // size, 1) * size
         results = []
         with self.state.using_ema():
             for first in range(0, len(split), at_once):
-                rows = slice(first, first + at_once)
-                results.append(self._evaluate_rows(split, rows, "evaluation"))
+                results.append(self._evaluate_rows(split, slice(first, first + at_once)))
         sums = tf.add_n([sums for sums, _ in results])
-        metrics = means(sums)._replace(gradient_norm=None)
+        metrics = self._means(sums)._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
             raise self._held_out_divergence()
         return metrics, np.concatenate([outputs.numpy() for _, outputs in results])
 
-    def _evaluate_rows(self, split: Split, rows: slice, what: str) -> tuple[tf.Tensor, tf.Tensor]:
-        """(sums [SUMS], outputs) of some rows; the time counts as `what`, without reading them."""
+    def _means(self, sums: tf.Tensor) -> Metrics:
+        """The metrics whose sums these are; without accuracy where there are no classes."""
+        metrics = means(sums)
+        return metrics if self.classifies else metrics._replace(accuracy=None)
+
+    def _evaluate_rows(self, split: Split, rows: slice) -> tuple[tf.Tensor, tf.Tensor]:
+        """(sums [SUMS], outputs) of some rows; the time counts without reading them."""
         images, labels = tf.constant(split.images[rows]), tf.constant(split.labels[rows], tf.int64)
-        with self._timed(what):
-            sums, outputs = self._evaluate.call(images, labels)
+        evaluation = self._evaluation(len(split.labels[rows]))
+        with self._timed("evaluation"):
+            sums, outputs = evaluation.call(images, labels)
             sums.numpy()  # waits for the device
         return sums, outputs
 
-    def _evaluate_all(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The sums of train_step over all images, in batches of static size, and the outputs."""
-        state, size = self.state, tf.shape(labels)[0]
-        batches = (size + EVALUATION_BATCH - 1) // EVALUATION_BATCH
-        missing = batches * EVALUATION_BATCH - size
+    def _evaluation(self, rows: int) -> Traced:
+        """The compiled evaluation of so many rows: one for each size of a last batch."""
+        full, rest = divmod(rows, self.evaluation_batch_size)
+        key = full > 0, rest
+        if key not in self._evaluations:
+            data = self.data
+            signature = [
+                tf.TensorSpec([None, *data.image_shape], data.train.images.dtype),
+                tf.TensorSpec([None], tf.int64),
+            ]
+            function = functools.partial(self._evaluate_all, full=full > 0, rest=rest)
+            self._evaluations[key] = Traced(
+                function, "the evaluation", self._eager, input_signature=signature
+            )
+        made = self._evaluations[key]
+        if not self._eager and not made.traces:
+            with self._timed("tracing"):
+                made.call.get_concrete_function()
+        return made
 
-        def cut(x: tf.Tensor) -> tf.Tensor:
-            """[batches, EVALUATION_BATCH, …]; the last image fills up the last batch."""
-            filled = tf.concat([x, tf.repeat(x[-1:], missing, axis=0)], axis=0)
-            return tf.reshape(filled, [-1, EVALUATION_BATCH, *x.shape[1:]])
+    def _evaluate_all(
+        self, images: tf.Tensor, labels: tf.Tensor, full: bool, rest: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sums of train_step over all images, and the outputs.
 
-        images, labels = cut(images), cut(labels)
+        Args:
+          images, labels: of all rows.
+          full: are there full batches?
+          rest: rows of the last batch, behind those; 0 for none.
+        """
+        state, size, rows = self.state, self.evaluation_batch_size, tf.shape(labels)[0]
+        batches = (rows - rest) // size
+        everything = Batch(images, labels, tf.ones([rows]))
+
+        def of_batch(first: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tensor]:
+            """(Σ over its examples of data loss, accuracy and model loss, outputs)"""
+            batch = rows_of(everything, first, size)
+            outputs = tf.cast(state.predict(batch.images, self.forward), tf.float32)
+            each = example_losses(state, batch.labels, outputs)
+            correct = is_correct(outputs, batch.labels) if self.classifies else [0.0]
+            sums = [tf.reduce_sum(each), tf.reduce_sum(correct), size * model_losses(state)]
+            return tf.cast(tf.stack(sums), tf.float64), outputs
 
         def body(i: tf.Tensor, sums: tf.Tensor, outputs: tf.TensorArray) -> tuple:
-            rows = i * EVALUATION_BATCH + tf.range(EVALUATION_BATCH)
-            sample_weight = tf.cast(rows < size, tf.float32)
-            logits, truth = state.predict(images[i], self.forward), labels[i]
-            values = [
-                example_losses(state, truth, logits),
-                is_correct(logits, truth),
-                tf.fill([EVALUATION_BATCH], model_losses(state)),
-            ]
-            sums += tf.linalg.matvec(tf.stack(values), sample_weight)
-            return i + 1, sums, outputs.write(i, logits)
+            new, found = of_batch(i * size, size)
+            return i + 1, sums + new, outputs.write(i, found)
 
-        shape = [EVALUATION_BATCH, *self._output_shape]
-        outputs = tf.TensorArray(tf.float32, batches, element_shape=shape)
-        _, sums, outputs = tf.while_loop(
-            lambda i, *_: i < batches,
-            body,
-            (tf.constant(0), tf.zeros([3]), outputs),
-            parallel_iterations=1,
-        )
-        examples = tf.cast(size, tf.float32)
+        sums, found = tf.zeros([3], tf.float64), []
+        if full:
+            shape = [size, *self._output_shape]
+            outputs = tf.TensorArray(tf.float32, batches, element_shape=shape)
+            begin = tf.constant(0), sums, outputs
+            _, sums, outputs = tf.while_loop(
+                lambda i, *_: i < batches, body, begin, parallel_iterations=1
+            )
+            found.append(outputs.concat())
+        if rest:
+            new, last = of_batch(batches * size, rest)
+            sums, found = sums + new, [*found, last]
+        examples = tf.cast(rows, tf.float64)
         data, accuracy, model = tf.unstack(sums / examples)
-        metrics = tf.stack([*losses(state, data, model), accuracy, 0.0])
-        return tf.concat([[1.0, examples], examples * metrics], axis=0), outputs.concat()[:size]
+        loss = losses(state, tf.cast(data, tf.float32), tf.cast(model, tf.float32))
+        metrics = tf.concat([tf.cast(tf.stack(loss), tf.float64), [accuracy, 0.0]], axis=0)
+        sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
+        return sums, tf.concat(found, axis=0) if len(found) > 1 else found[0]
 
     def run(self, epochs: int) -> Iterator[Call | Epoch]:
         """Train until `epochs` epochs are done: a Call per compiled call, an Epoch per epoch.
@@ -455,7 +551,7 @@ class Loop:
                 if isinstance(item, Call):
                     learning_rate = item.learning_rate
                 yield item
-            train = means(state.totals)
+            train = self._means(state.totals)
             test, outputs, validation = None, None, None
             if len(self.data.test):
                 test, outputs = self.evaluate_with_outputs(self.data.test)
@@ -537,12 +633,13 @@ class Loop:
         """(what, layer): the first of the step's values, in their order, that is not finite."""
         state, key = self.state, self.state.key()
         images = state.inputs(batch.images, key)
-        activations = list(models.activations(state.model, images, batch.sample_weight, True, key))
+        as_logits = state.loss is None
+        activations = list(models.activations(state.model, images, True, key, as_logits))
         result = forward_and_backward(state, batch)
         for name, weight in state.weights.items():
             if not _is_finite(weight):
                 return "weights", name.split("/")[0]
-        for layer, activation in activations:
+        for layer, _, activation in activations:
             if not _is_finite(activation):
                 return "activations", layer
         if not _is_finite(result.loss.total):
@@ -563,6 +660,21 @@ def _is_finite(values: tf.Tensor) -> bool:
     return bool(tf.reduce_all(tf.math.is_finite(values)))
 
 
+def _look(state: TrainState, batch: Batch) -> None:
+    """Find weights without a gradient without a step: in a trace, or else in a pass that is run.
+
+    Raises:
+      WithoutGradient: there are some.
+    """
+    traced = tf.function(lambda: forward_and_backward(state, batch), autograph=False)
+    try:
+        traced.get_concrete_function()
+    except (WithoutGradient, UserError):
+        raise
+    except Exception:  # a model that runs op by op alone, whatever it raises
+        forward_and_backward(state, batch)
+
+
 def _check_data(data: Dataset, sizes: dict[str, int]) -> None:
     """Raises UserError for what is no data set, and sizes that it does not suffice for."""
     if not isinstance(data, Dataset):
@@ -572,6 +684,8 @@ def _check_data(data: Dataset, sizes: dict[str, int]) -> None:
         )
     for name, value in sizes.items():
         check_setting(name, value)
+    for part, split in (("training", data.train), ("test", data.test)):
+        check_labels(split, f"{data.name}: {part} labels")
     if sizes["batch_size"] > len(data.train):
         raise UserError(
             f"--batch_size={sizes['batch_size']} is larger than the {len(data.train)} training "
@@ -579,19 +693,40 @@ def _check_data(data: Dataset, sizes: dict[str, int]) -> None:
         )
 
 
-def _check_fit(state: TrainState, data: Dataset) -> tf.TensorShape:
+def check_labels(split: Split, what: str) -> None:
+    """Raises UserError for labels that are no class numbers, which would be cut to whole ones."""
+    labels = split.labels
+    if labels.dtype.kind not in "iub" or labels.ndim != 1:
+        raise UserError(
+            f"{what}: found {labels.dtype} {labels.shape}; the loop trains on class numbers [N], "
+            "whole numbers from 0 on"
+        )
+
+
+LOOKED_AT = 8  # training images whose outputs tell whether a model gives probabilities
+
+
+def _check_fit(state: TrainState, data: Dataset, most: int) -> tf.TensorShape:
     """The shape of the model's outputs for one image.
 
+    Args:
+      state: whose model.
+      data: that it is to be trained on.
+      most: images that it takes at once.
+
     Raises:
-      UserError: the model takes other images, or gives outputs that do not fit the classes.
+      UserError: the model takes other images, gives outputs that do not fit the classes, or gives
+        probabilities where logits are meant.
     """
     _check_takes(state.model, data.image_shape)
-    outputs = models.logits(state.model, state.standardize(data.train.images[:1]))
-    if not tf.is_tensor(outputs) or len(outputs.shape) != 2:
+    images = state.standardize(data.train.images[: min(LOOKED_AT, most)])
+    outputs = _called(state, images, data)
+    rows = images.shape[0]
+    if not tf.is_tensor(outputs) or len(outputs.shape) != 2 or outputs.shape[0] != rows:
         is_tensor = tf.is_tensor(outputs)
-        found = f"shape {tuple(outputs.shape)}" if is_tensor else type(outputs).__name__
+        found = f"shape {tuple(outputs.shape)}" if is_tensor else _described(outputs)
         raise UserError(
-            f"the model gives {found} for a batch of one image; expected one tensor [batch, "
+            f"the model gives {found} for a batch of {rows} images; expected one tensor [batch, "
             "outputs]"
         )
     if state.loss is None and outputs.shape[1] < data.classes:
@@ -599,14 +734,68 @@ def _check_fit(state: TrainState, data: Dataset) -> tf.TensorShape:
             f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data "
             f"have {data.classes} classes"
         )
+    if state.loss is None or state.averages_shifts:
+        _check_logits(state, images, outputs)
     return outputs.shape[1:]
+
+
+def _called(state: TrainState, images: tf.Tensor, data: Dataset) -> Any:
+    try:
+        return state.forward(images)
+    except UserError:
+        raise
+    except (ValueError, TypeError, tf.errors.OpError) as error:
+        inputs, reason = getattr(state.model, "inputs", None) or [], first_sentence(error)
+        if len(inputs) > 1:
+            names = ", ".join(x.name for x in inputs)
+            reason = (
+                f"it has {len(inputs)} inputs ({names}); the loop hands in one tensor of images"
+            )
+        elif inputs and "Invalid input shape" in reason:
+            reason = f"it takes inputs of shape {tuple(inputs[0].shape)}"
+        raise UserError(
+            f"the model cannot be called with images [{images.shape[0]}, "
+            f"{', '.join(map(str, data.image_shape))}] float32: {reason}"
+        ) from None
+
+
+def _described(outputs: Any) -> str:
+    parts = keras.tree.flatten(outputs)
+    if len(parts) > 1:
+        return f"{len(parts)} outputs"
+    return type(outputs).__name__
+
+
+def _check_logits(state: TrainState, images: tf.Tensor, outputs: tf.Tensor) -> None:
+    """Raises UserError where rows of outputs are probabilities: by their values, of any model."""
+    squashed = models.squashed_values(outputs.numpy())
+    if not squashed:
+        return
+    try:  # logits would leave the interval from 0 to 1 for inputs of another size
+        wide = [state.forward(x).numpy() for x in (10.0 * images, -10.0 * images)]
+    except (ValueError, TypeError, tf.errors.OpError):  # tokens, of which there are so many
+        wide = []
+    if wide:
+        squashed = models.squashed_values(np.concatenate([outputs.numpy(), *wide]))
+    if squashed and state.loss is None:
+        *_, (last, _, _) = models.activations(state.model, images)
+        shown = ", ".join(f"{value:.3g}" for value in outputs.numpy()[0][:4])
+        raise UserError(
+            f"the model's outputs are probabilities, those of a {squashed} ({last} gives {shown}, "
+            f"… for the first image); the loss takes logits. Leave the {squashed} out, or give a "
+            "loss of your own, such as keras.losses.sparse_categorical_crossentropy"
+        )
+
+
+def _classifies(state: TrainState, outputs: tf.TensorShape, classes: int) -> bool:
+    return outputs[0] > 1 and (state.loss is None or outputs[0] == classes)
 
 
 def _check_takes(model: Any, image_shape: tuple[int, int, int]) -> None:
     """Raises UserError where the model says what images it takes, and they are others."""
     is_built = isinstance(model, keras.Model) and model.built
     shape = getattr(model, "input_shape", None) if is_built else None
-    if not isinstance(shape, tuple) or len(shape) != 4:
+    if not isinstance(shape, tuple) or len(shape) != 4 or isinstance(shape[0], tuple):
         return
     pairs = zip(shape[1:], image_shape, strict=True)
     if any(side not in (None, found) for side, found in pairs):

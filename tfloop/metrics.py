@@ -26,7 +26,7 @@ class Metrics(NamedTuple):
     l2: float
     custom: float
     model: float
-    accuracy: float
+    accuracy: float | None  # None where there is no output for each class
     gradient_norm: float | None = None  # of training alone
 
 

@@ -304,6 +304,7 @@ class Optimizer:
         fields = fields_of(OptimizerSettings)
         clips = {key: hyper.pop(key) for key in CLIPS if hyper.get(key) is not None}
         self._rule, numbers, self._switches = OPTIMIZERS.bind(name, hyper, fields)
+        clips = {key: fields[key].parse(value) for key, value in clips.items()}
         self._clips, numbers = tuple(clips), numbers | clips
         self.hyper = {
             key: tf.Variable(value, dtype=tf.float64, trainable=False, name=key)
@@ -327,6 +328,21 @@ class Optimizer:
             slot.name: tf.Variable(slot.value(self._size), trainable=False, name=slot.name)
             for slot in self._kept()
         }
+
+    def rebuild(self, before: dict[str, tf.Variable], weights: dict[str, tf.Variable]) -> None:
+        """Make the slots anew for other weights of the same model; those that stay keep theirs."""
+        sizes = [count_elements([weight]) for weight in before.values()]
+        self._size = count_elements(weights.values())
+        for slot in self._kept():
+            if slot.is_scalar:
+                continue
+            parts = dict(zip(before, tf.split(self.slots[slot.name], sizes), strict=True))
+            moved = [
+                parts[name] if name in parts else slot.value(count_elements([weight]))
+                for name, weight in weights.items()
+            ]
+            value = tf.concat(moved, axis=0)
+            self.slots[slot.name] = tf.Variable(value, trainable=False, name=slot.name)
 
     def _kept(self) -> list[Slot]:
         """The rule's slots, less those of switches that are off."""
@@ -365,7 +381,7 @@ class Optimizer:
         with tf.name_scope(f"{self.name}/"):
             update = select(valid, updates.flat, tf.zeros_like(updates.flat))
             for name, part in Vector(update, weights).parts().items():
-                weights[name].assign_add(part)
+                weights[name].assign_add(tf.cast(part, weights[name].dtype))
             for name, slot in slots.items():
                 self.slots[name].assign(select(valid, slot, self.slots[name]))
             self.count.assign_add(tf.cast(valid, tf.int64))

@@ -10,6 +10,23 @@ from typing import NamedTuple
 import tensorflow as tf
 
 
+class Part(NamedTuple):
+    """Which rows of a step's batch something is computed for."""
+
+    first: tf.Tensor | int  # the first of them
+    rows: int  # how many
+    total: int  # of how many in all
+
+
+def part_of(rows: int, index: int, parts: int) -> tuple[int, int]:
+    """(the first row, how many) of part `index` of `rows` rows; sizes differ by one at most.
+
+    As numpy.array_split: the first rows % parts of them have one more. A part may have none.
+    """
+    size, longer = divmod(rows, parts)
+    return index * size + min(index, longer), size + (index < longer)
+
+
 class Key(NamedTuple):
     """The seed of one step's randomness, and the part of the batch that it is for.
 
@@ -18,23 +35,31 @@ class Key(NamedTuple):
     """
 
     seed: tf.Tensor  # int64 [2]
-    part: tf.Tensor | int = 0
-    parts: int = 1
+    part: Part | None = None  # None: the whole batch
     numbers: tuple = ()  # folded into the seed when something is drawn: most steps draw nothing
 
     def fold_in(self, *numbers: tf.Tensor | int) -> "Key":
         """A new key from this one and some whole numbers."""
         return self._replace(numbers=(*self.numbers, *numbers))
 
+    def bits(self, use: int) -> tf.Tensor:
+        """An int64 [2] seed for another generator, below 2**31, the same for all parts."""
+        seed = fold_in(self.seed, *self.numbers, use)
+        drawn = tf.random.stateless_uniform([2], seed, None, None, tf.int32, alg="philox")
+        return tf.cast(tf.bitwise.bitwise_and(drawn, 0x7FFFFFFF), tf.int64)
+
     def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> tf.Tensor:
         """float32, uniform in [low, high), for the rows of this part.
 
         Args:
-          shape: static; begins with the number of rows.
+          shape: static; begins with the number of rows, or a multiple of it.
           low, high: the interval.
         """
         rows, *rest = shape
-        all_rows = self.parts * rows
+        part = self.part or Part(0, rows, rows)
+        is_whole = part.rows == part.total
+        each = 1 if is_whole else rows // part.rows
+        all_rows = rows if is_whole else part.total * each
         seed = fold_in(self.seed, *self.numbers)
         bits = tf.random.stateless_uniform(
             [all_rows, *rest], seed, None, None, tf.int32, alg="philox"
@@ -42,9 +67,9 @@ class Key(NamedTuple):
         mantissa = tf.bitwise.bitwise_and(bits, 0x7FFFFF)
         one_to_two = tf.bitcast(tf.bitwise.bitwise_or(mantissa, 0x3F800000), tf.float32)
         whole = (one_to_two - 1.0) * (high - low) + low
-        if self.parts == 1:
+        if is_whole:
             return whole
-        return tf.slice(whole, [self.part * rows] + [0] * len(rest), shape)
+        return tf.slice(whole, [part.first * each] + [0] * len(rest), shape)
 
 
 def seed_of(number: tf.Tensor | int, use: int) -> tf.Tensor:

@@ -19,6 +19,7 @@ from tfloop.errors import UserError
 from tfloop.lazy import tf
 from tfloop.registry import Bound, Registry, parameters
 from tfloop.settings import NOT_NEGATIVE, POSITIVE, fields_of, option
+from tfloop.wording import first_sentence
 
 SCHEDULES = Registry("schedule")
 
@@ -101,16 +102,16 @@ def cosine(
     """end_rate + (learning_rate - end_rate) · (1 + cos(π · step / decay_steps)) / 2.
 
     From decay_steps on it is end_rate. With `restarts` it starts again at each end (Loshchilov and
-    Hutter, arXiv:1608.03983): period i lasts decay_steps · t_mul ** i and its peak lies at
-    learning_rate · m_mul ** i.
+    Hutter, arXiv:1608.03983): period i lasts decay_steps · t_mul ** i, and learning_rate - end_rate
+    is multiplied by m_mul ** i in it, as in Keras's CosineDecayRestarts.
     """
     share = _progress(step, decay_steps)
-    peak = tf.convert_to_tensor(learning_rate, tf.float32)
+    height = tf.convert_to_tensor(learning_rate, tf.float32) - end_rate
     if restarts:
         period, share = _period(share, t_mul)
-        peak *= tf.pow(tf.cast(m_mul, tf.float32), period)
+        height *= tf.pow(tf.cast(m_mul, tf.float32), period)
     share = tf.minimum(share, 1.0)
-    return end_rate + (peak - end_rate) * 0.5 * (1.0 + tf.cos(math.pi * share))
+    return end_rate + height * 0.5 * (1.0 + tf.cos(math.pi * share))
 
 
 def _period(share: tf.Tensor, t_mul: Number) -> tuple[tf.Tensor, tf.Tensor]:
@@ -143,17 +144,32 @@ def one_cycle(
     peak_at: Number = 0.25,
     start_rate: Number = 0.0,
     end_rate: Number = 0.0,
+    anneal_cosine: bool = False,
+    three_phase: bool = False,
 ) -> tf.Tensor:
-    """A triangle: start_rate, up to learning_rate at peak_at · decay_steps, down to end_rate.
+    """start_rate, up to learning_rate at peak_at · decay_steps, down to end_rate at decay_steps.
 
-    It reaches end_rate at decay_steps. The one-cycle policy in its linear form (Smith,
-    arXiv:1803.09820, section 4).
+    The one-cycle policy (Smith, arXiv:1803.09820, section 4), in straight lines or, with
+    `anneal_cosine`, in halves of a cosine: a + (b - a) · (1 - cos(π · share)) / 2. With
+    `three_phase` it is back at start_rate at 2 · peak_at · decay_steps and goes to end_rate from
+    there. PyTorch's OneCycleLR(max_lr, total_steps=T, pct_start=p, div_factor=d,
+    final_div_factor=f) is decay_steps = T - 1, peak_at = (p · T - 1) / (T - 1), start_rate =
+    max_lr / d and end_rate = start_rate / f.
     """
     share = tf.minimum(_progress(step, decay_steps), 1.0)
-    up, down = share / peak_at, (1.0 - share) / (1.0 - peak_at)
-    rising = start_rate + (learning_rate - start_rate) * up
-    falling = end_rate + (learning_rate - end_rate) * down
-    return tf.where(share < peak_at, rising, falling)
+
+    def between(first: Number, last: Number, passed: tf.Tensor) -> tf.Tensor:
+        if anneal_cosine:
+            passed = 0.5 * (1.0 - tf.cos(math.pi * passed))
+        return first + (last - first) * passed
+
+    rising = between(start_rate, learning_rate, share / peak_at)
+    if not three_phase:
+        falling = between(end_rate, learning_rate, (1.0 - share) / (1.0 - peak_at))
+        return tf.where(share < peak_at, rising, falling)
+    falling = between(learning_rate, start_rate, share / peak_at - 1.0)
+    last = between(start_rate, end_rate, (share - 2.0 * peak_at) / (1.0 - 2.0 * peak_at))
+    return tf.where(share < peak_at, rising, tf.where(share < 2.0 * peak_at, falling, last))
 
 
 def warm_up(
@@ -222,6 +238,10 @@ class ScheduleSettings:
         "where the peak lies, as a share of decay_steps",
         within=(1e-6, 0.999999),
     )
+    anneal_cosine: bool = option(
+        False, "up and down in halves of a cosine, not in lines", retrace="value"
+    )
+    three_phase: bool = option(False, "down to start_rate first, then to end_rate", retrace="value")
     boundaries: tuple[float, ...] = option(
         (), "where the rate changes", within=NOT_NEGATIVE, retrace="length"
     )
@@ -284,19 +304,75 @@ class Schedule:
                 f"--schedule=piecewise needs as many rates as boundaries; found {rates} and "
                 f"{boundaries}"
             )
+        self._check(numbers, warmup_steps)
         numbers |= {"warmup_steps": warmup_steps, "unit_steps": unit_steps}
         self.hyper = {
             key: tf.Variable(value, dtype=tf.float32, trainable=False, name=key)
             for key, value in numbers.items()
         }
 
+    def _check(self, numbers: dict[str, Any], warmup_steps: float) -> None:
+        if self.name != "one_cycle":
+            return
+        if warmup_steps and not numbers["start_rate"]:
+            raise UserError(
+                f"--warmup_steps={warmup_steps:g}: one_cycle begins with a warm-up of its own, up "
+                "to peak_at, from start_rate=0; leave warmup_steps out or give a --start_rate"
+            )
+        if self._switches["three_phase"] and numbers["peak_at"] >= 0.5:
+            raise UserError(
+                f"--peak_at={numbers['peak_at']}: with three_phase the rate is back at start_rate "
+                "after twice that, so it must be below 0.5"
+            )
+
+    @classmethod
+    def of_variable(cls, rate: tf.Variable) -> Schedule:
+        """A constant rate that lies in a variable of one's own, and changes with it.
+
+        Raises:
+          UserError: it is no float32 scalar.
+        """
+        if rate.shape.rank != 0 or rate.dtype != tf.float32:
+            raise UserError(
+                "a variable as rate must be a float32 scalar; found "
+                f"{rate.dtype.name} {tuple(rate.shape)}"
+            )
+        schedule = cls("constant", learning_rate=0.0)
+        schedule.hyper["learning_rate"] = rate
+        return schedule
+
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
-        """The rate at `step` (counted from 0), a float32 scalar."""
+        """The rate at `step` (counted from 0), a float32 scalar.
+
+        Raises:
+          UserError: a function of one's own that cannot be traced, or gives no number.
+        """
         numbers = {key: tf.convert_to_tensor(variable) for key, variable in self.hyper.items()}
         unit, warmup = numbers.pop("unit_steps"), numbers.pop("warmup_steps")
 
         def schedule(step: tf.Tensor) -> tf.Tensor:
-            rate = self._function(step / unit, **numbers, **self._switches)
-            return tf.cast(rate, tf.float32)
+            if self.name == "schedule":
+                return self._by_user(step / unit)
+            return tf.cast(self._function(step / unit, **numbers, **self._switches), tf.float32)
 
         return warm_up(tf.cast(step, tf.float32), warmup * unit, schedule)
+
+    def _by_user(self, step: tf.Tensor) -> tf.Tensor:
+        """The rate that a function of the user's own gives."""
+        try:
+            rate = self._function(step)
+            rate = tf.cast(rate, tf.float32)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a function of one's own may raise
+            raise UserError(
+                f"schedule: the function fails on the step, a float32 tensor "
+                f"({first_sentence(error)}); it is traced once, so it takes tf.where in place of "
+                "`if`, and tf.gather(values, tf.cast(step, tf.int64)) in place of a list"
+            ) from None
+        if rate.shape.rank != 0:
+            raise UserError(
+                f"schedule: the function gives {rate.dtype.name} {tuple(rate.shape)} for a step; "
+                "expected one number"
+            )
+        return rate

@@ -7,7 +7,7 @@ makes TensorFlow trace again.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,11 +19,11 @@ from tfloop import models
 from tfloop.config import check_setting
 from tfloop.data.augmentation import Augmentation, shifted
 from tfloop.data.dataset import Standardizer
-from tfloop.errors import UserError
+from tfloop.errors import UserError, WithoutGradient
 from tfloop.keras_optimizers import KerasOptimizer
 from tfloop.metrics import SUMS
 from tfloop.optimizers import Optimizer, f32
-from tfloop.randomness import Key, seed_of
+from tfloop.randomness import Key, Part, seed_of
 from tfloop.schedules import Schedule
 from tfloop.vectors import count_elements, flatten
 
@@ -41,12 +41,14 @@ class TrainState(tf.Module):
 
     Attributes:
       model: the model.
-      weights: its trainable variables by name, "conv1/kernel".
-      non_trainable: its other variables by name: moving averages and the like.
+      weights: the variables that are trained, by name, "conv1/kernel".
+      non_trainable: its other variables by name: moving averages and the like, frozen weights, and
+        those without a gradient.
+      without_gradient: the names of trainable variables that the loss does not depend on.
       optimizer, schedule: their slots, count and numbers.
       hyper: name → variable, every number that a step reads: l1, l2, label_smoothing, ema, and
         those of the optimizer, the schedule and the augmentation.
-      kernels: the kernels that penalties count.
+      kernels: the weights that penalties count, by name.
       ema_weights: the moving average of all weights, one vector [n] over `weights` and
         `non_trainable`; None without `ema`.
       loss_scale: what the loss is multiplied by on its way back; None without `scale_loss`.
@@ -66,7 +68,7 @@ class TrainState(tf.Module):
         *,
         l1: float = 0.0,
         l2: float = 0.0,
-        penalize: str | Sequence[tf.Variable] = "all",
+        penalize: "models.Penalize" = "all",
         penalties: Sequence[Callable] = (),
         label_smoothing: float = 0.0,
         loss: Callable | None = None,
@@ -81,20 +83,21 @@ class TrainState(tf.Module):
         """Make one.
 
         Args:
-          model: a keras.Model, or a tf.Module that is callable and has trainable variables.
+          model: a keras.Model, or a tf.Module that is callable and has trainable variables. Which
+            of them are trained is read before each compiled call.
           optimizer: an Optimizer, the name of one, or a keras.optimizers.Optimizer.
-          schedule: a Schedule, a function step → rate, or a constant rate; None: the rate of a
-            Keras optimizer, else 0.001.
+          schedule: a Schedule, a function step → rate, or a constant rate, a number or a float32
+            tf.Variable; None: the rate of a Keras optimizer, else 0.001.
           l1: coefficient of Σ|w| over the penalised kernels.
           l2: coefficient of Σw² over the penalised kernels.
-          penalize: "dense", "conv", "all", "none", or the kernels themselves. Those of frozen
-            layers do not count.
+          penalize: "all": every kernel, which is a trained weight of two or more axes that a
+            layer multiplies by; "dense" or "conv": those of such layers; "none"; the variables or
+            layers themselves; or a function that is true for the variables to penalise.
           penalties: functions kernel → scalar, each added to the loss for every penalised kernel
             as it is.
           label_smoothing: share of each label spread over all classes.
           loss: function (labels [batch] int64, outputs) → [batch], in place of cross-entropy from
-            logits. `outputs` are what the model gives, but of a keras.Sequential that ends in
-            softmax or sigmoid the logits before it.
+            logits. `outputs` are what the model gives when it is called, a last softmax included.
           standardizer: of the pixels; belongs to the trained model.
           augmentation: of the images, in training alone.
           ema: decay of the moving average of the weights, which is then what is evaluated; None
@@ -125,26 +128,20 @@ class TrainState(tf.Module):
         for name, value in checked.items():
             check_setting(name, value)
         _check_model(model)
-        if loss is None or average_shifts:
-            models.check_outputs(model)
-        if loss is not None and label_smoothing:
-            raise UserError(
-                f"label_smoothing={label_smoothing} belongs to the cross-entropy; a loss of your "
-                "own has to do it itself"
-            )
+        _check_loss(loss, label_smoothing)
+        models.check_training(model)
         self.model, self.loss = model, loss
-        self.weights, self.non_trainable = models.named_variables(model)
+        self.without_gradient: tuple[str, ...] = ()
+        self._looks = False
+        self._divide()
         if not self.weights:
             raise UserError(
                 "the model has no trainable variables: build it (call it once) before it is trained"
             )
-        self.schedule = _make_schedule(schedule, optimizer)
-        self.optimizer = _make_optimizer(optimizer, model)
+        self.schedule, self.optimizer = _make_rate(schedule, optimizer, model)
         self.optimizer.build(self.weights)
-        if isinstance(penalize, str):
-            self.kernels = models.penalized_kernels(model, penalize)
-        else:
-            self.kernels = list(penalize)
+        self._penalize = penalize
+        self.kernels = models.penalized(model, penalize, self.weights)
         self.penalties = _check_penalties(penalties, self.kernels, penalize)
         self.augmentation, self._average_shifts = augmentation or Augmentation(), average_shifts
         self._make_numbers(l1, l2, label_smoothing, ema)
@@ -159,6 +156,89 @@ class TrainState(tf.Module):
         self._initial = initial_weights or (lambda seed: present)
         self.initial_hyper = {name: variable.numpy() for name, variable in self.hyper.items()}
         self._tracked = self.named()  # so that tf.train.Checkpoint(state=state) keeps all of it
+
+    def _divide(self) -> None:
+        """Sort the model's variables into those that are trained and the others."""
+        trainable, other = models.named_variables(self.model)
+        for name in self.without_gradient:
+            if name in trainable:
+                other[name] = trainable.pop(name)
+        self.weights, self.non_trainable = trainable, other
+        self._stable = models.stable_names(self.model)
+        self._trained = models.trained_state(self.model)
+
+    def follow_model(self) -> str:
+        """Take over what the model's layers say of `trainable` now.
+
+        Weights that are trained further keep their slots and averages.
+
+        Returns:
+          What changed, as a reason for another trace; "" where nothing did.
+
+        Raises:
+          UserError: nothing is left to train.
+        """
+        if models.trained_state(self.model) == self._trained:
+            return ""
+        before = self.weights
+        self._divide_again()
+        frozen = [name for name in before if name not in self.weights]
+        freed = [name for name in self.weights if name not in before]
+        told = [
+            f"{', '.join(names)} {what}"
+            for names, what in ((frozen, "no longer trained"), (freed, "now trained"))
+            if names
+        ]
+        return "; ".join(told) or "the `trainable` of a layer without weights was set"
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Note weights as without a gradient: they are not trained, decayed, penalised or counted.
+
+        Raises:
+          UserError: nothing is left to train.
+        """
+        self.without_gradient = (*self.without_gradient, *names)
+        self._divide_again()
+
+    def _divide_again(self) -> None:
+        before, averaged = self.weights, self._averaged_variables()
+        means = None if self.ema_weights is None else tf.identity(self.ema_weights)
+        self._divide()
+        if not self.weights:
+            why = "no weight has a gradient" if self.without_gradient else "no weight is trainable"
+            named = ", ".join(before)
+            raise UserError(f"{why}: there is nothing to train in {named}")
+        self.kernels = models.penalized(self.model, self._penalize, self.weights)
+        self.optimizer.rebuild(before, self.weights)
+        if self.ema_weights is not None and means is not None:
+            sizes = [count_elements([variable]) for variable in averaged]
+            parts = dict(zip(map(id, averaged), tf.split(means, sizes), strict=True))
+            moved = [parts[id(variable)] for variable in self._averaged_variables()]
+            self.ema_weights.assign(tf.concat(moved, axis=0))
+        self._tracked = self.named()
+
+    def connected(self, gradients: Mapping[str, tf.Tensor | None]) -> dict[str, tf.Tensor]:
+        """The gradients, with zeros for those that do not exist.
+
+        Raises:
+          WithoutGradient: once, in a loop's first step, where some do not exist.
+        """
+        missing = [name for name, gradient in gradients.items() if gradient is None]
+        if missing and self._looks:
+            raise WithoutGradient(self, missing)
+        return {
+            name: tf.zeros_like(self.weights[name]) if gradient is None else gradient
+            for name, gradient in gradients.items()
+        }
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """In this block a weight without a gradient is an error, `WithoutGradient`."""
+        self._looks = True
+        try:
+            yield
+        finally:
+            self._looks = False
 
     def _make_numbers(
         self, l1: float, l2: float, label_smoothing: float, ema: float | None
@@ -196,29 +276,55 @@ class TrainState(tf.Module):
         augmented = self.augmentation(tf.cast(images, tf.float32), key.fold_in(-1))
         return self.standardize(augmented)
 
-    def predict(self, images: tf.Tensor, forward: Callable = models.logits) -> tf.Tensor:
-        """[batch, outputs] logits of images as they lie in the data.
+    def forward(
+        self,
+        images: tf.Tensor,
+        forward: Callable = models.outputs,
+        training: bool = False,
+        key: Key | None = None,
+    ) -> tf.Tensor:
+        """[batch, outputs] of standardised images: what the loss is handed, logits or outputs."""
+        if self.loss:
+            return forward(self.model, images, training, key, as_logits=False)
+        outputs = forward(self.model, images, training, key)
+        return tf.cast(outputs, tf.float32) if tf.is_tensor(outputs) else outputs
+
+    def predict(self, images: tf.Tensor, forward: Callable = models.outputs) -> tf.Tensor:
+        """[batch, outputs] of images as they lie in the data: logits, or with a loss of one's own
+        what the model gives.
 
         With `average_shifts` they are the logarithm of the mean of five predictions' probabilities:
-        of the image, and of it shifted up, down, left and right.
+        of the image, and of it shifted up, down, left and right; with a loss of one's own the mean
+        of the five.
         """
         if not self._average_shifts:
-            return forward(self.model, self.standardize(images))
+            return self.forward(self.standardize(images), forward)
         predictions = [
-            models.probabilities(self.model, forward(self.model, self.standardize(view)))
+            self.probabilities(self.forward(self.standardize(view), forward))
             for view in shifted(tf.cast(images, tf.float32), self._average_shifts)
         ]
+        if self.loss:
+            return tf.add_n(predictions) / len(predictions)
         mean = tf.clip_by_value(tf.add_n(predictions) / len(predictions), 1e-30, 1.0 - 2.0**-24)
         if models.output_activation(self.model) == "sigmoid":
             return tf.math.log(mean) - tf.math.log1p(-mean)
         return tf.math.log(mean)
 
-    def key(self, part: tf.Tensor | int = 0, parts: int = 1) -> Key:
-        """The key of this step's randomness, for one part of its batch.
+    @property
+    def averages_shifts(self) -> bool:
+        """Is a prediction the mean over shifted images?"""
+        return bool(self._average_shifts)
+
+    def probabilities(self, outputs: tf.Tensor) -> tf.Tensor:
+        """What `predict` gives, as probabilities; outputs of a loss of one's own as they are."""
+        return outputs if self.loss else models.probabilities(self.model, outputs)
+
+    def key(self, part: Part | None = None) -> Key:
+        """The key of this step's randomness, for one part of its batch; None for all of it.
 
         A pure function of (seed, epoch, batch_index).
         """
-        key = Key(seed_of(self.seed, 1), part, parts)
+        key = Key(seed_of(self.seed, 1), part)
         return key.fold_in(tf.identity(self.epoch), tf.identity(self.batch_index))
 
     def overflowed(self, loss: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
@@ -284,7 +390,7 @@ class TrainState(tf.Module):
 
     def _averaged_variables(self) -> list[tf.Variable]:
         variables = self._model_variables().values()
-        return [variable for variable in variables if variable.dtype == tf.float32]
+        return [variable for variable in variables if variable.dtype.is_floating]
 
     def _flat(self) -> tf.Tensor:
         return flatten(self._averaged_variables())
@@ -293,7 +399,7 @@ class TrainState(tf.Module):
         variables = self._averaged_variables()
         parts = tf.split(flat, [count_elements([variable]) for variable in variables])
         for variable, part in zip(variables, parts, strict=True):
-            variable.assign(tf.reshape(part, variable.shape))
+            variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
 
     def reset(
         self,
@@ -351,8 +457,8 @@ class TrainState(tf.Module):
         gets another name, so that older checkpoints can be read.
         """
         groups = {
-            "weights": self.weights,
-            "moving": self.non_trainable,
+            "weights": self._by_stable_name(self.weights),
+            "moving": self._by_stable_name(self.non_trainable),
             "slots": self.optimizer.slots,
             "hyper": self.hyper,
         }
@@ -378,6 +484,13 @@ class TrainState(tf.Module):
         }
         present = {name: variable for name, variable in single.items() if variable is not None}
         return grouped | present
+
+    def stable(self, names: Iterable[str]) -> list[str]:
+        """The names of variables as checkpoints and digests have them."""
+        return [self._stable[name] for name in names]
+
+    def _by_stable_name(self, variables: Mapping[str, tf.Variable]) -> dict[str, tf.Variable]:
+        return {self._stable[name]: variable for name, variable in variables.items()}
 
     def digest(self, *groups: str) -> str:
         """SHA-256 over names, types, shapes and bytes of the variables.
@@ -411,7 +524,33 @@ def _check_model(model: Any) -> None:
     )
 
 
-def _check_penalties(penalties: Any, kernels: list, penalize: Any) -> tuple[Callable, ...]:
+def _check_loss(loss: Any, label_smoothing: float) -> None:
+    if loss is None:
+        return
+    if not callable(loss) or isinstance(loss, type):
+        raise UserError(
+            f"loss: expected a function (labels, outputs) that gives a value for each example, "
+            f"found {_shown(loss)}; Keras's are functions such as "
+            "keras.losses.sparse_categorical_crossentropy"
+        )
+    if label_smoothing:
+        raise UserError(
+            f"label_smoothing={label_smoothing} belongs to the cross-entropy; a loss of your "
+            "own has to do it itself"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return (
+        repr(value)
+        if value is None or isinstance(value, (str, int, float))
+        else type(value).__name__
+    )
+
+
+def _check_penalties(penalties: Any, kernels: Mapping, penalize: Any) -> tuple[Callable, ...]:
     if callable(penalties) or not all(map(callable, penalties)):
         raise UserError("penalties: expected a list of functions, each of which takes a kernel")
     if penalties and not kernels:
@@ -420,20 +559,40 @@ def _check_penalties(penalties: Any, kernels: list, penalize: Any) -> tuple[Call
     return tuple(penalties)
 
 
-def _make_schedule(schedule: Any, optimizer: Any) -> Schedule:
+def _make_rate(
+    schedule: Any, optimizer: Any, model: Any
+) -> tuple[Schedule, Optimizer | KerasOptimizer]:
+    """The schedule and the optimizer; where the rate is constant, both have one variable for it."""
+    made = _make_optimizer(optimizer, model)
     if isinstance(schedule, Schedule):
-        return schedule
+        return schedule, made
+    if isinstance(schedule, (tf.Variable, keras.Variable)):
+        return Schedule.of_variable(models.as_tf_variable(schedule)), made
     if callable(schedule):
-        return Schedule(schedule)
-    if schedule is None:
-        is_keras = isinstance(optimizer, keras.optimizers.Optimizer)
-        schedule = float(optimizer.learning_rate) if is_keras else 0.001
-    return Schedule("constant", learning_rate=schedule)
+        return Schedule(schedule), made
+    if schedule is not None and not isinstance(schedule, (int, float, np.number)):
+        raise UserError(
+            "schedule: expected a tfloop.Schedule, a function step → rate, or a constant rate; "
+            f"found {_shown(schedule)}"
+        )
+    if not isinstance(made, KerasOptimizer):
+        return Schedule("constant", learning_rate=0.001 if schedule is None else schedule), made
+    if schedule is not None:
+        made.rate.assign(schedule)
+    made.shares_rate = True
+    return Schedule.of_variable(made.rate), made
 
 
 def _make_optimizer(optimizer: Any, model: Any) -> Optimizer | KerasOptimizer:
     if isinstance(optimizer, keras.optimizers.Optimizer):
-        return KerasOptimizer(optimizer, model.trainable_variables)
+        return KerasOptimizer(optimizer, model)
+    if isinstance(optimizer, str):
+        optimizer = Optimizer(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            "optimizer: expected a tfloop.Optimizer, the name of one, or a Keras optimizer such as "
+            f"keras.optimizers.Adam(); found {_shown(optimizer)}"
+        )
     for variable in model.trainable_variables:
         if getattr(variable, "constraint", None) is not None:
             name = getattr(variable, "path", variable.name)
@@ -441,4 +600,4 @@ def _make_optimizer(optimizer: Any, model: Any) -> Optimizer | KerasOptimizer:
                 f"{name} has a constraint, which Keras's optimizers alone apply; hand one in, such "
                 "as keras.optimizers.SGD()"
             )
-    return Optimizer(optimizer) if isinstance(optimizer, str) else optimizer
+    return optimizer

@@ -13,19 +13,38 @@ from tfloop import models, penalties
 from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError
 from tfloop.metrics import SUMS, Loss
+from tfloop.randomness import Part
 from tfloop.state import TrainState
 from tfloop.vectors import Vector, count_elements, select
+from tfloop.wording import first_sentence
 
 
 def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """[batch] float32: the loss of each example, from the model's outputs."""
     if state.loss is not None:
         meaning = "a value for each example of the batch"
-        found = state.loss(labels, outputs)
+        found = _of_user(state.loss, labels, outputs)
         return _check_shape(found, labels.shape, "the loss function", meaning)
     sigmoid = models.output_activation(state.model) == "sigmoid"
     smoothing = tf.convert_to_tensor(state.hyper["label_smoothing"])
     return cross_entropy(labels, outputs, smoothing, sigmoid)
+
+
+def _of_user(loss: Callable, labels: tf.Tensor, outputs: tf.Tensor) -> Any:
+    """What a loss of the user's own gives.
+
+    Raises:
+      UserError: it fails, with its first line.
+    """
+    try:
+        return loss(labels, outputs)
+    except UserError:
+        raise
+    except (ValueError, TypeError, tf.errors.OpError) as error:
+        raise UserError(
+            f"the loss function fails on labels int64 {labels.shape} and outputs {outputs.shape}: "
+            f"{first_sentence(error)}"
+        ) from None
 
 
 def cross_entropy(
@@ -56,7 +75,7 @@ def _check_shape(tensor: Any, shape: Any, what: str, meaning: str) -> tf.Tensor:
     tensor = tf.convert_to_tensor(tensor)
     if not tensor.shape.is_compatible_with(shape):
         raise UserError(f"{what} gives {tensor.shape}, expected {tf.TensorShape(shape)}: {meaning}")
-    return tensor
+    return tf.cast(tensor, tf.float32)
 
 
 def model_losses(state: TrainState) -> tf.Tensor:
@@ -64,14 +83,16 @@ def model_losses(state: TrainState) -> tf.Tensor:
 
     Keras's model.losses; a float32 scalar.
     """
-    added = getattr(state.model, "losses", [])
-    return tf.add_n([tf.reduce_sum(loss) for loss in added]) if added else tf.constant(0.0)
+    added = models.added_losses(state.model)
+    total = [tf.cast(tf.reduce_sum(loss), tf.float32) for loss in added]
+    return tf.add_n(total) if total else tf.constant(0.0)
 
 
 def losses(state: TrainState, data: tf.Tensor, model: tf.Tensor) -> Loss:
     """The loss, term by term, from the mean data loss and the model's own term."""
-    l1 = state.hyper["l1"] * penalties.total(penalties.l1, state.kernels)
-    l2 = state.hyper["l2"] * penalties.total(penalties.l2, state.kernels)
+    kernels = list(state.kernels.values())
+    l1 = state.hyper["l1"] * penalties.total(penalties.l1, kernels)
+    l2 = state.hyper["l2"] * penalties.total(penalties.l2, kernels)
     custom = custom_penalties(state)
     return Loss(data + l1 + l2 + custom + model, data, l1, l2, custom, model)
 
@@ -86,7 +107,7 @@ def custom_penalties(state: TrainState) -> tf.Tensor:
         ]
         return tf.add_n(values)
 
-    return penalties.total(penalize, state.kernels if state.penalties else [])
+    return penalties.total(penalize, list(state.kernels.values()) if state.penalties else [])
 
 
 class Pass(NamedTuple):
@@ -102,32 +123,50 @@ class Pass(NamedTuple):
 def forward_and_backward(
     state: TrainState,
     batch: Batch,
-    forward: Callable = models.logits,
-    part: tf.Tensor | int = 0,
-    parts: int = 1,
+    part: Part | None = None,
+    forward: Callable = models.outputs,
 ) -> Pass:
     """The loss of a batch, term by term, and its gradients. Changes nothing but moving averages.
 
     Args:
       state: what is trained.
       batch: on what.
-      forward: `models.logits`, layer by layer as Keras has it, or its fast twin `fast.logits`.
-      part: which part of the step's batch this is, for its randomness.
-      parts: of how many.
+      part: which rows of the step's batch these are, for their randomness; None for all of them.
+      forward: `models.outputs`, or with `fast=True` its fast twin.
     """
-    key = state.key(part, parts)
+    key = state.key(part)
     images = state.inputs(batch.images, key)
     with tf.GradientTape() as tape:
-        logits = forward(state.model, images, batch.sample_weight, training=True, key=key)
+        tape.watch(list(state.weights.values()))  # one that was made frozen, too
+        logits = state.forward(images, forward, training=True, key=key)
         each = example_losses(state, batch.labels, logits)
-        loss = losses(state, weighted_mean(each, batch.sample_weight), model_losses(state))
-        scaled = loss.total if state.loss_scale is None else state.loss_scale * loss.total
-    zero = tf.UnconnectedGradients.ZERO
-    gradients = Vector.of(tape.gradient(scaled, state.weights, unconnected_gradients=zero))
+        data, model = weighted_mean(each, batch.sample_weight), model_losses(state)
+        scaled = data + model if state.loss_scale is None else state.loss_scale * (data + model)
+    found = state.connected(tape.gradient(scaled, state.weights))
     if state.loss_scale is not None:
-        gradients = Vector(gradients.flat / state.loss_scale, state.weights)
+        found = {name: _divided(gradient, state.loss_scale) for name, gradient in found.items()}
+    loss, of_penalties = penalized(state, data, model)
+    for name, gradient in of_penalties.items():
+        found[name] = found[name] + gradient
+    gradients = Vector.of(found)
     examples = tf.reduce_sum(batch.sample_weight)
     return Pass(loss, accuracy(batch, logits), examples, gradients, logits)
+
+
+def _divided(gradient: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.convert_to_tensor(gradient), tf.float32) / scale
+
+
+def penalized(
+    state: TrainState, data: tf.Tensor, model: tf.Tensor
+) -> tuple[Loss, dict[str, tf.Tensor]]:
+    """The loss with its penalties, and their gradients by weight, for those that they count."""
+    with tf.GradientTape() as tape:
+        tape.watch(list(state.kernels.values()))
+        loss = losses(state, data, model)
+        penalty = loss.l1 + loss.l2 + loss.custom
+    gradients = tape.gradient(penalty, state.kernels) if state.kernels else {}
+    return loss, {name: g for name, g in gradients.items() if g is not None}
 
 
 def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
@@ -143,7 +182,12 @@ def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
 
 
 def accuracy(batch: Batch, logits: tf.Tensor) -> tf.Tensor:
-    """The share of the batch's examples whose largest output is that of their class."""
+    """The share of the batch's examples whose largest output is that of their class.
+
+    0 where the outputs are none of classes; the loop then leaves it out of what it tells.
+    """
+    if len(logits.shape) != 2 or logits.shape[1] < 2:
+        return tf.constant(0.0)
     return weighted_mean(is_correct(logits, batch.labels), batch.sample_weight)
 
 
@@ -154,6 +198,13 @@ def to_sums(result: Pass) -> tf.Tensor:
     """
     terms = tf.stack([*result.loss, result.accuracy])
     return result.examples * tf.concat([[1.0], terms, result.gradients.flat], axis=0)
+
+
+def no_pass(state: TrainState) -> Pass:
+    """The pass over no rows, which adds nothing to the others'."""
+    zero = tf.constant(0.0)
+    gradients = tf.zeros([count_elements(state.weights.values())])
+    return Pass(Loss(*[zero] * len(Loss._fields)), zero, zero, Vector(gradients, state.weights))
 
 
 def from_sums(sums: tf.Tensor, state: TrainState) -> Pass:
@@ -168,34 +219,53 @@ def from_sums(sums: tf.Tensor, state: TrainState) -> Pass:
     return Pass(loss, means[terms], sums[0], Vector(means[terms + 1 :], state.weights))
 
 
-def accumulated(grad_fn: Callable, parts_in_turn: int) -> Callable:
+def rows_of(batch: Batch, first: tf.Tensor | int, size: int) -> Batch:
+    """Some of a batch's rows."""
+
+    def cut(tensor: tf.Tensor) -> tf.Tensor:
+        start = [first] + [0] * (len(tensor.shape) - 1)
+        return tf.slice(tensor, start, [size, *tensor.shape[1:]])
+
+    return Batch(*(cut(tensor) for tensor in batch))
+
+
+def accumulated(grad_fn: Callable, parts: int) -> Callable:
     """`grad_fn` on a batch cut into N parts, one after the other, in the memory of one part.
 
     The gradient is that of the whole batch, but for layers that look at the batch: batch
-    normalisation sees a part.
+    normalisation sees a part. The sizes of parts differ by one row at most; of fewer than N rows
+    each is a part.
 
     Args:
       grad_fn: as `forward_and_backward`.
-      parts_in_turn: N.
+      parts: N.
     """
 
-    def in_parts(
-        state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1
-    ) -> Pass:
-        def cut(tensor: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(tensor, [parts_in_turn, -1, *tensor.shape[1:]])
+    def in_parts(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
+        rows = batch.labels.shape[0]
+        whole = part or Part(0, rows, rows)
+        small, longer = divmod(rows, parts)
 
-        cut_batch = [cut(tensor) for tensor in batch]
+        def add(first: tf.Tensor | int, size: int, sums: tf.Tensor) -> tf.Tensor:
+            own = Part(whole.first + first, size, whole.total)
+            return sums + to_sums(grad_fn(state, rows_of(batch, first, size), own))
 
-        def body(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            own = Batch(*(tensor[i] for tensor in cut_batch))
-            index = part * parts_in_turn + i
-            result = grad_fn(state, own, part=index, parts=parts * parts_in_turn)
-            return i + 1, sums + to_sums(result)
+        def add_all(start: int, count: int, size: int, sums: tf.Tensor) -> tf.Tensor:
+            """Those of `count` parts of one size, which are traced once."""
+            if not count or not size:
+                return sums
+            if count == 1:
+                return add(start, size, sums)
 
-        size = count_elements(state.weights.values()) + len(Loss._fields) + 2
-        start = tf.constant(0), tf.zeros([size])
-        _, sums = tf.while_loop(lambda i, _: i < parts_in_turn, body, start, parallel_iterations=1)
+            def body(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                return i + 1, add(start + i * size, size, sums)
+
+            begin = tf.constant(0), sums
+            return tf.while_loop(lambda i, _: i < count, body, begin, parallel_iterations=1)[1]
+
+        sums = tf.zeros([count_elements(state.weights.values()) + len(Loss._fields) + 2])
+        sums = add_all(0, longer, small + 1, sums)
+        sums = add_all(longer * (small + 1), parts - longer, small, sums)
         return from_sums(sums, state)
 
     return in_parts
@@ -204,19 +274,25 @@ def accumulated(grad_fn: Callable, parts_in_turn: int) -> Callable:
 class Step(NamedTuple):
     """What one step tells; all tensors."""
 
-    sums: tf.Tensor  # float32 [SUMS]: steps, examples, Σ over the examples of each of Metrics
+    sums: tf.Tensor  # float64 [SUMS]: steps, examples, Σ over the examples of each of Metrics
     learning_rate: tf.Tensor
     gradient: tf.Tensor  # float32 [n], over all weights
     update: tf.Tensor  # float32 [n], what was added to the weights
 
 
 def no_step(state: TrainState) -> Step:
-    """What is told before the first step: zeros."""
+    """What is told before the first step: zeros, with sums that many steps can be added to."""
     size = count_elements(state.weights.values())
-    return Step(tf.zeros([SUMS]), tf.constant(0.0), tf.zeros([size]), tf.zeros([size]))
+    sums = tf.zeros([SUMS], tf.float64)
+    return Step(sums, tf.constant(0.0), tf.zeros([size]), tf.zeros([size]))
 
 
-def train_step(state: TrainState, batch: Batch, grad_fn: Callable = forward_and_backward) -> Step:
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    grad_fn: Callable = forward_and_backward,
+    part: Part | None = None,
+) -> Step:
     """One step: forward, loss, backward, update.
 
     A step whose loss, gradient or update is not finite changes no weight, slot or counter, and
@@ -226,13 +302,13 @@ def train_step(state: TrainState, batch: Batch, grad_fn: Callable = forward_and_
       state: what is trained.
       batch: on what.
       grad_fn: `forward_and_backward`, or its twin `debugger.forward_and_backward`, which goes layer
-        by layer, or either on parts of the batch (`accumulated`, `Replicas.grad_fn`), for which it
-        takes `part` and `parts`, too.
+        by layer, or either on parts of the batch (`accumulated`, `Replicas.grad_fn`).
+      part: which rows of the step's batch these are, where it lies on several workers.
     """
     images, labels, sample_weight = batch
     learning_rate = state.schedule(state.schedule_step)
     non_trainable = [tf.identity(variable) for variable in state.non_trainable.values()]
-    loss, accuracy, examples, gradients, logits = grad_fn(state, batch)
+    loss, accuracy, examples, gradients, logits = grad_fn(state, batch, part)
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
 
     # One test for all the values that the three hold.
@@ -247,5 +323,6 @@ def train_step(state: TrainState, batch: Batch, grad_fn: Callable = forward_and_
 
     metrics = tf.stack([*loss, accuracy, gradients.norm])
     sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
-    sums = select(valid, sums, tf.zeros_like(sums))
+    sums = tf.cast(select(valid, sums, tf.zeros_like(sums)), tf.float64)
+    state.totals.assign_add(sums)
     return Step(sums, learning_rate, gradients.flat, updates.flat)

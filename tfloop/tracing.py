@@ -26,12 +26,27 @@ class Traced:
           **options: of tf.function.
         """
         self.name, self.traces = name, 0
-        self._function = function
+        self._function, self._eager, self._options = function, eager, options
+        self._make()
+
+    def _make(self) -> None:
         self._seen: list[str] | None = None
         # TensorFlow's own warning counts traces by code, whatever object they are of: a partial
         # has none.
         counted = functools.partial(self._trace)
-        self.call = function if eager else tf.function(counted, autograph=False, **options)
+        self.call: Any = self._function
+        if not self._eager:
+            self.call = tf.function(counted, autograph=False, **self._options)
+
+    def renew(self, reason: str = "") -> None:
+        """Trace anew at the next call, and say why; without a reason the last trace failed."""
+        if self._eager:
+            return
+        self._make()
+        if not reason:
+            self.traces -= 1
+        elif self.traces:
+            warnings.warn(f"{self.name} is traced again: {reason}", stacklevel=2)
 
     def _trace(self, *arguments: Any) -> Any:
         self.traces += 1

@@ -70,8 +70,8 @@ class Vector(Mapping):
 
 
 def flatten(tensors: Iterable) -> tf.Tensor:
-    """One vector [n] of all tensors' elements, in order."""
-    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
+    """One vector [n] float32 of all tensors' elements, in order."""
+    return tf.concat([tf.cast(tf.reshape(tensor, [-1]), tf.float32) for tensor in tensors], axis=0)
 
 
 def count_elements(tensors: Iterable) -> int:

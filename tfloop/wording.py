@@ -37,3 +37,11 @@ def value_text(value: object) -> str:
 def joined(names: Sequence[str]) -> str:
     """ "a", "a and b", "a and b and c" """
     return " and ".join(names)
+
+
+def first_sentence(error: BaseException) -> str:
+    """The kind of an error, and the first sentence of what it says, or so much as fits a line."""
+    lines = str(error).strip().splitlines() or [""]
+    sentence = lines[0].partition(". ")[0].rstrip(".")
+    shown = sentence if len(sentence) <= 160 else f"{sentence[:160].rsplit(' ', 1)[0]} …"
+    return f"{type(error).__name__}: {shown}"

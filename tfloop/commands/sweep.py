@@ -168,7 +168,7 @@ def _test_accuracy(trial: sweeps.Trial, data: Any) -> float:
     from tfloop.training.saved_run import open_run
 
     config, state, _ = open_run(trial.folder)
-    return Loop(state, data, batch_size=config.batch_size).evaluate(data.test).accuracy
+    return Loop(state, data, batch_size=config.batch_size).evaluate(data.test).accuracy or 0.0
 
 
 def _table(ranked: list[sweeps.Standing]) -> Any:

@@ -1,10 +1,12 @@
 """How batches reach the step. Three ways, one order: a pure function of (seed, epoch, index).
 
 A pipeline has `begin(seed, epoch, first)`, which returns a source for the rest of that epoch, and
-`take(source, index)`, which the compiled step calls for the batch with this index. Images travel as
-they lie in the data set (uint8); they become float32 in the step.
+`take(source, index, rows)`, which the compiled step calls for the batch with this index. It has
+`rows` rows, of which a worker gets its part; shapes are static. Images travel as they lie in the
+data set (uint8); they become float32 in the step.
 """
 
+import functools
 import math
 import os
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from tfloop.data import shards
 from tfloop.data.dataset import Split
 from tfloop.data.tf_data import UNTUNED
 from tfloop.errors import UserError
-from tfloop.randomness import fold_in, seed_of
+from tfloop.randomness import Part, fold_in, part_of, seed_of
 
 PIPELINES = ("host", "prefetch", "resident")
 SHARE_OF_MEMORY = 0.1  # images that take less than this of the memory are kept resident
@@ -24,11 +26,11 @@ GPU_BYTES = 4 << 30  # and on a GPU, less than this
 
 
 class Batch(NamedTuple):
-    """One batch of static size. The last one of an epoch is filled up with rows of weight 0."""
+    """One batch. The last one of an epoch has the rows that are left."""
 
     images: tf.Tensor  # [batch, height, width, channels], uint8 or float32
     labels: tf.Tensor  # [batch] int64
-    sample_weight: tf.Tensor  # [batch] float32, 1 or 0
+    sample_weight: tf.Tensor  # [batch] float32: 1, or 0 for a damaged record that is left out
 
 
 def order(seed: tf.Tensor | int, epoch: tf.Tensor | int, size: int) -> tf.Tensor:
@@ -49,6 +51,7 @@ class _Pipeline:
       name: one of PIPELINES.
       size: examples in an epoch.
       steps: batches in an epoch.
+      full: those of them that are full; the one after them, if any, has `rest` rows.
       batch_size: rows of a batch, of all workers together.
       error: why a record could not be read; None while all went well.
     """
@@ -58,9 +61,17 @@ class _Pipeline:
     def __init__(self, split: Split, batch_size: int, worker: int, workers: int) -> None:
         self.size, self.batch_size = len(split), batch_size
         self.steps = math.ceil(self.size / batch_size)
+        self.full, self.rest = divmod(self.size, batch_size)
         self.error: UserError | None = None
-        self._rows = batch_size // workers  # of each batch, this worker's
-        self._first = worker * self._rows
+        self._worker, self._workers = worker, workers
+
+    def part(self, rows: int) -> Part | None:
+        """Which rows of a batch of so many are this worker's; None where all are."""
+        return Part(*self._own(rows), rows) if self._workers > 1 else None
+
+    def _own(self, rows: int) -> tuple[int, int]:
+        """(the first row, how many) of a batch of so many rows that are this worker's."""
+        return part_of(rows, self._worker, self._workers)
 
 
 class Resident(_Pipeline):
@@ -71,22 +82,17 @@ class Resident(_Pipeline):
     def __init__(self, split: Split, batch_size: int, worker: int = 0, workers: int = 1) -> None:
         super().__init__(split, batch_size, worker, workers)
         self._images, self._labels = split.tensors
-        places = self.steps * batch_size
-        self._order = tf.Variable(tf.zeros([places], tf.int64), trainable=False)
-        self._sample_weight = _sample_weight(0, places, self.size)
+        self._order = tf.Variable(tf.zeros([self.size], tf.int64), trainable=False)
 
     def begin(self, seed: tf.Tensor, epoch: tf.Tensor, first: int) -> tuple:
-        rows = order(seed, epoch, self.size)
-        filling = rows[: self._order.shape[0] - self.size]
-        self._order.assign(tf.concat([rows, filling], axis=0))
+        self._order.assign(order(seed, epoch, self.size))
         return ()
 
-    def take(self, source: tuple, index: tf.Tensor) -> Batch:
-        start = [index * self.batch_size + self._first]
-        rows = tf.slice(self._order, start, [self._rows])
-        sample_weight = tf.slice(self._sample_weight, start, [self._rows])
-        images, labels = tf.gather(self._images, rows), tf.gather(self._labels, rows)
-        return Batch(images, labels, sample_weight)
+    def take(self, source: tuple, index: tf.Tensor, rows: int) -> Batch:
+        first, own = self._own(rows)
+        places = tf.slice(self._order, [index * self.batch_size + first], [own])
+        images, labels = tf.gather(self._images, places), tf.gather(self._labels, places)
+        return Batch(images, labels, tf.ones([own]))
 
 
 class Streamed(_Pipeline):
@@ -127,42 +133,38 @@ class Streamed(_Pipeline):
 
     def batches(self, seed: tf.Tensor, epoch: tf.Tensor, first: int) -> tf.data.Dataset:
         """The batches of an epoch from the one with index `first` on."""
-        places = self.steps * self.batch_size
         with tf.device("CPU"):
-            rows = order(seed, epoch, self.size)
-            rows = tf.concat([rows, rows[: places - self.size]], axis=0)
-        by_batch = tf.reshape(rows, [self.steps, self.batch_size])
-        own = by_batch[:, self._first : self._first + self._rows]
-        indices = tf.data.Dataset.range(self.steps)
-        places_read = tf.data.Dataset.zip(indices, tf.data.Dataset.from_tensor_slices(own))
+            places = order(seed, epoch, self.size)
+        indices = tf.data.Dataset.range(first, self.steps)
         at_once = min(os.cpu_count() or 1, 16)
-        batches = places_read.skip(first).map(
-            self._batch, num_parallel_calls=at_once, deterministic=True
+        batches = indices.map(
+            functools.partial(self._batch, places), num_parallel_calls=at_once, deterministic=True
         )
         batches = batches.with_options(UNTUNED)
         if self.name == "prefetch" and "GPU" in self._device:
             return batches.apply(tf.data.experimental.prefetch_to_device(self._device, 2))
         return batches.prefetch(2)
 
-    def _batch(self, index: tf.Tensor, rows: tf.Tensor) -> Batch:
-        first = index * self.batch_size + self._first
-        sample_weight = _sample_weight(first, self._rows, self.size)
+    def _batch(self, places: tf.Tensor, index: tf.Tensor) -> Batch:
+        full, rest = self._own(self.batch_size), self._own(self.rest)
+        first, own = full
+        if rest != full and self.rest:
+            is_full = index < self.full
+            first, own = (tf.where(is_full, *pair) for pair in zip(full, rest, strict=True))
+        start = index * self.batch_size + tf.cast(first, tf.int64)
+        rows = places[start : start + tf.cast(own, tf.int64)]
         if self._is_on_disk:
             images, whole = self._read(rows)
-            sample_weight *= whole
         else:
-            images = tf.gather(self._images, rows)
-        labels = tf.gather(self._labels, rows)
-        return Batch(
-            tf.ensure_shape(images, [self._rows, *self._images.shape[1:]]),
-            tf.ensure_shape(labels, [self._rows]),
-            sample_weight,
-        )
+            images, whole = tf.gather(self._images, rows), tf.ones([own])
+        return Batch(images, tf.gather(self._labels, rows), whole)
 
     def _read(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(images, 1 or 0 for each: 0 where its record is damaged and left out)"""
 
         def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            if not len(rows):  # a worker's part of a small last batch
+                return np.array([], object), np.array([], bool), np.array([], np.float32)
             try:
                 return self._images.read(rows)
             except UserError as error:
@@ -170,27 +172,27 @@ class Streamed(_Pipeline):
                 raise
 
         found = tf.numpy_function(read, [rows], [tf.string, tf.bool, tf.float32])
-        examples, raw, whole = (tf.ensure_shape(part, [self._rows]) for part in found)
+        examples, raw, whole = (tf.ensure_shape(part, [None]) for part in found)
         return shards.decode(examples, raw, self._images.shape[1:]), whole
 
-    def take(self, source: Any, index: tf.Tensor) -> Batch:
-        return next(source)
+    def take(self, source: Any, index: tf.Tensor, rows: int) -> Batch:
+        batch, own = next(source), self._own(rows)[1]
+        return Batch(*(tf.ensure_shape(part, [own, *part.shape[1:]]) for part in batch))
 
 
 def batch_at(
     split: Split, batch_size: int, seed: tf.Tensor | int, epoch: tf.Tensor | int, index: int
 ) -> Batch:
     """The batch that every pipeline gives at this place, made on its own."""
-    first, size = index * batch_size, len(split)
-    rows = np.resize(order(seed, epoch, size).numpy(), first + batch_size)[first:]
+    first = index * batch_size
+    rows = order(seed, epoch, len(split)).numpy()[first : first + batch_size]
     labels = tf.constant(split.labels[rows], tf.int64)
-    sample_weight = _sample_weight(first, batch_size, size)
     if isinstance(split.images, np.ndarray):
-        return Batch(tf.constant(split.images[rows]), labels, sample_weight)
+        return Batch(tf.constant(split.images[rows]), labels, tf.ones([len(rows)]))
     examples, raw, whole = split.images.read(rows)
     serialized = tf.constant(examples.tolist())
     images = shards.decode(serialized, tf.constant(raw), split.images.shape[1:])
-    return Batch(images, labels, sample_weight * whole)
+    return Batch(images, labels, tf.constant(whole))
 
 
 def make(
@@ -198,7 +200,7 @@ def make(
 ) -> Resident | Streamed:
     """A pipeline by name; "auto" is resident where the images fit comfortably, else prefetch.
 
-    It gives one part of every batch, of as many equal parts as there are workers.
+    It gives one part of every batch, of as many parts as there are workers.
     """
     if name == "auto":
         in_memory = isinstance(split.images, np.ndarray)
@@ -216,9 +218,3 @@ def comfortable_bytes() -> int:
     if tf.config.list_physical_devices("GPU"):
         return GPU_BYTES
     return int(SHARE_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _sample_weight(first: tf.Tensor | int, rows: int, size: int) -> tf.Tensor:
-    """[rows] float32: 1 for places below `size`, 0 for those that only fill up a batch."""
-    places = tf.cast(first, tf.int64) + tf.range(rows, dtype=tf.int64)
-    return tf.cast(places < size, tf.float32)

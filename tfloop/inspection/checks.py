@@ -17,8 +17,6 @@ from tfloop.config import Config
 from tfloop.data.dataset import Dataset
 from tfloop.errors import UserError
 from tfloop.loop import Epoch
-from tfloop.models import fast
-from tfloop.models.forward import apply_layer
 from tfloop.randomness import Key, seed_of
 from tfloop.step import cross_entropy
 
@@ -69,17 +67,19 @@ def check_gradients(
             inputs = max(np.prod(weight.shape[:-1]), 1)
             weight.assign(random.normal(size=weight.shape) / np.sqrt(inputs))
     weights, _ = models.named_variables(model)
-    key, rows = Key(seed_of(seed, 1)), tf.ones([2], tf.float64)
-    for index, layer in enumerate(model.layers):
+    key = Key(seed_of(seed, 1))
+    for layer in model.layers:
         prefix = f"{layer.name}/"
         layer_weights = {name: w for name, w in weights.items() if name.startswith(prefix)}
         x = normal(2, *layer.input.shape[1:])
         projection = random.normal(size=(2, *layer.output.shape[1:]))
 
         def apply(
-            index: int = index, x: tf.Variable = x, projection: np.ndarray = projection
+            alone: keras.Model = _alone(layer),  # noqa: B008 (a model for each turn)
+            x: tf.Variable = x,
+            projection: np.ndarray = projection,
         ) -> tf.Tensor:
-            return projection * apply_layer(model, index, x, rows, True, key)
+            return projection * models.outputs(alone, tf.convert_to_tensor(x), True, key)
 
         yield from _compare(layer.name, apply, {"input": x, **layer_weights}, random)
 
@@ -95,16 +95,21 @@ def check_gradients(
 
     images, projection = normal(2, *image_shape), random.normal(size=(2, classes))
     passes: dict[str, Callable] = {
-        "plain forward pass": models.logits,
-        "fast forward pass": fast.logits,
-        "fast forward pass, 2 shards": functools.partial(fast.logits, shards=2),
+        "plain forward pass": models.outputs,
+        "fast forward pass": functools.partial(models.outputs, fast=True),
+        "fast forward pass, 2 shards": functools.partial(models.outputs, fast=True, shards=2),
     }
     for name, forward in passes.items():
 
         def whole(forward: Callable = forward) -> tf.Tensor:
-            return projection * forward(model, images, rows, training=True, key=key)
+            return projection * forward(model, tf.convert_to_tensor(images), True, key)
 
         yield from _compare(name, whole, {"images": images, **weights}, random)
+
+
+def _alone(layer: keras.layers.Layer) -> keras.Sequential:
+    """A model of this layer alone."""
+    return keras.Sequential([keras.Input(layer.input.shape[1:], dtype="float64"), layer])
 
 
 def _in_float64(model: keras.Sequential) -> keras.Sequential:
@@ -276,7 +281,7 @@ def overfit(config: Config, most: int) -> Iterator[Memorising]:
     own = config.replace(steps_per_call=1, epochs=most)
     for record in assembly.make_loop(own, data).run(most):
         if isinstance(record, Epoch) and record.test:
-            loss, accuracy = record.test.data - least, record.test.accuracy
+            loss, accuracy = record.test.data - least, record.test.accuracy or 0.0
             done = accuracy == 1.0 and loss < 0.01 + config.label_smoothing
             yield Memorising(record.step, loss, accuracy, done)
             if done:

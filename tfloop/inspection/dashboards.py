@@ -66,7 +66,8 @@ def training_curves(context: Context) -> Iterator[Summary]:
 def training_by_epoch(context: Context) -> Iterator[Summary]:
     assert context.epoch is not None
     train = context.epoch.train
-    yield scalars({"epoch_accuracy": train.accuracy, "epoch_loss": train.total})
+    accuracy = {} if train.accuracy is None else {"epoch_accuracy": train.accuracy}
+    yield scalars({**accuracy, "epoch_loss": train.total})
 
 
 @summary("epoch", run="test")
@@ -117,7 +118,6 @@ def _norms(state: TrainState, call: Call) -> dict[str, float]:
     if state.loss_scale is not None:
         values["loss_scale"] = float(state.loss_scale)
     l1, l2 = (float(state.hyper[name]) for name in ("l1", "l2"))
-    penalized = {id(kernel) for kernel in state.kernels}
     gradients, updates = call.gradients.norms(), call.updates.norms()
     for name, variable in state.weights.items():
         weight = variable.numpy()
@@ -126,9 +126,9 @@ def _norms(state: TrainState, call: Call) -> dict[str, float]:
         values[f"update_norm/{name}"] = updates[name]
         if norm:
             values[f"update_to_weight/{name}"] = updates[name] / norm
-        if l1 and id(variable) in penalized:
+        if l1 and name in state.kernels:
             values[f"loss_l1/{name}"] = l1 * float(np.abs(weight).sum())
-        if l2 and id(variable) in penalized:
+        if l2 and name in state.kernels:
             values[f"loss_l2/{name}"] = l2 * norm**2
     return values
 
@@ -235,6 +235,11 @@ def model_text(context: Context) -> Iterator[Summary]:
             [name, str(tuple(weight.shape)), f"{weight.shape.num_elements():,}"]
             for name, weight in state.weights.items()
         ]
+        header[0] = "| weight | shape | parameters |"
+    cells += [
+        [name, "not trained", "no gradient", "none"][: len(header[1].split("|")) - 2]
+        for name in state.without_gradient
+    ]
     rows = [f"| {' | '.join(row)} |" for row in cells]
     yield text_pb("model", "\n".join([*header, *rows]))
 
@@ -254,7 +259,7 @@ def classification_report(context: Context) -> Iterator[Summary]:
 
 def _classifies(context: Context, outputs: np.ndarray) -> bool:
     """Is there an output for each class? A model with a loss of its own may do something else."""
-    return outputs.shape[1] == context.loop.data.classes
+    return context.loop.classifies and outputs.shape[1] == context.loop.data.classes
 
 
 # --- Histograms and Distributions
@@ -302,8 +307,7 @@ def mistakes(context: Context) -> Iterator[Summary]:
     if len(wrong):
         shown = plots.misclassified(test.images[wrong], test.labels[wrong], guesses[wrong])
         yield _image("misclassified", shown)
-    model = context.loop.state.model
-    shares = models.probabilities(model, tf.constant(outputs)).numpy()
+    shares = context.loop.state.probabilities(tf.constant(outputs)).numpy()
     for label in range(shares.shape[1]):
         yield pr_curve_pb(f"class_{label}", test.labels == label, shares[:, label])
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 
 from tfloop import models
@@ -25,6 +24,7 @@ from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError
 from tfloop.loop import Loop
 from tfloop.metrics import Loss
+from tfloop.randomness import Part
 from tfloop.state import TrainState
 from tfloop.step import (
     Pass,
@@ -51,100 +51,129 @@ class Gradient(NamedTuple):
     model: tf.Tensor
 
 
+Gradients = dict[str, Gradient | None]  # by weight: "conv1/kernel"; None where there is none
+
+
 class Layer(NamedTuple):
     """One layer on the way back."""
 
     name: str
     activation: tf.Tensor  # what the layer gave
     upstream: tf.Tensor  # the gradient of the data loss by it
-    gradients: dict[str, Gradient]  # by weight: "conv1/kernel"
+    gradients: Gradients  # None for a weight that the loss does not depend on
     updates: dict[str, tf.Tensor]  # what the optimizer would add to each weight
 
 
 class _Recording(NamedTuple):
     """A forward pass and its loss, on a tape that can be asked more than once."""
 
-    images: tf.Tensor
-    activations: dict[str, tf.Tensor]
+    activations: list[models.Activation]
     loss: Loss
     tape: tf.GradientTape
 
     @property
     def logits(self) -> tf.Tensor:
-        return list(self.activations.values())[-1]
+        return self.activations[-1].value
 
 
-def record(
-    state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1
-) -> _Recording:
+def record(state: TrainState, batch: Batch, part: Part | None = None) -> _Recording:
     """Forward, layer by layer, and the loss, term by term. Changes nothing but moving averages."""
-    key = state.key(part, parts)
+    key = state.key(part)
     images, sample_weight = state.inputs(batch.images, key), batch.sample_weight
-    activations = {}
     with tf.GradientTape(persistent=True) as tape:
-        tape.watch(images)
-        forward = models.activations(state.model, images, sample_weight, training=True, key=key)
-        for layer, activation in forward:
-            activations[layer] = activation
-        logits = activation
-        each = example_losses(state, batch.labels, logits)
+        tape.watch(list(state.weights.values()))
+        activations = []
+        for activation in models.activations(state.model, images, True, key, state.loss is None):
+            activations.append(activation)
+        each = example_losses(state, batch.labels, activations[-1].value)
         loss = losses(state, weighted_mean(each, sample_weight), model_losses(state))
-    return _Recording(images, activations, loss, tape)
+    return _Recording(activations, loss, tape)
 
 
 def walk_back(
     state: TrainState, recording: _Recording
-) -> Iterator[tuple[str, tf.Tensor, dict[str, Gradient]]]:
-    """Yields (layer, upstream gradient, gradients by weight) from the last layer to the first."""
-    images, activations, loss, tape = recording
-    layers = list(activations)
-    upstream = tape.gradient(loss.data, recording.logits)
-    for index in reversed(range(len(layers))):
-        layer, activation = layers[index], activations[layers[index]]
-        inputs = activations[layers[index - 1]] if index else images
-        weights = _weights_of(state, index)
-        below, data = tape.gradient(activation, (inputs, weights), upstream, ZERO)
-        gradients = {name: split(state, recording, name, data[name]) for name in weights}
-        yield layer, upstream, gradients
-        upstream = below
+) -> Iterator[tuple[str, tf.Tensor, Gradients]]:
+    """Yields (layer, upstream gradient, gradients by weight) from the last layer to the first.
 
-
-def _weights_of(state: TrainState, index: int) -> dict[str, tf.Variable]:
-    """The weights of the layer with this index; all, where the model is no stack of layers."""
-    if not isinstance(state.model, keras.Sequential):
-        return state.weights
-    variables = state.model.layers[index].trainable_variables
-    of_the_layer = {id(variable.value) for variable in variables}
-    return {name: weight for name, weight in state.weights.items() if id(weight) in of_the_layer}
-
-
-def split(state: TrainState, recording: _Recording, name: str, data: tf.Tensor) -> Gradient:
-    """The gradient by one weight: what the data contributed, and what each penalty did."""
-    loss, tape, weight = recording.loss, recording.tape, state.weights[name]
-    l1, l2, custom, model = (
-        tape.gradient(term, weight, unconnected_gradients=ZERO)
-        for term in (loss.l1, loss.l2, loss.custom, loss.model)
+    A weight comes with the last layer that uses it.
+    """
+    activations, loss, tape = recording
+    upstreams = tape.gradient(
+        loss.data, [activation.value for activation in activations], None, ZERO
     )
-    return Gradient(data + l1 + l2 + custom + model, data, l1, l2, custom, model)
+    gradients, owners = all_gradients(state, recording), _owners(state, activations)
+    for place in reversed(range(len(activations))):
+        own = {name: gradients[name] for name, owner in owners.items() if owner == place}
+        yield activations[place].name, upstreams[place], own
 
 
-def forward_and_backward(
-    state: TrainState, batch: Batch, part: tf.Tensor | int = 0, parts: int = 1
-) -> Pass:
+def _owners(state: TrainState, activations: list[models.Activation]) -> dict[str, int]:
+    """Each trainable weight → the place of the layer that it belongs to; the last, if of none."""
+    names = {id(weight): name for name, weight in _trainable(state).items()}
+    owners: dict[str, int] = {}
+    # Layers that call others come after those: what is left is theirs.
+    for is_leaf in (True, False):
+        for place, (_, layer, _) in enumerate(activations):
+            if models.is_leaf(layer) != is_leaf:
+                continue
+            for variable in getattr(layer, "trainable_variables", ()):
+                name = names.get(id(models.as_tf_variable(variable)))
+                if name and (is_leaf or name not in owners):
+                    owners[name] = place
+    last = len(activations) - 1
+    return {name: owners.get(name, last) for name in names.values()}
+
+
+def _trainable(state: TrainState) -> dict[str, tf.Variable]:
+    """The weights that are trained, and those that would be if they had a gradient."""
+    left_out = {name: state.non_trainable[name] for name in state.without_gradient}
+    return {**state.weights, **left_out}
+
+
+def all_gradients(state: TrainState, recording: _Recording) -> Gradients:
+    """By weight what the data contributed, and what each penalty did; None without a gradient."""
+    loss, tape = recording.loss, recording.tape
+    terms = {
+        term: tape.gradient(getattr(loss, term), state.weights)
+        for term in ("data", "l1", "l2", "custom", "model")
+    }
+    found: Gradients = dict.fromkeys(_trainable(state))
+    for name, weight in state.weights.items():
+        by_term = {term: gradients[name] for term, gradients in terms.items()}
+        if by_term["data"] is None and by_term["model"] is None:
+            continue
+        parts = {
+            term: tf.zeros_like(weight) if gradient is None else tf.convert_to_tensor(gradient)
+            for term, gradient in by_term.items()
+        }
+        total = parts["data"] + parts["l1"] + parts["l2"] + parts["custom"] + parts["model"]
+        found[name] = Gradient(total, **parts)
+    return found
+
+
+def _vector(state: TrainState, gradients: Gradients) -> Vector:
+    totals = {
+        name: None if (gradient := gradients[name]) is None else gradient.total
+        for name in state.weights
+    }
+    return Vector.of(state.connected(totals))
+
+
+def forward_and_backward(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
     """The twin of `step.forward_and_backward`: the same values, layer by layer.
 
     In float16 it goes without a loss scale.
     """
-    recording = record(state, batch, part, parts)
+    recording = record(state, batch, part)
     gradients = {}
     for layer, upstream, by_weight in walk_back(state, recording):  # noqa: B007 (to be printed)
         for name, gradient in by_weight.items():
-            gradients[name] = gradient.total
+            gradients[name] = gradient
     return Pass(
         recording.loss,
         accuracy(batch, recording.logits),
         tf.reduce_sum(batch.sample_weight),
-        Vector.of({name: gradients[name] for name in state.weights}),
+        _vector(state, gradients),
         recording.logits,
     )
 
@@ -161,15 +190,13 @@ def backward(state: TrainState, batch: Batch) -> Iterator[Layer]:
     """
     recording = record(state, batch)
     walk = list(walk_back(state, recording))
-    totals = {}
-    for _, _, by_weight in walk:
-        totals.update({name: gradient.total for name, gradient in by_weight.items()})
-    gradients = Vector.of({name: totals[name] for name in state.weights})
+    totals = {name: g for _, _, by_weight in walk for name, g in by_weight.items()}
     learning_rate = state.schedule(state.schedule_step)
-    updates, _ = state.optimizer.updates(gradients, state.weights, learning_rate)
+    updates, _ = state.optimizer.updates(_vector(state, totals), state.weights, learning_rate)
+    activations = {name: value for name, _, value in recording.activations}
     for layer, upstream, by_weight in walk:
-        layer_updates = {name: updates[name] for name in by_weight}
-        yield Layer(layer, recording.activations[layer], upstream, by_weight, layer_updates)
+        layer_updates = {name: updates[name] for name in by_weight if name in state.weights}
+        yield Layer(layer, activations[layer], upstream, by_weight, layer_updates)
 
 
 class Debugger(pdb.Pdb):
@@ -336,12 +363,12 @@ def stop_once(grad_fn: Callable) -> Callable:
     """`grad_fn`, which calls breakpoint() the first time, so that an editor's debugger stops."""
     has_stopped = False
 
-    def stopping(state: TrainState, batch: Batch) -> Pass:
+    def stopping(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
         nonlocal has_stopped
         if not has_stopped:
             has_stopped = True
             # Step out of here for the step, or into the next line for the pass, layer by layer.
             breakpoint()
-        return grad_fn(state, batch)
+        return grad_fn(state, batch, part)
 
     return stopping

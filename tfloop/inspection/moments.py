@@ -50,7 +50,10 @@ class Context:
     def activations(self, images: np.ndarray) -> list[tuple[str, tf.Tensor]]:
         """(layer, activation) of images as they lie in the data."""
         state = self.loop.state
-        return list(models.activations(state.model, state.standardize(images)))
+        seen = models.activations(
+            state.model, state.standardize(images), as_logits=state.loss is None
+        )
+        return [(name, value) for name, _, value in seen]
 
 
 class Registration(NamedTuple):

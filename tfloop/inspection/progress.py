@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tfloop.loop import Call, Epoch
+from tfloop.metrics import Metrics
 
 
 class Display:
@@ -72,10 +73,19 @@ class Display:
 def call_line(record: Call) -> str:
     """One compiled call, beside the bar."""
     train, ms = record.train, 1000 * record.seconds / record.steps
-    return (
-        f"loss {train.total:.4f}  accuracy {100 * train.accuracy:.2f} %  rate "
-        f"{record.learning_rate:.3g}  step {record.step}  {ms:.1f} ms/step"
-    )
+    parts = [
+        f"loss {train.total:.4f}",
+        *_accuracy("", train),
+        f"rate {record.learning_rate:.3g}",
+        f"step {record.step}",
+        f"{ms:.1f} ms/step",
+    ]
+    return "  ".join(parts)
+
+
+def _accuracy(of: str, metrics: Metrics) -> list[str]:
+    """The accuracy in words, where there is one."""
+    return [] if metrics.accuracy is None else [f"{of}accuracy {100 * metrics.accuracy:.2f} %"]
 
 
 def epoch_line(record: Epoch, epochs: int) -> str:
@@ -83,13 +93,13 @@ def epoch_line(record: Epoch, epochs: int) -> str:
     parts = [
         f"epoch {record.epoch}/{epochs}",
         f"loss {record.train.total:.4f}",
-        f"accuracy {100 * record.train.accuracy:.2f} %",
+        *_accuracy("", record.train),
     ]
     if record.test:
         parts.append(f"test loss {record.test.total:.4f}")
-        parts.append(f"test accuracy {100 * record.test.accuracy:.2f} %")
+        parts += _accuracy("test ", record.test)
     if record.validation:
-        parts.append(f"validation accuracy {100 * record.validation.accuracy:.2f} %")
+        parts += _accuracy("validation ", record.validation)
     parts.append(f"rate {record.learning_rate:.3g}")
     if record.steps:
         parts.append(f"{1000 * record.seconds / record.steps:.1f} ms/step")

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow as tf
 
+from tfloop import models
 from tfloop.config import Config
 from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError, WorkerLost
 from tfloop.machine import cluster
+from tfloop.randomness import Part, part_of
 from tfloop.state import TrainState
-from tfloop.step import Pass, from_sums, to_sums
+from tfloop.step import Pass, from_sums, no_pass, rows_of, to_sums
 from tfloop.wording import joined
 
 # What TensorFlow raises where another worker is gone; other faults raise them too.
@@ -67,33 +69,33 @@ class Replicas:
         """`grad_fn`, on a part of the batch in each replica; its result is that of the whole batch.
 
         It takes this worker's part of the batch, which is the whole one where there is one worker.
+        A replica without rows takes no part.
         """
 
-        def in_replicas(state: TrainState, batch: Batch) -> Pass:
-            rows = batch.labels.shape[0] // self.local
-
-            def cut(tensor: tf.Tensor, index: tf.Tensor | int) -> tf.Tensor:
-                start = [index * rows] + [0] * (len(tensor.shape) - 1)
-                return tf.slice(tensor, start, [rows, *tensor.shape[1:]])
+        def in_replicas(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
+            rows = batch.labels.shape[0]
+            whole = part or Part(0, rows, rows)
 
             def in_one() -> tf.Tensor:
-                index = self._local_index()
-                own = batch
-                if self.local > 1:
-                    own = Batch(*(cut(tensor, index) for tensor in batch))
-                part = self.worker * self.local + index
-                return to_sums(grad_fn(state, own, part=part, parts=self.total))
+                first, size = part_of(rows, self._local_index(), self.local)
+                own = rows_of(batch, first, size) if self.local > 1 else batch
+                if not size and not _looks_at_others(state):
+                    return to_sums(no_pass(state))
+                result = grad_fn(state, own, Part(whole.first + first, size, whole.total))
+                # Without rows it went along for the others alone, which waited for its sums.
+                return to_sums(result if size else no_pass(state))
 
             return from_sums(self._sum(in_one), state)
 
         return in_replicas
 
-    def _local_index(self) -> tf.Tensor | int:
+    def _local_index(self) -> int:
         """Which of this process's replicas is running."""
         if self.local == 1:
             return 0
         context = tf.distribute.get_replica_context()
-        return context.replica_id_in_sync_group - self.worker * self.local
+        index = tf.get_static_value(context.replica_id_in_sync_group)
+        return int(index) - self.worker * self.local
 
     def _sum(self, function: Callable[[], tf.Tensor]) -> tf.Tensor:
         """The sum over all replicas of what the function gives in each."""
@@ -168,7 +170,12 @@ class Replicas:
 
     @tf.function(autograph=False)
     def _total(self, values: tf.Tensor) -> tf.Tensor:
-        return self._sum(lambda: tf.where(tf.equal(self._local_index(), 0), values, 0))
+        return self._sum(lambda: values if self._local_index() == 0 else tf.zeros_like(values))
+
+
+def _looks_at_others(state: TrainState) -> bool:
+    """Does a layer of the model look at the rows of all replicas?"""
+    return any(models.over_parts_of(layer) for layer in models.keras_layers(state.model))
 
 
 def local_replicas(config: Config, gpus: int) -> int:

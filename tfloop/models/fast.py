@@ -1,4 +1,4 @@
-"""The fast forward pass: the values of its plain twin, `forward.logits`, in another order.
+"""The fast forward pass: the values of the plain one in another order.
 
 Four rearrangements, each exact but for the order in which floats are added (`benchmarks/ops.py`
 measures them):
@@ -22,20 +22,13 @@ TensorFlow derives the gradients, but for that pool's and those of batch normali
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfloop.models import forward
-from tfloop.models.layer_rules import (
-    Size,
-    is_by_example,
-    is_plain_convolution,
-    over_parts,
-    rule_of,
-)
-from tfloop.models.variables import Model
-from tfloop.randomness import Key
+from tfloop.models.layer_rules import Size, is_plain_convolution, rule_of
+from tfloop.models.program import Call, Program
 
 MONOTONE = (
     keras.activations.relu,
@@ -46,81 +39,45 @@ MONOTONE = (
 )
 
 
-def logits(
-    model: Model,
-    images: tf.Tensor,
-    sample_weight: tf.Tensor | None = None,
-    training: bool = False,
-    key: Key | None = None,
-    shards: int = 1,
-) -> tf.Tensor:
-    """As `forward.logits`, which it falls back on where the model is no stack of layers.
-
-    Args:
-      shards: parts of the batch to compute side by side; the others as in `forward.activations`.
-    """
-    if not isinstance(model, keras.Sequential):
-        return forward.logits(model, images, sample_weight, training, key)
-    if used := used_pixels(model):
-        images = images[:, : used[0], : used[1]]
-    split, join = _cutting(images.shape[0] or 1, shards)
-    parts, has_pooled = split(images), False
-    for index, layer in enumerate(model.layers):
-
-        def apply(x: tf.Tensor, index: int = index) -> tf.Tensor:
-            return forward.apply_layer(model, index, x, sample_weight, training, key)
-
-        with tf.name_scope(layer.name):
-            following = model.layers[index + 1] if index + 1 < len(model.layers) else None
-            if has_pooled:
-                has_pooled = False
-            elif following and _may_pool_first(layer, following):
-                parts = [_pool_first(layer, following, x) for x in parts]
-                has_pooled = True
-            elif sample_weight is not None and (over := over_parts(layer, training)):
-                parts = over(layer, parts, sample_weight)
-            elif is_by_example(layer, training):
-                parts = [apply(x) for x in parts]
-            else:
-                parts = split(apply(join(parts)))
-    return join(parts)
-
-
-def _cutting(rows: int, shards: int) -> tuple[Callable, Callable]:
-    """(a function that cuts a batch into shards, one that puts them together again)."""
-    shards = min(shards, rows)
-    sizes = [rows // shards] * (shards - 1)
-
-    def split(x: tf.Tensor) -> list[tf.Tensor]:
-        return tf.split(x, [*sizes, -1]) if shards > 1 else [x]
-
-    def join(parts: list[tf.Tensor]) -> tf.Tensor:
-        return tf.concat(parts, axis=0) if shards > 1 else parts[0]
-
-    return split, join
-
-
-def used_pixels(model: keras.Sequential) -> Size | None:
+def used_pixels(program: Program) -> Size | None:
     """(height, width) of the part of the image, from its corner, that the outputs depend on.
 
-    None where the first layer takes no images, or images of any size.
+    None where the model takes no images, or images of any size.
     """
-    if len(model.input_shape) != 4 or None in model.input_shape[1:]:
+    shapes = program.shapes
+    if len(shapes[0]) != 4 or None in shapes[0][1:]:
         return None
-    used: Size | None = None
-    for layer in reversed(model.layers):
-        if len(layer.input.shape) != 4:
+    needed: dict[int, Size] = {}  # by value
+    if len(shapes[program.output]) == 4:
+        needed[program.output] = _size(shapes[program.output])
+    for call in reversed(program.calls):
+        rule, output = rule_of(call.operation), call.outputs[0]
+        for value in call.inputs:
+            if len(shapes[value]) != 4:
+                continue
             used = None
-            continue
-        if used is None and len(layer.output.shape) == 4:
-            used = tuple(layer.output.shape[1:3])
-        rule = rule_of(layer)
-        needed = rule.used(layer, used) if rule.used and used else None
-        used = needed or tuple(layer.input.shape[1:3])
-    return used
+            if rule.used and output in needed:
+                used = rule.used(call.operation, needed[output])
+            height, width = used or _size(shapes[value])
+            before = needed.get(value, (0, 0))
+            needed[value] = max(height, before[0]), max(width, before[1])
+    return needed.get(0, _size(shapes[0]))
 
 
-def _may_pool_first(layer: keras.layers.Layer, following: keras.layers.Layer) -> bool:
+def _size(shape: tuple) -> Size:
+    return shape[1], shape[2]
+
+
+def pool_behind(program: Program, call: Call) -> Call | None:
+    """The max-pool that alone reads what a call gives, where it may as well run first."""
+    places = program.readers.get(call.outputs[0], ())
+    if len(places) != 1 or places[0] == len(program.calls):
+        return None
+    following = program.calls[places[0]]
+    return following if _may_pool_first(call.operation, following.operation) else None
+
+
+def _may_pool_first(layer: Any, following: Any) -> bool:
     """Is `layer` a convolution or activation, and `following` a max-pool that may run first?"""
     if type(following) is not keras.layers.MaxPooling2D:
         return False
@@ -130,16 +87,17 @@ def _may_pool_first(layer: keras.layers.Layer, following: keras.layers.Layer) ->
     return is_known and layer.activation in MONOTONE and layer.activity_regularizer is None
 
 
-def _pool_first(
+def pool_first(
     layer: keras.layers.Layer, pool: keras.layers.MaxPooling2D, x: tf.Tensor
 ) -> tf.Tensor:
+    """What the pool gives of what the layer gives, pooled before bias and activation."""
     if not isinstance(layer, keras.layers.Conv2D):
         return layer.activation(pool(x))
-    kernel = forward.cast(layer.kernel, layer)
-    x = tf.nn.conv2d(forward.cast(x, layer), kernel, 1, layer.padding.upper())
+    kernel = cast(layer.kernel, layer)
+    x = tf.nn.conv2d(cast(x, layer), kernel, 1, layer.padding.upper())
     if layer.bias is None:
         return layer.activation(pool(x))
-    bias = forward.cast(layer.bias, layer)
+    bias = cast(layer.bias, layer)
     if layer.activation is keras.activations.relu:
         return _bias_relu_pool(x, bias, pool)
     return layer.activation(tf.nn.bias_add(pool(x), bias))
@@ -171,3 +129,8 @@ def _bias_relu_pool(x: tf.Tensor, bias: tf.Tensor, pool: keras.layers.MaxPooling
         return largest, gradient
 
     return pooled(x, bias)
+
+
+def cast(x: Any, layer: keras.layers.Layer) -> tf.Tensor:
+    """In the type that the layer computes in: with mixed precision not that of its weights."""
+    return tf.cast(tf.convert_to_tensor(x), layer.compute_dtype)

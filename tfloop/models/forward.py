@@ -1,105 +1,200 @@
-"""The forward pass, layer by layer as Keras has it.
+"""The forward pass of any model.
 
-A model here is a keras.Model, or a tf.Module that is callable and has trainable variables. A plain
-stack of layers (`keras.Sequential`) is run layer by layer, so that each activation can be seen and
-the last softmax or sigmoid is folded into the loss. Any other model is called as it is and must
-return logits, or what a loss of its own takes.
+A model here is a keras.Model, or a tf.Module that is callable and has trainable variables. One that
+shows its graph (`program`) is gone through call by call, in Keras's own order, so that each
+activation can be seen and the last softmax or sigmoid is folded into the loss. Any other is called
+as it is; what its Keras layers give can be seen there, too.
 """
 
-import inspect
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfloop.models.layer_rules import draws_by_position, over_parts, rule_of
-from tfloop.models.outputs import output_activation
+from tfloop.models import fast as fast_pass
+from tfloop.models import inside
+from tfloop.models.inside import Activation, Inside
+from tfloop.models.layer_rules import is_by_example, over_parts_of
+from tfloop.models.program import Call, Program, program_of
 from tfloop.models.variables import Model
 from tfloop.randomness import Key
+
+
+def outputs(
+    model: Model,
+    images: tf.Tensor,
+    training: bool = False,
+    key: Key | None = None,
+    as_logits: bool = True,
+    *,
+    fast: bool = False,
+    shards: int = 1,
+) -> tf.Tensor:
+    """[batch, outputs]: what the model gives, in 32 bits or more.
+
+    Args:
+      model: is gone through call by call where it shows its graph, and else called whole.
+      images: [batch, height, width, channels].
+      training: as Keras's argument.
+      key: the seed of this step's randomness; needed in training where the model draws.
+      as_logits: leave out a last softmax or sigmoid that the graph shows (`output_activation`).
+      fast: rearrange what is computed, as `fast` says.
+      shards: parts of the batch to compute side by side.
+    """
+    program, pass_ = program_of(model), Inside(model, training, key)
+    with pass_.entered(), _one_call(model, program, training):
+        if program is None:
+            return _wide(pass_.call_whole(model, images))
+        walk = _Walk(program, pass_, training, as_logits, fast)
+        for _ in walk.through(images, shards):
+            pass
+        return _wide(walk.result)
 
 
 def activations(
     model: Model,
     images: tf.Tensor,
-    sample_weight: tf.Tensor | None = None,
     training: bool = False,
     key: Key | None = None,
-) -> Iterator[tuple[str, tf.Tensor]]:
-    """Yields (layer name, activation) from the first layer to the logits.
+    as_logits: bool = True,
+) -> Iterator[Activation]:
+    """Yields what each layer gave, from the first one to what `outputs` gives.
 
-    Args:
-      model: a keras.Sequential is run layer by layer; any other model yields once, what it returns.
-      images: [batch, height, width, channels] float32.
-      sample_weight: [batch] float32, 0 for the rows that only fill up the batch: batch
-        normalisation leaves them out.
-      training: as Keras's argument.
-      key: the seed of this step's dropout; needed in training where the model has a Dropout layer.
+    A layer that is called again gets a number. Where a model is called whole, its layers come once
+    that is done. Arguments as those of `outputs`.
     """
-    if not isinstance(model, keras.Sequential):
-        outputs = call_layer(model, images, training)
-        if tf.is_tensor(outputs):
-            outputs = tf.cast(outputs, tf.float32)
-        yield getattr(model, "name", "model"), outputs
-        return
-    x = images
-    for index, layer in enumerate(model.layers):
-        with tf.name_scope(layer.name):
-            x = apply_layer(model, index, x, sample_weight, training, key)
-        yield layer.name, x
+    taken: dict[str, int] = {}
+
+    def named(activation: Activation) -> Activation:
+        name = activation.name
+        number = taken[name] = taken.get(name, -1) + 1
+        return activation._replace(name=f"{name}_{number}" if number else name)
+
+    program, seen = program_of(model), list[Activation]()
+    pass_ = Inside(model, training, key, seen)
+    with pass_.entered(), _one_call(model, program, training):
+        if program is None:
+            found = pass_.call_whole(model, images)
+            if not seen or seen[-1].value is not found:
+                seen.append(Activation(getattr(model, "name", "model"), model, found))
+            last = seen.pop()
+            yield from map(named, seen)
+        else:
+            walk = _Walk(program, pass_, training, as_logits)
+            for place, call in walk.through(images):
+                inner, seen[:] = seen[:], []
+                own = [walk.activation(call, number) for number in range(len(call.outputs))]
+                shown = [a for a in (*inner, *own) if a.value.dtype.is_floating]
+                if place == len(program.calls) - 1:
+                    last = shown.pop()
+                yield from map(named, shown)
+        yield named(last)._replace(value=_wide(last.value))
 
 
-def logits(
-    model: Model,
-    images: tf.Tensor,
-    sample_weight: tf.Tensor | None = None,
-    training: bool = False,
-    key: Key | None = None,
-) -> tf.Tensor:
-    """The last of what `activations` yields."""
-    for _, outputs in activations(model, images, sample_weight, training, key):
-        last = outputs  # what came before it may go
-    return last
+def _wide(x: Any) -> Any:
+    """In 32 bits, where it has 16."""
+    is_short = tf.is_tensor(x) and x.dtype in (tf.float16, tf.bfloat16)
+    return tf.cast(x, tf.float32) if is_short else x
 
 
-def apply_layer(
-    model: keras.Sequential,
-    index: int,
-    x: tf.Tensor,
-    sample_weight: tf.Tensor | None,
-    training: bool,
-    key: Key | None,
-) -> tf.Tensor:
-    """The activation of layer `index`, from the one before; arguments as in `activations`."""
-    layer = model.layers[index]
-    if draws_by_position(layer):
-        if not training:
-            return x
-        draw = rule_of(layer).draw
-        assert draw and key is not None, "a model with dropout needs a key in training"
-        return draw(layer, x, key.fold_in(index))
-    over = over_parts(layer, training)
-    if over and sample_weight is not None:
-        return over(layer, [x], sample_weight)[0]
-    if index == len(model.layers) - 1 and output_activation(model):
-        return _without_activation(layer, x)
-    return call_layer(layer, x, training)
+def _one_call(
+    model: Model, program: Program | None, training: bool
+) -> contextlib.AbstractContextManager:
+    """Makes one call of what happens inside; Keras does for a model whose `call` is its own."""
+    if program is None and isinstance(model, keras.layers.Layer):
+        return contextlib.nullcontext()
+    return inside.as_one_call(model, training)
 
 
-def call_layer(layer: Any, x: tf.Tensor, training: bool) -> tf.Tensor:
-    """The layer or model, told whether it is trained where it takes that."""
-    is_layer = isinstance(layer, keras.layers.Layer)
-    takes_it = is_layer or "training" in inspect.signature(layer.__call__).parameters
-    return layer(x, training=training) if takes_it else layer(x)
+class _Walk:
+    """Goes through a program. Each value is a list of parts, one for each shard; or one whole."""
+
+    def __init__(
+        self,
+        program: Program,
+        pass_: Inside,
+        training: bool,
+        as_logits: bool,
+        fast: bool = False,
+    ) -> None:
+        self._program, self._pass, self._training = program, pass_, training
+        self._left_out = program.squashed[0] if program.squashed and as_logits else None
+        self._fast = fast
+        self._values: dict[int, list[tf.Tensor]] = {}
+        self._sizes: list[int] = []
+
+    def through(self, images: tf.Tensor, shards: int = 1) -> Iterator[tuple[int, Call]]:
+        """Makes the calls, one after the other; yields each, with its place, when it was made."""
+        program, rows = self._program, images.shape[0]
+        count = min(shards, rows or 1)
+        self._sizes = [(rows or 1) // count] * (count - 1) + [-1]
+        self._rows = rows
+        if self._fast and (used := fast_pass.used_pixels(program)):
+            images = images[:, : used[0], : used[1]]
+        self._values[0] = self._split(images)
+        for place, call in enumerate(program.calls):
+            if call.outputs[0] not in self._values:  # else it went first
+                with tf.name_scope(call.name):
+                    self._call(place, call)
+            yield place, call
+
+    @property
+    def result(self) -> tf.Tensor:
+        """What the model gives."""
+        return inside.join(self._values[self._program.output])
+
+    def activation(self, call: Call, number: int) -> Activation:
+        """The output of this number of a call that was made."""
+        name = f"{call.name}:{number}" if number else call.name
+        value = inside.join(self._values[call.outputs[number]])
+        return Activation(name, call.operation, value)
+
+    def _call(self, place: int, call: Call) -> None:
+        self._pass.at = call.order, call.operation
+        operation, inputs = call.operation, [self._values[value] for value in call.inputs]
+        if place == self._left_out:
+            self._keep(call, [[_without_activation(operation, x) for x in inputs[0]]])
+            return
+        pool = fast_pass.pool_behind(self._program, call) if self._fast else None
+        if pool:
+            pooled = [fast_pass.pool_first(operation, pool.operation, x) for x in inputs[0]]
+            self._keep(call, [inputs[0]])  # nothing else reads it
+            self._keep(pool, [pooled])
+            return
+        are_cut = all(len(parts) == len(self._sizes) for parts in inputs)
+        over_parts = over_parts_of(operation) if self._training else None
+        if over_parts and len(self._sizes) > 1 and are_cut:
+            parts = over_parts(operation, inputs[0], inside.mask_of(inputs[0]))
+            self._keep(call, [inside.with_masks_of(parts, inputs[0])])
+        elif are_cut and (len(self._sizes) == 1 or is_by_example(operation, self._training)):
+            results = [self._result(call, list(part)) for part in zip(*inputs, strict=True)]
+            self._keep(call, [list(parts) for parts in zip(*results, strict=True)])
+        else:
+            whole = self._result(call, [inside.join(parts) for parts in inputs])
+            self._keep(call, [self._split(x) if call.by_rows else [x] for x in whole])
+
+    def _result(self, call: Call, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The outputs of a call, from its inputs."""
+        arguments, options = call.arguments(values)
+        if "training" in getattr(call.operation, "_call_context_args", ()):
+            options = {**options, "training": self._training}
+        return keras.tree.flatten(call.operation(*arguments, **options))
+
+    def _keep(self, call: Call, outputs: list[list[tf.Tensor]]) -> None:
+        self._values.update(zip(call.outputs, outputs, strict=True))
+
+    def _split(self, x: tf.Tensor) -> list[tf.Tensor]:
+        if len(self._sizes) == 1 or x.shape[0] != self._rows:
+            return [x]
+        return inside.split(x, self._sizes)
 
 
-def _without_activation(layer: keras.layers.Layer, x: tf.Tensor) -> tf.Tensor:
-    if type(layer) is not keras.layers.Dense:
-        return x  # an Activation or Softmax layer of its own
-    x = tf.matmul(cast(x, layer), cast(layer.kernel, layer))
-    return x if layer.bias is None else tf.nn.bias_add(x, cast(layer.bias, layer))
-
-
-def cast(x: Any, layer: keras.layers.Layer) -> tf.Tensor:
-    """In the type that the layer computes in: with mixed precision not that of its weights."""
-    return tf.cast(tf.convert_to_tensor(x), layer.compute_dtype)
+def _without_activation(operation: Any, x: tf.Tensor) -> tf.Tensor:
+    if type(operation) is not keras.layers.Dense:
+        return x  # an Activation or Softmax of its own
+    x = tf.matmul(fast_pass.cast(x, operation), fast_pass.cast(operation.kernel, operation))
+    if operation.bias is None:
+        return x
+    return tf.nn.bias_add(x, fast_pass.cast(operation.bias, operation))

@@ -5,7 +5,7 @@ another kind: its own `call` may do anything.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -22,11 +22,11 @@ class LayerRule(NamedTuple):
     Attributes:
       by_example: does each row of the batch go through on its own, so that parts of the batch can
         be computed apart? In evaluation alone, say, where in training it looks at the whole batch.
-      over_parts: (layer, parts, sample_weight) → parts; stands in for the layer in training, over
-        all parts of the batch.
+      over_parts: (layer, parts, mask) → parts; stands in for the layer in training, over all parts
+        of the batch.
       draw: (layer, x, key) → x; stands in for the layer in training, with random numbers that
         depend on the position in the data alone.
-      stands_in: layer → do `over_parts` and `draw` count for it?
+      stands_in: layer → do `by_example`, `over_parts` and `draw` count for it?
       used: (layer, size of its output that is used) → size of its input that is used; None where
         all of it is.
     """
@@ -46,34 +46,35 @@ def register(kind: type, rule: LayerRule) -> None:
     LAYER_RULES[kind] = rule
 
 
-def rule_of(layer: keras.layers.Layer) -> LayerRule:
+def rule_of(layer: Any) -> LayerRule:
     return LAYER_RULES.get(type(layer), LayerRule())
 
 
-def is_by_example(layer: keras.layers.Layer, training: bool) -> bool:
+def is_by_example(layer: Any, training: bool) -> bool:
     """Does each row of the batch go through the layer on its own?
 
     Not where the layer has a loss of its own, which is that of the whole batch.
     """
-    if layer.activity_regularizer is not None:
+    if getattr(layer, "activity_regularizer", None) is not None:
         return False
-    by_example = rule_of(layer).by_example
-    return by_example == "always" or (by_example == "evaluation" and not training)
-
-
-def draws_by_position(layer: keras.layers.Layer) -> bool:
-    """Do the layer's random numbers come from the position in the data, not from Keras?"""
     rule = rule_of(layer)
-    return rule.draw is not None and rule.stands_in(layer)
+    is_here = rule.by_example == "always" and rule.stands_in(layer)
+    return is_here or (rule.by_example == "evaluation" and not training)
 
 
-def over_parts(layer: keras.layers.Layer, training: bool) -> Callable | None:
+def draw_of(layer: Any) -> Callable | None:
+    """The function that draws in place of the layer, where there is one."""
+    rule = rule_of(layer)
+    return rule.draw if rule.draw and rule.stands_in(layer) else None
+
+
+def over_parts_of(layer: Any) -> Callable | None:
     """The function of all parts of the batch that stands in for the layer, where there is one."""
     rule = rule_of(layer)
-    return rule.over_parts if training and rule.stands_in(layer) else None
+    return rule.over_parts if rule.over_parts and rule.stands_in(layer) else None
 
 
-def is_plain_convolution(layer: keras.layers.Layer) -> bool:
+def is_plain_convolution(layer: Any) -> bool:
     """Is it a convolution without strides, dilation or groups, over channels that come last?"""
     return (
         type(layer) is keras.layers.Conv2D
@@ -104,6 +105,10 @@ def _used_by_pool(layer: keras.layers.MaxPooling2D, used: Size) -> Size | None:
     return used[0] * height, used[1] * width
 
 
+def _keeps_rows(layer: keras.layers.Concatenate) -> bool:
+    return layer.axis != 0
+
+
 _layers = keras.layers
 for _kind in (
     _layers.Dense,
@@ -113,8 +118,20 @@ for _kind in (
     _layers.Softmax,
     _layers.Reshape,
     _layers.ReLU,
+    _layers.Rescaling,
+    _layers.ZeroPadding2D,
+    _layers.GlobalMaxPooling2D,
+    _layers.DepthwiseConv2D,
+    _layers.SeparableConv2D,
+    _layers.Add,
+    _layers.Subtract,
+    _layers.Multiply,
+    _layers.Average,
+    _layers.Maximum,
+    _layers.Minimum,
 ):
     register(_kind, LayerRule("always"))
+register(_layers.Concatenate, LayerRule("always", stands_in=_keeps_rows))
 register(_layers.Activation, LayerRule("always", used=lambda layer, used: used))
 register(_layers.Conv2D, LayerRule("always", used=_used_by_convolution))
 register(_layers.MaxPooling2D, LayerRule("always", used=_used_by_pool))
@@ -124,5 +141,9 @@ register(
 )
 register(  # one that is frozen goes by its averages
     _layers.BatchNormalization,
-    LayerRule("evaluation", over_parts=batch_norm, stands_in=lambda layer: layer.trainable),
+    LayerRule(
+        "evaluation",
+        over_parts=batch_norm,
+        stands_in=lambda layer: layer.trainable and not layer.renorm,
+    ),
 )

@@ -1,87 +1,105 @@
-"""Batch normalisation in training, over the rows of a batch that count.
+"""Batch normalisation in training, over all rows of a batch.
 
 The rows may lie in one part, in several, or on replicas.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tfloop.models.variables import as_tf_variable
+
 
 def batch_norm(
-    layer: keras.layers.BatchNormalization, parts: list[tf.Tensor], sample_weight: tf.Tensor
+    layer: keras.layers.BatchNormalization,
+    parts: list[tf.Tensor],
+    mask: tf.Tensor | None = None,
 ) -> list[tf.Tensor]:
     """The layer in training, over all parts of a batch; moves its averages.
 
-    A full batch goes through TensorFlow's fused operations; one that is filled up, the last of an
-    epoch, through weighted moments.
-
     Args:
       layer: Keras's own.
-      parts: each [rows, …, channels].
-      sample_weight: [rows of all parts], 1 for the rows that count and 0 for the others.
+      parts: each [rows, …, channels], or with the channels where `layer.axis` says.
+      mask: [rows of all parts, …] bool, as Keras's: the places that count; None for all.
     """
-    axes, sizes = list(range(len(parts[0].shape) - 1)), [part.shape[0] for part in parts]
-
-    def join(parts: list[tf.Tensor]) -> tf.Tensor:
-        return tf.concat(parts, axis=0) if len(parts) > 1 else parts[0]
-
-    def split(x: tf.Tensor) -> list[tf.Tensor]:
-        return tf.split(x, sizes) if len(sizes) > 1 else [x]
-
-    if layer.axis not in (-1, len(axes)):
-        return split(_by_keras(layer, join(parts), sample_weight))
-    gamma, beta = _as_tensor(layer.gamma), _as_tensor(layer.beta)
+    axis = layer.axis % len(parts[0].shape)
+    is_last = axis == len(parts[0].shape) - 1
+    gamma, beta = _own(layer.gamma), _own(layer.beta)
     parts = [tf.cast(part, layer.compute_dtype) for part in parts]
-    places = math.prod(parts[0].shape[1:-1])
-    examples_here, replicas = tf.reduce_sum(sample_weight), _replicas()
-    examples = _over_replicas(examples_here, examples_here)
-
-    def full() -> tuple:
-        if len(parts) > 1 and parts[0].dtype == tf.float32:
-            return _normalized(parts, gamma, beta, layer.epsilon)
-        y, mean, variance = _fused(join(parts), gamma, beta, layer.epsilon)
-        return *split(y), mean, variance
-
-    def filled_up() -> tuple:
-        x = join(parts)
-        w = tf.reshape(sample_weight, [-1] + [1] * len(axes))
-        wide = tf.cast(x, w.dtype)
-        n = places * tf.maximum(examples, 1.0)
-        mean = _over_replicas(tf.reduce_sum(w * wide, axis=axes), examples_here) / n
-        squares = w * tf.square(wide - mean)
-        variance = _over_replicas(tf.reduce_sum(squares, axis=axes), examples_here) / n
-        y = tf.nn.batch_normalization(wide, mean, variance, beta, gamma, layer.epsilon)
-        return *split(tf.cast(y, x.dtype)), mean, variance
-
-    # The fused operation knows images alone, no float64, and the examples of one replica.
-    is_image = len(axes) == 3 and parts[0].dtype != tf.float64
-    if is_image and layer.scale and layer.center and replicas == 1:
-        *ys, mean, variance = tf.cond(tf.reduce_all(sample_weight > 0), full, filled_up)
+    # The fused operation knows images alone, no float64, and the rows of one replica.
+    is_image = len(parts[0].shape) == 4 and is_last and parts[0].dtype != tf.float64
+    if is_image and mask is None and layer.scale and layer.center and _replicas() == 1:
+        ys, mean, variance = _by_fused(parts, gamma, beta, layer.epsilon)
     else:
-        *ys, mean, variance = filled_up()
-    # A part of a batch that is all filling moves nothing.
-    share = (1.0 - layer.momentum) * tf.cast(examples > 0, mean.dtype)
+        ys, mean, variance = _by_moments(layer, parts, mask, axis)
+    share = 1.0 - layer.momentum
     for average, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-        average.assign(average * (1.0 - share) + value * share)
+        average = as_tf_variable(average)
+        average.assign(average * (1.0 - share) + tf.cast(value, average.dtype) * share)
     return ys
 
 
-def _by_keras(
-    layer: keras.layers.BatchNormalization, x: tf.Tensor, sample_weight: tf.Tensor
-) -> tf.Tensor:
-    """Keras's own, over another axis than the last."""
-    mask = tf.reshape(sample_weight > 0, [-1] + [1] * (len(x.shape) - 2))
-    x = layer(x, training=True, mask=tf.broadcast_to(mask, tf.shape(x)[:-1]))
-    # Without the mask, which Keras would hand on to layers that take none.
-    return tf.identity(x)
+def _own(variable: keras.Variable | None) -> tf.Tensor | None:
+    return None if variable is None else tf.convert_to_tensor(as_tf_variable(variable))
 
 
-def _as_tensor(variable: Any) -> tf.Tensor | None:
-    return None if variable is None else tf.convert_to_tensor(variable)
+def _join(parts: list[tf.Tensor]) -> tf.Tensor:
+    return tf.concat(parts, axis=0) if len(parts) > 1 else parts[0]
+
+
+def _split(x: tf.Tensor, like: list[tf.Tensor]) -> list[tf.Tensor]:
+    return tf.split(x, [part.shape[0] for part in like]) if len(like) > 1 else [x]
+
+
+def _by_fused(
+    parts: list[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+    """(the parts normalised, mean, variance), by TensorFlow's fused operations for images."""
+    if len(parts) > 1 and parts[0].dtype == tf.float32:
+        *ys, mean, variance = _normalized(parts, gamma, beta, epsilon)
+        return ys, mean, variance
+    y, mean, variance = _fused(_join(parts), gamma, beta, epsilon)
+    return _split(y, parts), mean, variance
+
+
+def _by_moments(
+    layer: keras.layers.BatchNormalization,
+    parts: list[tf.Tensor],
+    mask: tf.Tensor | None,
+    axis: int,
+) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+    """(the parts normalised, mean, variance), of any shape, over the rows of all replicas.
+
+    Sums over the places that count, divided by their number n; behind a mask by n + epsilon, as
+    Keras has it.
+    """
+    x = _join(parts)
+    wide = tf.cast(x, tf.float32) if x.dtype in (tf.float16, tf.bfloat16) else x
+    axes = [i for i in range(len(x.shape)) if i != axis]
+    rows = tf.cast(tf.shape(x)[0], wide.dtype)
+
+    def total(values: tf.Tensor) -> tf.Tensor:
+        return _over_replicas(tf.reduce_sum(values, axis=axes, keepdims=True), rows)
+
+    if mask is None:
+        w = tf.ones([], wide.dtype)
+        places = tf.size(x, out_type=tf.int64) // x.shape[axis]
+        n = _over_replicas(tf.cast(places, wide.dtype), rows)
+    else:
+        w = tf.cast(tf.expand_dims(mask, -1), wide.dtype)
+        n = total(w * tf.ones_like(wide)) + keras.config.epsilon()
+    mean = total(w * wide) / n
+    variance = total(w * tf.square(wide - mean)) / n
+    shape = [-1 if i == axis else 1 for i in range(len(x.shape))]
+    gamma, beta = (
+        None if v is None else tf.reshape(tf.cast(v, wide.dtype), shape)
+        for v in (_own(layer.gamma), _own(layer.beta))
+    )
+    y = tf.nn.batch_normalization(wide, mean, variance, beta, gamma, layer.epsilon)
+    y = _split(tf.cast(y, x.dtype), parts)
+    return y, tf.reshape(mean, [-1]), tf.reshape(variance, [-1])
 
 
 def _fused(

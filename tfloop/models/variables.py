@@ -1,83 +1,151 @@
 """A model's variables by name, and which of them penalties count."""
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from tfloop.errors import UserError
-from tfloop.models.layer_rules import draws_by_position
+from tfloop.models.names import keras_layers, variable_names
 
 Model: TypeAlias = Any  # a keras.Model, or a tf.Module that can be called; neither has types
+
+# What Keras's own layers add or scale by, whatever its shape: these are no kernels.
+OFFSETS_AND_SCALES = ("bias", "beta", "gamma", "alpha")
+_layers = keras.layers
+_CONVOLUTIONS = (
+    _layers.Conv1D,
+    _layers.Conv2D,
+    _layers.Conv3D,
+    _layers.Conv1DTranspose,
+    _layers.Conv2DTranspose,
+    _layers.Conv3DTranspose,
+    _layers.DepthwiseConv1D,
+    _layers.DepthwiseConv2D,
+    _layers.SeparableConv1D,
+    _layers.SeparableConv2D,
+)
+KINDS = {"dense": (_layers.Dense, _layers.EinsumDense), "conv": _CONVOLUTIONS}
 
 
 def named_variables(model: Model) -> tuple[dict[str, tf.Variable], dict[str, tf.Variable]]:
     """(trainable, other) variables of a model by name, "conv1/kernel", in the model's order.
 
-    A name that comes twice gets a number. What Keras keeps for dropout is left out where the
-    forward pass makes the dropout itself, from the position in the data.
+    The seeds that Keras draws from are left out: each step sets them from its position in the data.
     """
     trainable: dict[str, tf.Variable] = {}
     other: dict[str, tf.Variable] = {}
-    unused = _unused(model)
     is_trainable = {id(variable) for variable in model.trainable_variables}
-    for variable in model.variables:
-        if id(variable) in unused:
-            continue
+    variables = kept_variables(model)
+    for name, variable in zip(variable_names(model, variables), variables, strict=True):
         group = trainable if id(variable) in is_trainable else other
-        name = _free_name(_path(model, variable), {*trainable, *other})
         group[name] = as_tf_variable(variable)
     return trainable, other
 
 
-def _unused(model: Model) -> set[int]:
-    """The ids of the variables that nothing reads."""
-    if not isinstance(model, keras.Sequential):
-        return set()
-    ours = filter(draws_by_position, model.layers)
-    return {id(variable) for layer in ours for variable in layer.variables}
+def stable_names(model: Model) -> dict[str, str]:
+    """The name of each variable → the name that it has whatever else was made in the process."""
+    variables = kept_variables(model)
+    names = variable_names(model, variables)
+    return dict(zip(names, variable_names(model, variables, stable=True), strict=True))
 
 
-def _path(model: Model, variable: Any) -> str:
-    path = getattr(variable, "path", variable.name).split(":")[0].removeprefix(f"{model.name}/")
-    # Keras numbers these by process, so that number is not a name to keep.
-    return "seed_generator" if path.startswith("seed_generator") else path
+def kept_variables(model: Model) -> list:
+    """All variables of a model, Keras's or TensorFlow's, but for Keras's seeds."""
+    seeds = {
+        id(generator.state) for layer in keras_layers(model) for generator in layer._seed_generators
+    }
+    return [
+        variable
+        for variable in model.variables
+        if id(variable) not in seeds and not _is_seed(variable)
+    ]
 
 
-def _free_name(path: str, taken: set[str]) -> str:
-    if path not in taken:
-        return path
-    number = 1
-    while f"{path}_{number}" in taken:
-        number += 1
-    return f"{path}_{number}"
+def _is_seed(variable: Any) -> bool:
+    return getattr(variable, "path", variable.name).endswith("seed_generator_state")
 
 
 def as_tf_variable(variable: Any) -> tf.Variable:
     """The tf.Variable behind a Keras variable, or the variable itself."""
-    return variable if isinstance(variable, tf.Variable) else variable.value
+    return variable if isinstance(variable, tf.Variable) else variable._value
 
 
-def penalized_kernels(model: Model, which: str) -> list[tf.Variable]:
-    """The kernels that a penalty counts: of the layers with a trainable `kernel`.
+def trained_state(model: Model) -> tuple:
+    """What of a model says which weights are trained; another value where that was changed."""
+    layers = tuple(layer.trainable for layer in keras_layers(model))
+    return layers, tuple(id(variable) for variable in model.trainable_variables)
+
+
+Penalize: TypeAlias = "str | Sequence | Callable"
+
+
+def penalized(model: Model, which: Penalize, weights: dict[str, tf.Variable]) -> dict:
+    """The weights that a penalty counts, by name, each once.
+
+    A kernel is what a layer multiplies by: a weight of two or more axes, but for what Keras's own
+    layers add or scale by (the bias of attention or of a GRU, gamma and beta of a normalisation).
 
     Args:
-      model: of a tf.Module that is no Keras model, "all" is every trainable variable with two or
-        more axes.
-      which: "dense", "conv", "all", or "none" for [].
+      model: whose weights.
+      which: "all": every kernel; "dense", "conv": those of layers of that kind; "none". Or the
+        variables or layers themselves, of which layers give their kernels. Or a function of a
+        variable, Keras's where it is one, that is true for those to penalise.
+      weights: what is trained, by name.
+
+    Raises:
+      UserError: a variable or layer that is not the model's, or a name that is unknown.
     """
+    chosen = {id(as_tf_variable(variable)) for variable in _chosen(model, which)}
+    return {name: weight for name, weight in weights.items() if id(weight) in chosen}
+
+
+def _chosen(model: Model, which: Penalize) -> Iterable:
+    if callable(which):
+        return [variable for variable in model.trainable_variables if which(variable)]
+    if not isinstance(which, str):
+        return _given(model, which)
     if which == "none":
         return []
-    if not isinstance(model, keras.Model):
-        if which != "all":
+    kernels = _kernels(model, model.trainable_variables)
+    if which == "all":
+        return kernels
+    if not keras_layers(model):
+        raise UserError(
+            f"--penalize={which}: only a Keras model tells its layers apart; use all or none"
+        )
+    of_kind = [layer for layer in keras_layers(model) if isinstance(layer, KINDS[which])]
+    owned = {id(variable) for layer in of_kind for variable in layer.trainable_variables}
+    return [kernel for kernel in kernels if id(kernel) in owned]
+
+
+def _kernels(model: Model, variables: Iterable) -> list:
+    offsets = {
+        id(getattr(layer, name, None))
+        for layer in keras_layers(model)
+        if type(layer).__module__.startswith("keras.")
+        for name in OFFSETS_AND_SCALES
+    }
+    return [v for v in variables if len(v.shape) > 1 and id(v) not in offsets]
+
+
+def _given(model: Model, which: Any) -> Iterable:
+    """The variables that a list of variables and layers names."""
+    known = {id(as_tf_variable(v)) for v in model.variables}
+    layers = {id(layer) for layer in keras_layers(model)}
+    listed = which if isinstance(which, (list, tuple, set)) else [which]
+    found: list = []
+    for item in listed:
+        is_variable = isinstance(item, (tf.Variable, keras.Variable))
+        if isinstance(item, keras.layers.Layer) and id(item) in layers:
+            found += _kernels(model, item.trainable_variables)
+        elif is_variable and id(as_tf_variable(item)) in known:
+            found.append(item)
+        else:
+            what = getattr(item, "path", getattr(item, "name", item))
             raise UserError(
-                f"--penalize={which}: only a Keras model tells its layers apart; use all or none"
+                f"penalize: {what!r} is no variable or layer of the model; give all, dense, conv, "
+                "none, a list of its variables and layers, or a function of a variable"
             )
-        return [variable for variable in model.trainable_variables if len(variable.shape) > 1]
-    kernels = []
-    for layer in model._flatten_layers():
-        is_dense = isinstance(layer, keras.layers.Dense)
-        is_chosen = which == "all" or (which == "dense") == is_dense
-        if is_chosen and getattr(getattr(layer, "kernel", None), "trainable", False):
-            kernels.append(as_tf_variable(layer.kernel))
-    return kernels
+    return found

@@ -34,7 +34,6 @@ class Checkpoints:
           keep: how many of the newest to keep.
         """
         self._state, self._folder, self._keep = state, Path(folder), keep
-        self._tensors = _tensors(state)
 
     def next_name(self) -> str:
         """The name that `save` will give."""
@@ -70,12 +69,13 @@ class Checkpoints:
     def _write(self, path: Path, about: dict[str, Any]) -> None:
         temporary = path.with_name(f"{path.name}.partial")
         temporary.mkdir(parents=True)
-        self._tensors.write(str(temporary / "state"))
+        _tensors(self._state).write(str(temporary / "state"))
         files = sorted(temporary.iterdir())
         for file in files:
             _flush(file)
         sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        manifest = {"format": FORMAT, **about, "sha256": sums}
+        trained = {"without_gradient": self._state.stable(self._state.without_gradient)}
+        manifest = {"format": FORMAT, **about, **trained, "sha256": sums}
         text = json.dumps({**manifest, "sha256_of_this": _digest(manifest)}, indent=2)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
         _flush(temporary / MANIFEST)
@@ -171,10 +171,13 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
     """
     misfit = f"{path}: is not of this model and optimizer"
     try:
-        saved, expected = _names_in(path), set(state.named())
+        saved = _names_in(path)
+        _leave_out_what_it_did(state, path, saved)
+        expected = set(state.named())
         missing, extra = expected - saved, saved - expected
+        _check_trained(path, missing, extra)
         for name in sorted(missing | extra):
-            if not (other_settings and _may_differ(name)):
+            if not (_is_of_no_use(name) or (other_settings and _may_differ(name))):
                 what = "has no" if name in missing else "has also"
                 raise UserError(f"{misfit}: {what} {name}")
         read = _tensors(state).read(str(path / "state"))
@@ -188,6 +191,41 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
         raise UserError(f"{misfit}: {str(error).splitlines()[0]}") from None
     if "averages" in missing:
         state.restart_ema()
+
+
+def _leave_out_what_it_did(state: TrainState, path: Path, saved: set[str]) -> None:
+    """Weights that had no gradient when they were saved are not trained here either.
+
+    A state learns of that in its loop's first step, which this one may not have made.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        named = set(manifest.get("without_gradient", ()))
+    except (OSError, ValueError, AttributeError):
+        return  # `read_manifest` says what is wrong with it
+    names = [name for name in state.weights if state.stable([name])[0] in named]
+    if names:
+        state.leave_out(names)
+
+
+def _check_trained(path: Path, missing: set[str], extra: set[str]) -> None:
+    """Raises UserError where other weights are trained here than when they were saved."""
+    for group, other, was, cure in (
+        ("weights", "moving", "frozen", "trainable = False"),
+        ("moving", "weights", "trained", "trainable = True"),
+    ):
+        for name in sorted(missing):
+            kind, _, weight = name.partition("/")
+            if kind == group and f"{other}/{weight}" in extra:
+                raise UserError(
+                    f"{path}: {weight} was {was} when it was saved, and is not here; set its "
+                    f"layer's {cure} before the state is restored"
+                )
+
+
+def _is_of_no_use(name: str) -> bool:
+    """Is it what earlier versions kept: Keras's seeds, and the rate that a schedule drove?"""
+    return "seed_generator" in name or name == "slots/1"
 
 
 def _may_differ(name: str) -> bool:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfloop import models
-from tfloop.errors import DivergenceError
+from tfloop.errors import DivergenceError, WithoutGradient
 from tfloop.loop import Loop, PendingCall
 from tfloop.tracing import Traced
 
@@ -30,7 +29,7 @@ class SideBySide:
     """
 
     def __init__(self, loops: Sequence[Loop]) -> None:
-        self.loops, self._is_warm = list(loops), False
+        self.loops, self.is_warm = list(loops), False
         self._sources: dict[Loop, Any] = {}
         name = "the training step of several models"
         self.compiled = Traced(self._steps, name, **loops[0].options)
@@ -47,7 +46,7 @@ class SideBySide:
         Their seconds are shared out by steps.
         """
         self._sources |= {call.loop: call.source for call in calls}
-        if not self._is_warm:
+        if not self.is_warm:
             self._warm_up()
         counts = {call.loop: call.count for call in calls}
         steps, seconds = self._call([counts.get(loop, 0) for loop in self.loops])
@@ -77,21 +76,30 @@ class SideBySide:
         return steps, time.perf_counter() - started
 
     def _warm_up(self) -> None:
-        """Trace and compile, by a step of each that is then taken back."""
-        self._is_warm, sources = True, self._sources
-        self._sources, counts = {}, []
+        """Trace and compile: without a step, or by one that is taken back, as `Loop.warm_up`."""
+        sources, self._sources = self._sources, {}
         for loop in self.loops:
             state = loop.state
             index = int(state.batch_index)
             self._sources[loop] = loop.pipeline.begin(state.seed, state.epoch, index)
-            counts.append(1 if index < loop.steps else 0)  # one may be at an epoch's end
-        with contextlib.ExitStack() as kept:
+        # One may be at an epoch's end.
+        counts = [loop.steps_to_compile() for loop in self.loops]
+        with contextlib.ExitStack() as entered:
             for loop in self.loops:
-                kept.enter_context(loop.taken_back())
-            _, seconds = self._call(counts)
-        self._sources = sources
+                entered.enter_context(loop.state.looking())
+                entered.enter_context(loop.taken_back())
+            seconds = self._trace(counts)
+        self.is_warm, self._sources = True, sources
         for loop in self.loops:
             loop.seconds["tracing"] += seconds / len(self.loops)
+
+    def _trace(self, counts: list[int]) -> float:
+        by_state = {id(loop.state): loop for loop in self.loops}
+        while True:  # each model may have weights without a gradient
+            try:
+                return self._call(counts)[1]
+            except WithoutGradient as found:
+                by_state[id(found.state)].leave_out(found.names)
 
 
 class Calls(list[PendingCall]):
@@ -167,5 +175,5 @@ class Together(Iterator[Calls]):
 def mean_probabilities(loops: Sequence[Loop], outputs: Sequence[np.ndarray]) -> np.ndarray:
     """[examples, classes] the mean of several models' probabilities, from the logits of each."""
     pairs = zip(loops, outputs, strict=True)
-    shares = [models.probabilities(loop.state.model, tf.constant(o)).numpy() for loop, o in pairs]
+    shares = [loop.state.probabilities(tf.constant(o)).numpy() for loop, o in pairs]
     return np.mean(shares, axis=0)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from tfloop import models
 from tfloop.data.dataset import check_images
 from tfloop.data.readers import read_npz
 from tfloop.errors import UserError
@@ -64,7 +63,7 @@ def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
     """Probabilities [N, classes] of images [N, height, width, channels] as they lie in the data.
 
     They are not standardised. As in evaluation, the weights are their moving average where one is
-    kept.
+    kept. With a loss of one's own it is what the model gives, whatever that is.
 
     Raises:
       UserError: there are no images.
@@ -74,6 +73,6 @@ def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
     parts = []
     with state.using_ema():
         for first in range(0, len(images), BATCH):
-            logits = state.predict(images[first : first + BATCH])
-            parts.append(models.probabilities(state.model, logits).numpy())
+            outputs = state.predict(images[first : first + BATCH])
+            parts.append(state.probabilities(outputs).numpy())
     return np.concatenate(parts)

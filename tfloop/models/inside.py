@@ -1,0 +1,359 @@
+"""What a step computes itself inside a model, wherever the layer lies that it concerns.
+
+Keras calls the layers of a model. Some of them a step answers for: dropout, whose random numbers
+come from the position in the data, and batch normalisation, which looks at the rows of all
+replicas. Keras's other random layers get their seeds from the position in the data. This holds for
+a layer in a graph as for one that a user's own code calls.
+"""
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras.src.backend import get_keras_mask, set_keras_mask
+from keras.src.backend.common import global_state
+from keras.src.backend.common.variables import AutocastScope
+from keras.src.layers.layer import CallContext
+
+from tfloop.errors import UserError
+from tfloop.models.layer_rules import draw_of, over_parts_of
+from tfloop.models.names import keras_layers
+from tfloop.models.program import program_of
+from tfloop.randomness import Key, Part
+
+# Layers that call others in a loop, once for each place in time. What they draw is left to Keras.
+LOOPS = (keras.layers.RNN, keras.layers.TimeDistributed)
+
+
+class Activation(NamedTuple):
+    """What a layer gave."""
+
+    name: str
+    layer: Any  # Keras's, or another operation of the graph, or the model
+    value: tf.Tensor
+
+
+class Inside:
+    """One forward pass, as the layers in it are computed.
+
+    Attributes:
+      at: (order, operation) of the program's call that is being made.
+    """
+
+    def __init__(
+        self, model: Any, training: bool, key: Key | None, seen: list[Activation] | None = None
+    ) -> None:
+        self.at: tuple[int, Any] = (0, model)
+        self._model, self._training, self._key, self._seen = model, training, key, seen
+        self._drawn = 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator["Inside"]:
+        """In this block the layers of the model are computed as this pass wants it."""
+        answers = self._answers()
+        if self._training and self._key:
+            self._seed()
+        with _answering(answers):
+            yield self
+
+    def call_whole(self, function: Any, x: Any) -> Any:
+        """What a layer or model gives, told whether it is trained where it takes that."""
+        if isinstance(function, keras.layers.Layer):
+            return function(x, training=self._training)
+        if not _takes_training(function):
+            return function(x)
+        try:
+            return function(x, training=self._training)
+        except TypeError as error:  # one that hands its arguments on to one that does not take it
+            if "unexpected keyword argument 'training'" not in str(error):
+                raise
+            return function(x)
+
+    def _seed(self) -> None:
+        """Give Keras's layers their seeds, but for those that this pass draws for."""
+        drawn = [layer for layer in _outside_loops(self._model) if draw_of(layer)]
+        left = {id(generator) for layer in drawn for generator in layer._seed_generators}
+        for number, generator in enumerate(seed_generators(self._model)):
+            if id(generator) not in left:
+                self._seed_one(number, generator)
+
+    def _seed_one(self, number: int, generator: keras.random.SeedGenerator) -> None:
+        """The seed of the model's generator of this number: a function of the step's key."""
+        assert self._key is not None
+        bits = self._key.fold_in(-2).bits(number)
+        generator.state.assign(tf.cast(bits, generator.state.dtype))
+
+    def _answers(self) -> dict[Any, Callable]:
+        answers: dict[Any, Callable] = {}
+        noted = self._noted() if self._seen is not None else {}
+        for layer in _outside_loops(self._model) if self._training or noted else []:
+            answer = self._answer(layer) if self._training else None
+            if name := noted.get(layer):
+                answer = self._noting(name, layer, answer)
+            if answer:
+                answers[layer] = answer
+        return answers
+
+    def _answer(self, layer: keras.layers.Layer) -> Callable | None:
+        """What stands in for the layer's `call`, given that first; None where nothing does."""
+        if over_parts := over_parts_of(layer):
+
+            def normalize(
+                call: Callable, x: tf.Tensor, training: bool = False, mask: Any = None
+            ) -> tf.Tensor:
+                if not training:
+                    return call(x, training=training, mask=mask)
+                with AutocastScope(None):
+                    return over_parts(layer, [x], mask)[0]
+
+            return normalize
+        if self._key is None:
+            return None
+        if draw := draw_of(layer):
+
+            def drop(call: Callable, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+                key = self._key_for(layer)
+                if not training:
+                    return call(x, training=training)
+                if _has_rows_of(key.part, x):
+                    return draw(layer, x, key)
+                for number, generator in enumerate(seed_generators(self._model)):
+                    if generator in layer._seed_generators:
+                        self._seed_one(number, generator)
+                return call(x, training=training)
+
+            return drop
+        is_cut = self._key.part is not None and self._key.part.rows != self._key.part.total
+        return self._over_whole if is_cut and _draws_itself(layer) else None
+
+    def _key_for(self, layer: keras.layers.Layer) -> Key:
+        assert self._key is not None
+        order, operation = self.at
+        if layer is operation:
+            return self._key.fold_in(order)
+        self._drawn += 1
+        return self._key.fold_in(order, self._drawn)
+
+    def _over_whole(self, call: Callable, x: Any, *arguments: Any, **options: Any) -> Any:
+        """A part's share of what Keras's layer would draw for the whole batch."""
+        part = self._key.part if self._key else None
+        if part is None or not tf.is_tensor(x) or not _has_rows_of(part, x):
+            return call(x, *arguments, **options)
+        each = x.shape[0] // part.rows
+        before = part.first * each
+        after = (part.total - part.rows) * each - before
+        padding = [[before, after]] + [[0, 0]] * (len(x.shape) - 1)
+        whole = tf.ensure_shape(tf.pad(x, padding), [part.total * each, *x.shape[1:]])
+        y = call(whole, *arguments, **options)
+        return tf.slice(y, [before] + [0] * (len(y.shape) - 1), [x.shape[0], *y.shape[1:]])
+
+    def _noted(self) -> dict[Any, str]:
+        """The layers inside what the program calls whole, by name."""
+        operations = _called_whole(self._model)
+        noted: dict[Any, str] = {}
+        for operation in operations:
+            prefix = "" if operation is self._model else f"{operation.name}/"
+            for layer in keras_layers(operation):
+                if layer is not operation and is_leaf(layer):
+                    noted.setdefault(layer, f"{prefix}{layer.name}")
+        return noted
+
+    def _noting(self, name: str, layer: keras.layers.Layer, answer: Callable | None) -> Callable:
+        def noted(call: Callable, *arguments: Any, **options: Any) -> Any:
+            outputs = answer(call, *arguments, **options) if answer else call(*arguments, **options)
+            if tf.is_tensor(outputs) and outputs.dtype.is_floating and self._seen is not None:
+                self._seen.append(Activation(name, layer, outputs))
+            return outputs
+
+        return noted
+
+
+def _called_whole(model: Any) -> list[Any]:
+    """The operations of a model's program that call layers of their own; or the model."""
+    program = program_of(model)
+    if program is None:
+        return [model]
+    layers = (call.operation for call in program.calls)
+    return [layer for layer in layers if not is_leaf(layer)]
+
+
+def is_leaf(layer: Any) -> bool:
+    """Does the layer call no others, or only in a loop over time?"""
+    return not getattr(layer, "_layers", None) or isinstance(layer, LOOPS)
+
+
+def _has_rows_of(part: Part | None, x: tf.Tensor) -> bool:
+    """Does x have so many rows for each row of the batch, known before it is computed?"""
+    if not x.shape.is_fully_defined():
+        return False
+    return part is None or (part.rows > 0 and x.shape[0] % part.rows == 0)
+
+
+def _outside_loops(model: Any) -> list[keras.layers.Layer]:
+    layers = keras_layers(model)
+    loops = (layer for layer in layers if isinstance(layer, LOOPS))
+    inside = {id(inner) for loop in loops for inner in loop._flatten_layers(include_self=False)}
+    return [layer for layer in layers if id(layer) not in inside]
+
+
+def _draws_itself(layer: keras.layers.Layer) -> bool:
+    """Does Keras's layer draw from seeds of its own, or a layer that it calls in a loop?"""
+    if isinstance(layer, LOOPS):
+        return any(inner._seed_generators for inner in layer._flatten_layers())
+    return bool(layer._seed_generators) and type(layer).__module__.startswith("keras.")
+
+
+def seed_generators(model: Any) -> list[keras.random.SeedGenerator]:
+    """Every SeedGenerator in a model, once, in Keras's order."""
+    found: dict[int, keras.random.SeedGenerator] = {}
+    for layer in keras_layers(model):
+        found.update((id(generator), generator) for generator in layer._seed_generators)
+    modules = model.submodules if isinstance(model, tf.Module) else ()
+    for module in (model, *modules):
+        held = vars(module).values() if hasattr(module, "__dict__") else ()
+        for value in held:
+            if isinstance(value, keras.random.SeedGenerator):
+                found[id(value)] = value
+    return list(found.values())
+
+
+# --- answering for layers
+
+_here = threading.local()  # replicas are traced in threads that take turns
+_lock = threading.Lock()
+_installed: dict[Any, int] = {}
+
+
+@contextlib.contextmanager
+def _answering(answers: dict[Any, Callable]) -> Iterator[None]:
+    """In this block, and in this thread, `answers[layer]` answers for each layer's `call`.
+
+    It is given Keras's `call` first.
+    """
+    outer = getattr(_here, "answers", {})
+    with _lock:
+        for layer in answers:
+            _installed[layer] = _installed.get(layer, 0) + 1
+            if _installed[layer] == 1:
+                layer.__dict__["call"] = _dispatch(layer, layer.call)
+    _here.answers = answers
+    try:
+        yield
+    finally:
+        _here.answers = outer
+        with _lock:
+            for layer in answers:
+                _installed[layer] -= 1
+                if not _installed[layer]:
+                    del _installed[layer], layer.__dict__["call"]
+
+
+def _dispatch(layer: Any, call: Callable) -> Callable:
+    def dispatched(*arguments: Any, **options: Any) -> Any:
+        answer = getattr(_here, "answers", {}).get(layer)
+        return answer(call, *arguments, **options) if answer else call(*arguments, **options)
+
+    return dispatched
+
+
+# --- one call
+
+
+@contextlib.contextmanager
+def as_one_call(model: Any, training: bool) -> Iterator[None]:
+    """Keras takes all calls of layers in this block for parts of one call of the model.
+
+    So what a layer adds to the loss stays when the layer is called again.
+    """
+    context = CallContext(entry_layer=model)
+    context.set_value("training", training)
+    for layer in keras_layers(model):
+        layer._clear_losses()
+    outer = global_state.get_global_attribute("current_call_ctx")
+    global_state.set_global_attribute("current_call_ctx", context)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("current_call_ctx", outer)
+
+
+def added_losses(model: Any) -> list[tf.Tensor]:
+    """What the layers of a model added to the loss in its last call, and their regularizers."""
+    if isinstance(model, keras.layers.Layer):
+        return model.losses
+    layers = keras_layers(model)
+    added = [loss for layer in layers for loss in layer._get_own_losses()]
+    weights = {id(v): v for layer in layers for v in layer.trainable_weights if v.regularizer}
+    return added + [v.regularizer(v) for v in weights.values()]
+
+
+def _takes_training(function: Any) -> bool:
+    """Does a callable that is no Keras layer take `training`, by name or among others?
+
+    Raises:
+      UserError: it has another word for it.
+    """
+    parameters = inspect.signature(function.__call__).parameters
+    if "training" not in parameters and "is_training" in parameters:
+        raise UserError(
+            f"{type(function).__name__}.__call__ takes is_training; name it training, which is "
+            "what the loop tells a model"
+        )
+    kinds = (parameter.kind for parameter in parameters.values())
+    return "training" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def check_training(model: Any) -> None:
+    """Raises UserError where the model wants to be told of training by another word."""
+    if isinstance(model, keras.layers.Layer):
+        parameters = inspect.signature(type(model).call).parameters
+        if "is_training" in parameters and "training" not in parameters:
+            raise UserError(
+                f"{type(model).__name__}.call takes is_training; name it training, which is what "
+                "the loop tells a model"
+            )
+    else:
+        _takes_training(model)
+
+
+# --- masks
+
+
+def split(x: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
+    """The parts of x along its rows, each with its part of Keras's mask."""
+    parts, mask = tf.split(x, sizes), get_keras_mask(x)
+    if mask is not None:
+        for part, part_mask in zip(parts, tf.split(mask, sizes), strict=True):
+            set_keras_mask(part, part_mask)
+    return parts
+
+
+def join(parts: list[tf.Tensor]) -> tf.Tensor:
+    """The parts put together, with Keras's mask of all."""
+    if len(parts) == 1:
+        return parts[0]
+    x, mask = tf.concat(parts, axis=0), mask_of(parts)
+    if mask is not None:
+        set_keras_mask(x, mask)
+    return x
+
+
+def mask_of(parts: list[tf.Tensor]) -> tf.Tensor | None:
+    """Keras's mask of all parts; None where they have none."""
+    masks = [get_keras_mask(part) for part in parts]
+    if any(mask is None for mask in masks):
+        return None
+    return tf.concat(masks, axis=0)
+
+
+def with_masks_of(outputs: list[tf.Tensor], inputs: list[tf.Tensor]) -> list[tf.Tensor]:
+    """The outputs, each with the mask that the input in its place has."""
+    for y, x in zip(outputs, inputs, strict=True):
+        mask = get_keras_mask(x)
+        if mask is not None:
+            set_keras_mask(y, mask)
+    return outputs

@@ -1,0 +1,64 @@
+"""The layers in a model, and names for its variables.
+
+Keras numbers layers without a name by process: the first Dense is "dense", the second "dense_1", in
+whatever model. The same model made twice has other names the second time. Stable names count for
+each model by itself, so they are those of a fresh process; checkpoints and digests have them.
+"""
+
+import re
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.utils.naming import to_snake_case
+
+
+def keras_layers(model: Any) -> list[keras.layers.Layer]:
+    """Every Keras layer in a model, itself included, once each, in Keras's order."""
+    if isinstance(model, keras.layers.Layer):
+        return model._flatten_layers()
+    if not isinstance(model, tf.Module):
+        return []
+    found: dict[int, keras.layers.Layer] = {}
+    for module in model.submodules:
+        if isinstance(module, keras.layers.Layer):
+            found.update((id(layer), layer) for layer in module._flatten_layers())
+    return list(found.values())
+
+
+def variable_names(model: Any, variables: list, stable: bool = False) -> list[str]:
+    """A name for each of a model's variables, "conv1/kernel"; one that comes twice is numbered.
+
+    Args:
+      model: whose they are.
+      variables: Keras's or TensorFlow's.
+      stable: give names that are the same for a model that is made again.
+    """
+    renamed = _stable_names(model) if stable else {}
+    root = f"{getattr(model, 'name', '')}/"
+    names: list[str] = []
+    taken = set[str]()
+    for variable in variables:
+        path = getattr(variable, "path", variable.name).split(":")[0].removeprefix(root)
+        name = free = "/".join(renamed.get(part, part) for part in path.split("/"))
+        number = 1
+        while free in taken:
+            free, number = f"{name}_{number}", number + 1
+        taken.add(free)
+        names.append(free)
+    return names
+
+
+def _stable_names(model: Any) -> dict[str, str]:
+    """The name of each layer that Keras may have numbered → the name that it has here."""
+    by_kind: dict[str, set[tuple[int, str]]] = {}
+    for layer in keras_layers(model):
+        kind = to_snake_case(type(layer).__name__)
+        if found := re.fullmatch(rf"{re.escape(kind)}(?:_(\d+))?", layer.name):
+            by_kind.setdefault(kind, set()).add((int(found[1] or 0), layer.name))
+    return {
+        name: f"{kind}_{number}" if number else kind
+        for kind, numbered in by_kind.items()
+        # In the order in which they were made, as in a process that makes nothing else.
+        for number, (_, name) in enumerate(sorted(numbered))
+    }

@@ -1,0 +1,224 @@
+"""A Keras model as a list of calls, in Keras's own order, whatever it is nested of.
+
+A `keras.Sequential` and a functional model are graphs of operations; each may lie in the other, to
+any depth. `program_of` writes such a model down flat: one `Call` after the other, each from values
+that are there already. The forward passes go through that list. What shows no graph (a subclass
+with a `call` of its own, a tf.Module) has no program and is called whole.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras.src.models import Functional
+
+SQUASHING = ("softmax", "sigmoid")
+
+
+class Call(NamedTuple):
+    """One operation of a model, called once."""
+
+    name: str  # of its layer; a layer that is called again gets a number
+    order: int  # how many operations come before it; what it draws at random depends on this
+    operation: Callable
+    inputs: tuple[int, ...]  # numbers of values
+    outputs: tuple[int, ...]
+    by_rows: bool  # do all outputs have a row for each of the batch?
+    arguments: Callable  # the values of the inputs → (args, kwargs) of the operation
+
+
+class Program(NamedTuple):
+    """The calls of a model, from value 0, the input, to the output.
+
+    Attributes:
+      calls: in their order.
+      shapes: of each value, None for the rows of the batch.
+      output: the number of the value that the model gives.
+      readers: by value, the places of the calls that read it; the output is read once more.
+      squashed: (place, activation) of the call whose softmax or sigmoid the model ends in, where
+        nothing else reads it; None where it ends in neither.
+    """
+
+    calls: tuple[Call, ...]
+    shapes: dict[int, tuple]
+    output: int
+    readers: dict[int, tuple[int, ...]]
+    squashed: tuple[int, str] | None
+
+
+_PROGRAMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def program_of(model: Any) -> Program | None:
+    """The program of a model with one input and one output; None where it shows no graph."""
+    graph = graph_of(model)
+    if graph is None or len(graph.inputs) != 1 or len(graph.outputs) != 1:
+        return None
+    cached = _PROGRAMS.get(model)
+    if cached is None or cached[0] is not graph:  # a Sequential may have got another layer
+        cached = graph, _write(model)
+        _PROGRAMS[model] = cached
+    return cached[1]
+
+
+def graph_of(model: Any) -> Functional | None:
+    """The graph that calling the model goes through; None where its `call` is its own."""
+    if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
+        return model._functional
+    if isinstance(model, Functional) and type(model).call is Functional.call:
+        return model
+    return None
+
+
+def _write(model: Any) -> Program:
+    graph, writer = graph_of(model), _Writer()
+    assert graph is not None
+    writer.shapes[0] = graph.inputs[0].shape
+    [output] = writer.inline(model, [0])
+    calls = tuple(writer.calls)
+    readers: dict[int, list[int]] = {output: [len(calls)]}
+    for place, call in enumerate(calls):
+        for value in call.inputs:
+            readers.setdefault(value, []).append(place)
+    by_value = {value: tuple(places) for value, places in readers.items()}
+    squashed = _find_squashed(calls, output, by_value)
+    return Program(calls, writer.shapes, output, by_value, squashed)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.shapes: dict[int, tuple] = {}
+        self._taken = set[str]()
+        self._values, self._operations = 1, 0
+
+    def inline(self, model: Any, values: list[int]) -> list[int]:
+        """Write down the calls of a model; the numbers of its outputs, from those of its inputs."""
+        graph = graph_of(model)
+        assert graph is not None
+        if _changes_input(model, graph):
+            values = [self._convert(model, graph, values)]
+        numbers = {id(x): value for x, value in zip(graph.inputs, values, strict=True)}
+        depths = sorted(graph._nodes_by_depth, reverse=True)
+        for node in (node for depth in depths for node in graph._nodes_by_depth[depth]):
+            given = node.arguments.keras_tensors
+            if node.is_input or not all(id(x) in numbers for x in given):
+                continue
+            inputs = [numbers[id(x)] for x in given]
+            inner = graph_of(node.operation)
+            if inner is not None and len(inner.inputs) == len(inputs):
+                outputs = self.inline(node.operation, inputs)
+            else:
+                outputs = self._add(node, inputs)
+            numbers.update(zip(map(id, node.outputs), outputs, strict=True))
+        return [numbers[id(x)] for x in graph.outputs]
+
+    def _add(self, node: Any, inputs: list[int]) -> list[int]:
+        outputs = [self._values + i for i in range(len(node.outputs))]
+        self._values += len(outputs)
+        self.shapes.update(zip(outputs, (x.shape for x in node.outputs), strict=True))
+        by_rows = all(x.shape and x.shape[0] is None for x in node.outputs)
+        ids = [id(x) for x in node.arguments.keras_tensors]
+
+        def arguments(values: list[tf.Tensor]) -> tuple[tuple, dict]:
+            return node.arguments.fill_in(dict(zip(ids, values, strict=True)))
+
+        call = Call(
+            self._name(node.operation),
+            self._operations,
+            node.operation,
+            tuple(inputs),
+            tuple(outputs),
+            by_rows,
+            arguments,
+        )
+        self.calls.append(call)
+        self._operations += 1
+        return outputs
+
+    def _convert(self, model: Any, graph: Functional, values: list[int]) -> int:
+        """A call that changes the input as the model does before its first layer."""
+        policy, output = model.dtype_policy, self._values
+
+        def convert(x: tf.Tensor) -> tf.Tensor:
+            if model._convert_input_args:
+                x = policy.convert_input(x, model.autocast, model.input_dtype)
+            return graph._standardize_inputs(x)[0]
+
+        self._values += 1
+        self.shapes[output] = graph.inputs[0].shape
+        name = self._name(model, "input")
+        call = Call(name, -1, convert, tuple(values), (output,), True, lambda x: (x, {}))
+        self.calls.append(call)
+        return output
+
+    def _name(self, operation: Any, ending: str = "") -> str:
+        name = f"{operation.name}/{ending}" if ending else operation.name
+        number, free = 1, name
+        while free in self._taken:
+            free, number = f"{name}_{number}", number + 1
+        self._taken.add(free)
+        return free
+
+
+def _changes_input(model: Any, graph: Functional) -> bool:
+    """May the model change what it is called with: its type or the number of its axes?
+
+    A model of float32 that begins with a float32 input of images changes nothing.
+    """
+    if len(graph.inputs) != 1:
+        return False
+    given = graph.inputs[0]
+    is_plain = given.dtype == model.compute_dtype == "float32" and len(given.shape) == 4
+    return not is_plain
+
+
+def _find_squashed(
+    calls: tuple[Call, ...], output: int, readers: dict[int, tuple[int, ...]]
+) -> tuple[int, str] | None:
+    """The call that makes probabilities of logits, behind which nothing more is changed."""
+    for place in reversed(range(len(calls))):
+        call = calls[place]
+        if call.outputs != (output,) or len(readers[output]) != 1:
+            return None
+        activation = activation_name(call.operation)
+        if activation in SQUASHING:
+            return (place, activation) if _can_leave_out(call.operation) else None
+        if not _changes_nothing(call.operation) or len(call.inputs) != 1:
+            return None
+        output = call.inputs[0]
+    return None
+
+
+_SOFTMAX = (keras.activations.softmax, keras.ops.softmax, tf.nn.softmax)
+_SIGMOID = (keras.activations.sigmoid, keras.ops.sigmoid, tf.nn.sigmoid, tf.sigmoid)
+
+
+def activation_name(operation: Any) -> str:
+    """ "softmax", "sigmoid" or "", of an operation or of the activation that it ends in."""
+    inner = getattr(operation, "activation", None)
+    if inner is not None:
+        if inner in _SOFTMAX:
+            return "softmax"
+        return "sigmoid" if inner in _SIGMOID else activation_name(inner)
+    kind, axis = type(operation), getattr(operation, "axis", -1)
+    if kind in (keras.layers.Softmax, keras.src.ops.nn.Softmax) and axis == -1:
+        return "softmax"
+    return "sigmoid" if kind is keras.src.ops.nn.Sigmoid else ""
+
+
+def _can_leave_out(operation: Any) -> bool:
+    """Is it known how to compute the operation without its activation?"""
+    layers, ops = keras.layers, keras.src.ops.nn
+    known = (layers.Dense, layers.Activation, layers.Softmax, ops.Softmax, ops.Sigmoid)
+    return type(operation) in known and getattr(operation, "activity_regularizer", None) is None
+
+
+def _changes_nothing(operation: Any) -> bool:
+    """Is it no more than another type for what it is given?"""
+    is_activation = type(operation) is keras.layers.Activation
+    is_linear = is_activation and operation.activation is keras.activations.linear
+    is_plain = is_linear or type(operation) is keras.layers.Identity
+    return is_plain and operation.activity_regularizer is None
