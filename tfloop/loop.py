@@ -208,10 +208,9 @@ class Loop:
             grad_fn = accumulated(grad_fn, accumulate)
         if replicas:
             grad_fn = replicas.grad_fn(grad_fn)
-        self._step = functools.partial(train_step, state, grad_fn=grad_fn)
+        self._grad_fn = grad_fn
         self._compiles_steps = jit_compile and not compiles_whole
-        if self._compiles_steps:
-            self._step = tf.function(self._step, autograph=False, jit_compile=True)
+        self._make_step()
         self.compiled = Traced(self.train_steps, "the training step", eager, **self.options)
         self._evaluations: dict[tuple[bool, int], Traced] = {}
         state.follow_model()
@@ -356,8 +355,14 @@ class Loop:
         if isinstance(self.state.optimizer, KerasOptimizer):
             self.state.optimizer.note_rate()
 
+    def _make_step(self) -> None:
+        self._step: Callable = functools.partial(train_step, self.state, grad_fn=self._grad_fn)
+        if self._compiles_steps:
+            self._step = tf.function(self._step, autograph=False, jit_compile=True)
+
     def renew(self, reason: str) -> None:
         """Have the training step traced anew at its next call, and the evaluations."""
+        self._make_step()
         (self.beside or self).compiled.renew(reason)
         (self.beside or self).is_warm = False
         for evaluation in self._evaluations.values():
@@ -394,6 +399,7 @@ class Loop:
     def leave_out(self, names: list[str]) -> None:
         """Go on without weights that have no gradient, and say so."""
         self.state.leave_out(names)
+        self._make_step()
         (self.beside or self).compiled.renew()
         warnings.warn(
             f"the loss does not depend on {', '.join(names)}: not trained, decayed or penalised",

@@ -129,7 +129,8 @@ class _Walk:
         """Makes the calls, one after the other; yields each, with its place, when it was made."""
         program, rows = self._program, images.shape[0]
         count = min(shards, rows or 1)
-        self._sizes = [(rows or 1) // count] * (count - 1) + [-1]
+        size = (rows or 1) // count
+        self._sizes = [size] * (count - 1) + [(rows or 1) - size * (count - 1)]
         self._rows = rows
         if self._fast and (used := fast_pass.used_pixels(program)):
             images = images[:, : used[0], : used[1]]

@@ -22,6 +22,7 @@ from keras.src.layers.layer import CallContext
 from tfloop.errors import UserError
 from tfloop.models.layer_rules import draw_of, over_parts_of
 from tfloop.models.names import keras_layers
+from tfloop.models.normalization import cut
 from tfloop.models.program import program_of
 from tfloop.randomness import Key, Part
 
@@ -143,13 +144,14 @@ class Inside:
         part = self._key.part if self._key else None
         if part is None or not tf.is_tensor(x) or not _has_rows_of(part, x):
             return call(x, *arguments, **options)
+        whole = {
+            name: _in_whole(part, value) if _is_cut_with(x, value) else value
+            for name, value in options.items()
+        }
+        y = call(_in_whole(part, x), *arguments, **whole)
         each = x.shape[0] // part.rows
-        before = part.first * each
-        after = (part.total - part.rows) * each - before
-        padding = [[before, after]] + [[0, 0]] * (len(x.shape) - 1)
-        whole = tf.ensure_shape(tf.pad(x, padding), [part.total * each, *x.shape[1:]])
-        y = call(whole, *arguments, **options)
-        return tf.slice(y, [before] + [0] * (len(y.shape) - 1), [x.shape[0], *y.shape[1:]])
+        first = [part.first * each] + [0] * (len(y.shape) - 1)
+        return tf.slice(y, first, [x.shape[0], *y.shape[1:]])
 
     def _noted(self) -> dict[Any, str]:
         """The layers inside what the program calls whole, by name."""
@@ -193,6 +195,19 @@ def _has_rows_of(part: Part | None, x: tf.Tensor) -> bool:
     return part is None or (part.rows > 0 and x.shape[0] % part.rows == 0)
 
 
+def _in_whole(part: Part, x: tf.Tensor) -> tf.Tensor:
+    """The rows of a part in their place in the whole batch, among zeros."""
+    each = x.shape[0] // part.rows
+    before = part.first * each
+    padding = [[before, (part.total - part.rows) * each - before]] + [[0, 0]] * (len(x.shape) - 1)
+    return tf.ensure_shape(tf.pad(x, padding), [part.total * each, *x.shape[1:]])
+
+
+def _is_cut_with(x: tf.Tensor, value: Any) -> bool:
+    """Is it a tensor with the rows of x, such as a mask?"""
+    return tf.is_tensor(value) and value.shape.rank and value.shape[0] == x.shape[0]
+
+
 def _outside_loops(model: Any) -> list[keras.layers.Layer]:
     layers = keras_layers(model)
     loops = (layer for layer in layers if isinstance(layer, LOOPS))
@@ -202,9 +217,17 @@ def _outside_loops(model: Any) -> list[keras.layers.Layer]:
 
 def _draws_itself(layer: keras.layers.Layer) -> bool:
     """Does Keras's layer draw from seeds of its own, or a layer that it calls in a loop?"""
-    if isinstance(layer, LOOPS):
-        return any(inner._seed_generators for inner in layer._flatten_layers())
-    return bool(layer._seed_generators) and type(layer).__module__.startswith("keras.")
+    if not type(layer).__module__.startswith("keras."):
+        return False
+    layers = layer._flatten_layers() if isinstance(layer, LOOPS) else [layer]
+    return any(inner._seed_generators and _may_draw(inner) for inner in layers)
+
+
+def _may_draw(layer: keras.layers.Layer) -> bool:
+    """Not where all its rates are 0, as those of most recurrent cells."""
+    rates = [getattr(layer, name, None) for name in ("rate", "dropout", "recurrent_dropout")]
+    known = [rate for rate in rates if isinstance(rate, (int, float))]
+    return any(known) if known else True
 
 
 def seed_generators(model: Any) -> list[keras.random.SeedGenerator]:
@@ -325,9 +348,9 @@ def check_training(model: Any) -> None:
 
 def split(x: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
     """The parts of x along its rows, each with its part of Keras's mask."""
-    parts, mask = tf.split(x, sizes), get_keras_mask(x)
+    parts, mask = cut(x, sizes), get_keras_mask(x)
     if mask is not None:
-        for part, part_mask in zip(parts, tf.split(mask, sizes), strict=True):
+        for part, part_mask in zip(parts, cut(mask, sizes), strict=True):
             set_keras_mask(part, part_mask)
     return parts
 

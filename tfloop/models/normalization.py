@@ -4,7 +4,7 @@ The rows may lie in one part, in several, or on replicas.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
@@ -49,8 +49,23 @@ def _join(parts: list[tf.Tensor]) -> tf.Tensor:
     return tf.concat(parts, axis=0) if len(parts) > 1 else parts[0]
 
 
+def cut(x: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
+    """The parts of x along its rows."""
+    return apart(tf.split(x, sizes))
+
+
+def apart(parts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The parts, each the output of an operation of its own.
+
+    TensorFlow's graph optimizer swaps a maximum with the monotone operation before it (the stage
+    OptimizeMaxOrMinOfMonotonic), and takes the first output of the operation before both, whichever
+    was meant: max-pool(relu(second half)) becomes that of the first half.
+    """
+    return [tf.ensure_shape(part, part.shape) for part in parts]
+
+
 def _split(x: tf.Tensor, like: list[tf.Tensor]) -> list[tf.Tensor]:
-    return tf.split(x, [part.shape[0] for part in like]) if len(like) > 1 else [x]
+    return cut(x, [part.shape[0] for part in like]) if len(like) > 1 else [x]
 
 
 def _by_fused(
@@ -59,7 +74,7 @@ def _by_fused(
     """(the parts normalised, mean, variance), by TensorFlow's fused operations for images."""
     if len(parts) > 1 and parts[0].dtype == tf.float32:
         *ys, mean, variance = _normalized(parts, gamma, beta, epsilon)
-        return ys, mean, variance
+        return apart(ys), mean, variance
     y, mean, variance = _fused(_join(parts), gamma, beta, epsilon)
     return _split(y, parts), mean, variance
 
