@@ -75,7 +75,7 @@ def tfloop(job: Job):
 
     loop = tfloop.make_loop(config)
     first = batch_at(loop.data.train, job.config.batch_size, job.config.seed, 0, 0)
-    loss = float(tfloop.forward_and_backward(loop.state, first, loop.forward).loss.total)
+    loss = float(tfloop.forward_and_backward(loop.state, first, forward=loop.forward).loss.total)
     calls = iter(())
 
     def run(steps):
@@ -110,7 +110,7 @@ def side_by_side(job: Job):
         ),
     ]
     batch = batch_at(first.data.train, config.batch_size, config.seed, 0, 0)
-    loss = float(tfloop.forward_and_backward(first.state, batch, first.forward).loss.total)
+    loss = float(tfloop.forward_and_backward(first.state, batch, forward=first.forward).loss.total)
     make = SideBySide(loops).make if len(loops) > 1 else lambda calls: calls[0].make()
 
     def endless(loop):

@@ -1,3 +1,5 @@
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -146,15 +148,19 @@ def test_a_hyperparameter_that_the_rule_lacks_is_named(name, hyper, message):
         Optimizer(name, **hyper)
 
 
+def model_of(variables):
+    return types.SimpleNamespace(variables=variables)
+
+
 def test_a_keras_optimizer_with_a_schedule_of_its_own_is_refused():
     inner = KO.SGD(KO.schedules.CosineDecay(0.1, 10))
     with pytest.raises(UserError, match="SGD: hand it in with a plain learning rate"):
-        KerasOptimizer(inner, [])
+        KerasOptimizer(inner, model_of([]))
 
 
 def test_the_loop_drives_a_keras_optimizers_rate(random):
     variables = [keras.Variable(np.ones(3, np.float32))]
-    optimizer = KerasOptimizer(KO.SGD(0.7), variables)
+    optimizer = KerasOptimizer(KO.SGD(0.7), model_of(variables))
     own = {"w": variables[0].value}
     optimizer.build(own)
     rate = Schedule("constant", learning_rate=0.1)(0)

@@ -392,7 +392,7 @@ def test_an_unknown_level_is_refused(loop, tmp_path):
 
 @pytest.mark.parametrize(
     "outputs, found",
-    [(lambda x: tf.reshape(x, [-1, 8, 8]), r"shape \(1, 8, 8\)"), (lambda x: {"a": x}, "dict")],
+    [(lambda x: tf.reshape(x, [-1, 8, 8]), r"shape \(8, 8, 8\)"), (lambda x: {"a": x}, "dict")],
 )
 def test_a_model_whose_outputs_are_no_matrix_is_refused(digits, outputs, found):
     class Odd(tf.Module):
@@ -404,7 +404,7 @@ def test_a_model_whose_outputs_are_no_matrix_is_refused(digits, outputs, found):
             return outputs(images * self.w)
 
     state = tfloop.TrainState(Odd(), loss=lambda labels, outputs: tf.zeros_like(labels, tf.float32))
-    with pytest.raises(tfloop.UserError, match=f"the model gives {found} for a batch of one image"):
+    with pytest.raises(tfloop.UserError, match=f"the model gives {found} for a batch of 8 images"):
         tfloop.Loop(state, digits)
 
 

@@ -73,6 +73,7 @@ class KerasOptimizer:
         self._variables = self._variables_of(weights)
         self.inner.build(self._variables)
         self.count = self.inner.iterations.value
+        self._given_rate = float(self.rate)
         self._note()
 
     def _variables_of(self, weights: dict[str, tf.Variable]) -> list:
@@ -171,9 +172,12 @@ class KerasOptimizer:
                 variable.assign(select(valid, value, variable))
 
     def reset(self) -> None:
-        """Slots and count as they were when built."""
+        """Slots and count as they were when built, and the rate where a schedule drives it."""
         for variable, value in self._initial:
             variable.assign(value)
+        if not self.shares_rate:
+            self.rate.assign(self._given_rate)
+            self.note_rate()
 
 
 def _tf(variable: Any) -> tf.Variable:

@@ -35,6 +35,7 @@ from tfloop.step import (
     losses,
     model_losses,
     no_step,
+    penalized,
     rows_of,
     train_step,
 )
@@ -184,7 +185,7 @@ class Loop:
         self._place: tuple[int, int, int] | None = None
         self._source: Any = None
         self._eager, self.is_warm = eager, False
-        worker = (replicas.worker, replicas.workers) if replicas else (0, 1)
+        worker = (replicas.worker, replicas.workers, replicas.total) if replicas else ()
         self.pipeline = pipelines.make(pipeline, data.train, batch_size, *worker)
         self.steps = self.pipeline.steps
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
@@ -214,6 +215,7 @@ class Loop:
         self.compiled = Traced(self.train_steps, "the training step", eager, **self.options)
         self._evaluations: dict[tuple[bool, int], Traced] = {}
         state.follow_model()
+        self._changes = state.changes
 
     @property
     def traces(self) -> dict[str, int]:
@@ -249,7 +251,7 @@ class Loop:
             step = self._step(batch, part=pipeline.part(pipeline.rest))
             return step._replace(sums=total.sums + step.sums), waited + seconds
 
-        full = tf.minimum(steps, pipeline.full - first)
+        full = tf.clip_by_value(pipeline.full - first, 0, steps)  # of these steps
         start = (tf.constant(0), no_step(self.state), tf.constant(0.0, tf.float64))
         _, total, waited = tf.while_loop(lambda i, *_: i < full, body, start, parallel_iterations=1)
         if pipeline.rest:  # the epoch's last step has another shape
@@ -348,8 +350,9 @@ class Loop:
         """Trace anew where layers were frozen or unfrozen since the last call."""
         if isinstance(self.state.optimizer, KerasOptimizer):
             self.state.optimizer.check_rate()
-        if reason := self.state.follow_model():
-            self.renew(reason)
+        self.state.follow_model()
+        if self._changes != self.state.changes:
+            self.renew("; ".join(self.state.changes[len(self._changes) :]))
 
     def _note_rate(self) -> None:
         if isinstance(self.state.optimizer, KerasOptimizer):
@@ -362,6 +365,7 @@ class Loop:
 
     def renew(self, reason: str) -> None:
         """Have the training step traced anew at its next call, and the evaluations."""
+        self._changes = self.state.changes
         self._make_step()
         (self.beside or self).compiled.renew(reason)
         (self.beside or self).is_warm = False
@@ -399,6 +403,7 @@ class Loop:
     def leave_out(self, names: list[str]) -> None:
         """Go on without weights that have no gradient, and say so."""
         self.state.leave_out(names)
+        self._changes = self.state.changes
         self._make_step()
         (self.beside or self).compiled.renew()
         warnings.warn(
@@ -628,6 +633,12 @@ class Loop:
         for variable, value in zip(state.non_trainable.values(), before, strict=True):
             variable.assign(value)
         where = f"the {what}" if what == layer else f"the {what} of {layer}"
+        if "penalty" in what:
+            message = (
+                f"step {step}: the {what} by {layer} is NaN or infinite; is it differentiable "
+                "there, as √x is not at 0? The weights are those before this step"
+            )
+            return DivergenceError(message, step, layer)
         rate = float(state.schedule(state.schedule_step))
         message = (
             f"step {step}: {where} became NaN or infinite{operation}, at rate {rate:.4g}; the "
@@ -650,6 +661,9 @@ class Loop:
                 return "activations", layer
         if not _is_finite(result.loss.total):
             return "loss", "loss"
+        for name, gradient in penalized(state, result.loss.data, result.loss.model)[1].items():
+            if not _is_finite(gradient):
+                return "gradient of a penalty of your own", name.split("/")[0]
         for name, gradient in result.gradients.items():
             if not _is_finite(gradient):
                 return "gradients", name.split("/")[0]
@@ -725,7 +739,8 @@ def _check_fit(state: TrainState, data: Dataset, most: int) -> tf.TensorShape:
         probabilities where logits are meant.
     """
     _check_takes(state.model, data.image_shape)
-    images = state.standardize(data.train.images[: min(LOOKED_AT, most)])
+    batch = pipelines.batch_at(data.train, min(LOOKED_AT, most), 0, 0, 0)
+    images = state.standardize(batch.images)
     outputs = _called(state, images, data)
     rows = images.shape[0]
     if not tf.is_tensor(outputs) or len(outputs.shape) != 2 or outputs.shape[0] != rows:

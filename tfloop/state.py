@@ -45,6 +45,7 @@ class TrainState(tf.Module):
       non_trainable: its other variables by name: moving averages and the like, frozen weights, and
         those without a gradient.
       without_gradient: the names of trainable variables that the loss does not depend on.
+      changes: what was changed of the weights that are trained; a trace from before is too old.
       optimizer, schedule: their slots, count and numbers.
       hyper: name → variable, every number that a step reads: l1, l2, label_smoothing, ema, and
         those of the optimizer, the schedule and the augmentation.
@@ -132,6 +133,7 @@ class TrainState(tf.Module):
         models.check_training(model)
         self.model, self.loss = model, loss
         self.without_gradient: tuple[str, ...] = ()
+        self.changes: tuple[str, ...] = ()
         self._looks = False
         self._divide()
         if not self.weights:
@@ -167,29 +169,24 @@ class TrainState(tf.Module):
         self._stable = models.stable_names(self.model)
         self._trained = models.trained_state(self.model)
 
-    def follow_model(self) -> str:
+    def follow_model(self) -> None:
         """Take over what the model's layers say of `trainable` now.
 
-        Weights that are trained further keep their slots and averages.
-
-        Returns:
-          What changed, as a reason for another trace; "" where nothing did.
+        Weights that are trained further keep their slots and averages. What changed is the last of
+        `changes`.
 
         Raises:
           UserError: nothing is left to train.
         """
         if models.trained_state(self.model) == self._trained:
-            return ""
+            return
         before = self.weights
         self._divide_again()
         frozen = [name for name in before if name not in self.weights]
         freed = [name for name in self.weights if name not in before]
-        told = [
-            f"{', '.join(names)} {what}"
-            for names, what in ((frozen, "no longer trained"), (freed, "now trained"))
-            if names
-        ]
-        return "; ".join(told) or "the `trainable` of a layer without weights was set"
+        told = [f"{', '.join(frozen)} no longer trained"] if frozen else []
+        told += [f"{', '.join(freed)} now trained"] if freed else []
+        self.changes += ("; ".join(told) or "a layer without weights was frozen or unfrozen",)
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Note weights as without a gradient: they are not trained, decayed, penalised or counted.
@@ -197,8 +194,10 @@ class TrainState(tf.Module):
         Raises:
           UserError: nothing is left to train.
         """
-        self.without_gradient = (*self.without_gradient, *names)
+        names = tuple(names)
+        self.without_gradient += names
         self._divide_again()
+        self.changes += (f"the loss does not depend on {', '.join(names)}",)
 
     def _divide_again(self) -> None:
         before, averaged = self.weights, self._averaged_variables()

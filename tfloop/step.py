@@ -246,19 +246,19 @@ def accumulated(grad_fn: Callable, parts: int) -> Callable:
         whole = part or Part(0, rows, rows)
         small, longer = divmod(rows, parts)
 
-        def add(first: tf.Tensor | int, size: int, sums: tf.Tensor) -> tf.Tensor:
-            own = Part(whole.first + first, size, whole.total)
-            return sums + to_sums(grad_fn(state, rows_of(batch, first, size), own))
-
         def add_all(start: int, count: int, size: int, sums: tf.Tensor) -> tf.Tensor:
-            """Those of `count` parts of one size, which are traced once."""
+            """The sums with those of `count` parts of one size, which are traced once."""
             if not count or not size:
                 return sums
-            if count == 1:
-                return add(start, size, sums)
+            cut = [
+                tf.reshape(tensor[start : start + count * size], [count, size, *tensor.shape[1:]])
+                for tensor in batch
+            ]
 
             def body(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                return i + 1, add(start + i * size, size, sums)
+                own = Part(whole.first + start + i * size, size, whole.total)
+                result = grad_fn(state, Batch(*(tensor[i] for tensor in cut)), own)
+                return i + 1, sums + to_sums(result)
 
             begin = tf.constant(0), sums
             return tf.while_loop(lambda i, _: i < count, body, begin, parallel_iterations=1)[1]

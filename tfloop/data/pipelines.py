@@ -58,19 +58,26 @@ class _Pipeline:
 
     name: str
 
-    def __init__(self, split: Split, batch_size: int, worker: int, workers: int) -> None:
+    def __init__(
+        self, split: Split, batch_size: int, worker: int, workers: int, replicas: int
+    ) -> None:
         self.size, self.batch_size = len(split), batch_size
         self.steps = math.ceil(self.size / batch_size)
         self.full, self.rest = divmod(self.size, batch_size)
         self.error: UserError | None = None
-        self._worker, self._workers = worker, workers
+        self._worker, self._workers, self._replicas = worker, workers, max(replicas, workers)
 
     def part(self, rows: int) -> Part | None:
         """Which rows of a batch of so many are this worker's; None where all are."""
         return Part(*self._own(rows), rows) if self._workers > 1 else None
 
     def _own(self, rows: int) -> tuple[int, int]:
-        """(the first row, how many) of a batch of so many rows that are this worker's."""
+        """(the first row, how many) of a batch of so many rows that are this worker's.
+
+        All are, where there are too few for each replica.
+        """
+        if rows < self._replicas:
+            return 0, rows
         return part_of(rows, self._worker, self._workers)
 
 
@@ -79,8 +86,10 @@ class Resident(_Pipeline):
 
     name = "resident"
 
-    def __init__(self, split: Split, batch_size: int, worker: int = 0, workers: int = 1) -> None:
-        super().__init__(split, batch_size, worker, workers)
+    def __init__(
+        self, split: Split, batch_size: int, worker: int = 0, workers: int = 1, replicas: int = 1
+    ) -> None:
+        super().__init__(split, batch_size, worker, workers, replicas)
         self._images, self._labels = split.tensors
         self._order = tf.Variable(tf.zeros([self.size], tf.int64), trainable=False)
 
@@ -109,6 +118,7 @@ class Streamed(_Pipeline):
         to_device: bool,
         worker: int = 0,
         workers: int = 1,
+        replicas: int = 1,
     ) -> None:
         """Make one.
 
@@ -118,8 +128,9 @@ class Streamed(_Pipeline):
           to_device: copy the batches ahead to a GPU, too.
           worker: which part of every batch it gives.
           workers: of how many.
+          replicas: of all workers together.
         """
-        super().__init__(split, batch_size, worker, workers)
+        super().__init__(split, batch_size, worker, workers, replicas)
         self.name = "prefetch" if to_device else "host"
         gpus = tf.config.list_logical_devices("GPU")
         self._device = (gpus or tf.config.list_logical_devices("CPU"))[0].name
@@ -163,8 +174,6 @@ class Streamed(_Pipeline):
         """(images, 1 or 0 for each: 0 where its record is damaged and left out)"""
 
         def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            if not len(rows):  # a worker's part of a small last batch
-                return np.array([], object), np.array([], bool), np.array([], np.float32)
             try:
                 return self._images.read(rows)
             except UserError as error:
@@ -196,11 +205,17 @@ def batch_at(
 
 
 def make(
-    name: str, split: Split, batch_size: int, worker: int = 0, workers: int = 1
+    name: str,
+    split: Split,
+    batch_size: int,
+    worker: int = 0,
+    workers: int = 1,
+    replicas: int = 1,
 ) -> Resident | Streamed:
     """A pipeline by name; "auto" is resident where the images fit comfortably, else prefetch.
 
-    It gives one part of every batch, of as many parts as there are workers.
+    It gives one part of every batch, of as many parts as there are workers; of a batch with fewer
+    rows than replicas, all.
     """
     if name == "auto":
         in_memory = isinstance(split.images, np.ndarray)
@@ -209,8 +224,8 @@ def make(
     if name not in PIPELINES:
         raise UserError(f"--pipeline={name} is unknown; choose from auto, {', '.join(PIPELINES)}")
     if name == "resident":
-        return Resident(split, batch_size, worker, workers)
-    return Streamed(split, batch_size, name == "prefetch", worker, workers)
+        return Resident(split, batch_size, worker, workers, replicas)
+    return Streamed(split, batch_size, name == "prefetch", worker, workers, replicas)
 
 
 def comfortable_bytes() -> int:

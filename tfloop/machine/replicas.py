@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow as tf
 
-from tfloop import models
 from tfloop.config import Config
 from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError, WorkerLost
 from tfloop.machine import cluster
+from tfloop.models import normalization
 from tfloop.randomness import Part, part_of
 from tfloop.state import TrainState
 from tfloop.step import Pass, from_sums, no_pass, rows_of, to_sums
@@ -69,7 +69,7 @@ class Replicas:
         """`grad_fn`, on a part of the batch in each replica; its result is that of the whole batch.
 
         It takes this worker's part of the batch, which is the whole one where there is one worker.
-        A replica without rows takes no part.
+        Of a batch with fewer rows than there are replicas in all it takes the whole one.
         """
 
         def in_replicas(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
@@ -77,13 +77,17 @@ class Replicas:
             whole = part or Part(0, rows, rows)
 
             def in_one() -> tf.Tensor:
-                first, size = part_of(rows, self._local_index(), self.local)
+                index = self._local_index()
+                if whole.total < self.total:
+                    # Too few for all: each computes the whole batch, so that the averages of its
+                    # copy of the model move, and the first one's result counts.
+                    with normalization.alone():
+                        result = grad_fn(state, batch, whole)
+                    is_first = index == 0 and self.is_chief
+                    return to_sums(result if is_first else no_pass(state))
+                first, size = part_of(rows, index, self.local)
                 own = rows_of(batch, first, size) if self.local > 1 else batch
-                if not size and not _looks_at_others(state):
-                    return to_sums(no_pass(state))
-                result = grad_fn(state, own, Part(whole.first + first, size, whole.total))
-                # Without rows it went along for the others alone, which waited for its sums.
-                return to_sums(result if size else no_pass(state))
+                return to_sums(grad_fn(state, own, Part(whole.first + first, size, whole.total)))
 
             return from_sums(self._sum(in_one), state)
 
@@ -171,11 +175,6 @@ class Replicas:
     @tf.function(autograph=False)
     def _total(self, values: tf.Tensor) -> tf.Tensor:
         return self._sum(lambda: values if self._local_index() == 0 else tf.zeros_like(values))
-
-
-def _looks_at_others(state: TrainState) -> bool:
-    """Does a layer of the model look at the rows of all replicas?"""
-    return any(models.over_parts_of(layer) for layer in models.keras_layers(state.model))
 
 
 def local_replicas(config: Config, gpus: int) -> int:

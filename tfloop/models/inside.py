@@ -38,6 +38,9 @@ class Activation(NamedTuple):
     value: tf.Tensor
 
 
+Answers = dict[tuple[Any, str], Callable]  # what answers for a layer's method
+
+
 class Inside:
     """One forward pass, as the layers in it are computed.
 
@@ -55,9 +58,17 @@ class Inside:
     @contextlib.contextmanager
     def entered(self) -> Iterator["Inside"]:
         """In this block the layers of the model are computed as this pass wants it."""
-        answers = self._answers()
+        answers, added = self._answers(), list[tf.Tensor]()
+
+        def add_loss(own: Callable, loss: Any) -> None:
+            own(loss)
+            added.extend(keras.tree.flatten(loss))
+
+        for layer in keras_layers(self._model):
+            answers[layer, "add_loss"] = add_loss
         if self._training and self._key:
             self._seed()
+        _here.added = added  # of this replica alone; Keras's own list is that of all
         with _answering(answers):
             yield self
 
@@ -88,15 +99,15 @@ class Inside:
         bits = self._key.fold_in(-2).bits(number)
         generator.state.assign(tf.cast(bits, generator.state.dtype))
 
-    def _answers(self) -> dict[Any, Callable]:
-        answers: dict[Any, Callable] = {}
+    def _answers(self) -> Answers:
+        answers: Answers = {}
         noted = self._noted() if self._seen is not None else {}
         for layer in _outside_loops(self._model) if self._training or noted else []:
             answer = self._answer(layer) if self._training else None
             if name := noted.get(layer):
                 answer = self._noting(name, layer, answer)
             if answer:
-                answers[layer] = answer
+                answers[layer, "call"] = answer
         return answers
 
     def _answer(self, layer: keras.layers.Layer) -> Callable | None:
@@ -248,37 +259,37 @@ def seed_generators(model: Any) -> list[keras.random.SeedGenerator]:
 
 _here = threading.local()  # replicas are traced in threads that take turns
 _lock = threading.Lock()
-_installed: dict[Any, int] = {}
+_installed: dict[tuple[Any, str], int] = {}
 
 
 @contextlib.contextmanager
-def _answering(answers: dict[Any, Callable]) -> Iterator[None]:
-    """In this block, and in this thread, `answers[layer]` answers for each layer's `call`.
+def _answering(answers: Answers) -> Iterator[None]:
+    """In this block, and in this thread, these functions answer for methods of layers.
 
-    It is given Keras's `call` first.
+    Each is given Keras's own method first.
     """
     outer = getattr(_here, "answers", {})
     with _lock:
-        for layer in answers:
-            _installed[layer] = _installed.get(layer, 0) + 1
-            if _installed[layer] == 1:
-                layer.__dict__["call"] = _dispatch(layer, layer.call)
+        for layer, method in answers:
+            _installed[layer, method] = _installed.get((layer, method), 0) + 1
+            if _installed[layer, method] == 1:
+                layer.__dict__[method] = _dispatch(layer, method, getattr(layer, method))
     _here.answers = answers
     try:
         yield
     finally:
         _here.answers = outer
         with _lock:
-            for layer in answers:
-                _installed[layer] -= 1
-                if not _installed[layer]:
-                    del _installed[layer], layer.__dict__["call"]
+            for layer, method in answers:
+                _installed[layer, method] -= 1
+                if not _installed[layer, method]:
+                    del _installed[layer, method], layer.__dict__[method]
 
 
-def _dispatch(layer: Any, call: Callable) -> Callable:
+def _dispatch(layer: Any, method: str, own: Callable) -> Callable:
     def dispatched(*arguments: Any, **options: Any) -> Any:
-        answer = getattr(_here, "answers", {}).get(layer)
-        return answer(call, *arguments, **options) if answer else call(*arguments, **options)
+        answer = getattr(_here, "answers", {}).get((layer, method))
+        return answer(own, *arguments, **options) if answer else own(*arguments, **options)
 
     return dispatched
 
@@ -305,13 +316,10 @@ def as_one_call(model: Any, training: bool) -> Iterator[None]:
 
 
 def added_losses(model: Any) -> list[tf.Tensor]:
-    """What the layers of a model added to the loss in its last call, and their regularizers."""
-    if isinstance(model, keras.layers.Layer):
-        return model.losses
+    """What layers added to the loss in this thread's last forward pass, and their regularizers."""
     layers = keras_layers(model)
-    added = [loss for layer in layers for loss in layer._get_own_losses()]
     weights = {id(v): v for layer in layers for v in layer.trainable_weights if v.regularizer}
-    return added + [v.regularizer(v) for v in weights.values()]
+    return [*getattr(_here, "added", []), *(v.regularizer(v) for v in weights.values())]
 
 
 def _takes_training(function: Any) -> bool:

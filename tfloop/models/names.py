@@ -34,12 +34,12 @@ def variable_names(model: Any, variables: list, stable: bool = False) -> list[st
       variables: Keras's or TensorFlow's.
       stable: give names that are the same for a model that is made again.
     """
-    renamed = _stable_names(model) if stable else {}
+    renamed = _stable_names(model, variables) if stable else {}
     root = f"{getattr(model, 'name', '')}/"
     names: list[str] = []
     taken = set[str]()
     for variable in variables:
-        path = getattr(variable, "path", variable.name).split(":")[0].removeprefix(root)
+        path = _path(variable).removeprefix(root)
         name = free = "/".join(renamed.get(part, part) for part in path.split("/"))
         number = 1
         while free in taken:
@@ -49,13 +49,21 @@ def variable_names(model: Any, variables: list, stable: bool = False) -> list[st
     return names
 
 
-def _stable_names(model: Any) -> dict[str, str]:
-    """The name of each layer that Keras may have numbered → the name that it has here."""
+def _path(variable: Any) -> str:
+    return getattr(variable, "path", variable.name).split(":")[0]
+
+
+def _stable_names(model: Any, variables: list) -> dict[str, str]:
+    """Each name that Keras may have numbered, of a layer or variable → the name that it has here.
+
+    Variables without a name are "variable", "variable_1" and so on.
+    """
+    given = [(to_snake_case(type(layer).__name__), layer.name) for layer in keras_layers(model)]
+    given += [("variable", _path(variable).split("/")[-1]) for variable in variables]
     by_kind: dict[str, set[tuple[int, str]]] = {}
-    for layer in keras_layers(model):
-        kind = to_snake_case(type(layer).__name__)
-        if found := re.fullmatch(rf"{re.escape(kind)}(?:_(\d+))?", layer.name):
-            by_kind.setdefault(kind, set()).add((int(found[1] or 0), layer.name))
+    for kind, name in given:
+        if found := re.fullmatch(rf"{re.escape(kind)}(?:_(\d+))?", name):
+            by_kind.setdefault(kind, set()).add((int(found[1] or 0), name))
     return {
         name: f"{kind}_{number}" if number else kind
         for kind, numbered in by_kind.items()

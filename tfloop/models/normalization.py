@@ -3,8 +3,10 @@
 The rows may lie in one part, in several, or on replicas.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
@@ -185,7 +187,22 @@ def _normalized(
     return normalize(gamma, beta, *parts)
 
 
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In this block, and in this thread, a replica looks at its own rows only."""
+    _here.alone = True
+    try:
+        yield
+    finally:
+        _here.alone = False
+
+
 def _replicas() -> int:
+    if getattr(_here, "alone", False):
+        return 1
     context = tf.distribute.get_replica_context()
     return context.num_replicas_in_sync if context else 1
 
