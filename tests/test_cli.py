@@ -40,7 +40,7 @@ def test_train_writes_a_run_and_says_what_it_reached(train, tmp_path, capsys):
     )
     assert out[1] == (
         "rmsprop: rho 0.9, momentum 0, epsilon 1e-07; constant: learning_rate 0.001; "
-        "l1 0, l2 0 on dense kernels; batch 100, 2 epochs"
+        "l1 0, l2 0 on dense1/kernel, output/kernel; batch 100, 2 epochs"
     )
     assert out[2].startswith("epoch 1/2  loss ") and out[3].startswith("epoch 2/2  loss ")
     assert out[4].startswith("test accuracy ") and out[5] == str(tmp_path / "digits-001")

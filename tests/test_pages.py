@@ -63,10 +63,12 @@ def test_the_table_of_flags_is_the_programs():
 
 @named([page for page in PAGES if python_blocks(page)])
 @pytest.mark.usefixtures("registries")
+@pytest.mark.filterwarnings("ignore:.* traced again.* now trained")  # as its page says
 def test_the_python_runs_as_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}  # of a page, which reads on
     for block in python_blocks(page):
-        exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
+        exec(compile(block, page.name, "exec"), names)
 
 
 @named(PAGES)

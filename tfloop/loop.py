@@ -369,8 +369,7 @@ class Loop:
         self._make_step()
         (self.beside or self).compiled.renew(reason)
         (self.beside or self).is_warm = False
-        for evaluation in self._evaluations.values():
-            evaluation.renew(reason)
+        self._evaluations.clear()
 
     def warm_up(self) -> None:
         """Trace and compile, without a step.

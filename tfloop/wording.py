@@ -39,6 +39,16 @@ def joined(names: Sequence[str]) -> str:
     return " and ".join(names)
 
 
+def names_text(names: Iterable[str], most: int = 8) -> str:
+    """The names; of many the first ones and how many others; "nothing" where there are none."""
+    shown = list(names)
+    if not shown:
+        return "nothing"
+    if len(shown) > most:
+        return f"{', '.join(shown[:most])} and {len(shown) - most} more"
+    return ", ".join(shown)
+
+
 def first_sentence(error: BaseException) -> str:
     """The kind of an error, and the first sentence of what it says, or so much as fits a line."""
     lines = str(error).strip().splitlines() or [""]

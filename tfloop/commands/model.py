@@ -5,7 +5,7 @@ from typing import Any
 
 from tfloop.commands.command import MODEL, WHERE, Command, start
 from tfloop.config import Config
-from tfloop.wording import shape_text
+from tfloop.wording import names_text, shape_text
 
 
 def model(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
@@ -28,6 +28,8 @@ def model(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     shape = shape_text(data.image_shape)
     print(f"input {shape}; a dense kernel is (inputs, units): y = x·W + b, row by row")
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    penalised = models.penalized(built, config.penalize, models.named_variables(built)[0])
+    print(f"l1 and l2 count {names_text(penalised)} (--penalize={config.penalize})")
     return 0
 
 
@@ -35,5 +37,5 @@ COMMAND = Command(
     model,
     "the model's layers, shapes and parameters",
     topic="look",
-    settings=(*MODEL, *WHERE),
+    settings=(*MODEL, "penalize", *WHERE),
 )

@@ -25,7 +25,7 @@ from tfloop.training import folders, keras_import
 from tfloop.training.ensemble import Calls, End, SideBySide, Together, mean_probabilities
 from tfloop.training.run import Run, may_end
 from tfloop.vectors import count_elements
-from tfloop.wording import counted, listed, plural, shape_text
+from tfloop.wording import counted, listed, names_text, plural, shape_text
 
 
 def train(
@@ -349,7 +349,7 @@ def _settings_line(config: Config, state: TrainState) -> str:
     optimizer, schedule = _numbers_text(state.optimizer.hyper), _numbers_text(state.schedule.hyper)
     return (
         f"{config.optimizer}: {optimizer}; {config.schedule}: {schedule}; l1 {config.l1:g}, l2 "
-        f"{config.l2:g} on {config.penalize} kernels; batch {config.batch_size}, "
+        f"{config.l2:g} on {names_text(state.kernels)}; batch {config.batch_size}, "
         f"{counted(config.epochs, 'epoch')}"
     )
 
