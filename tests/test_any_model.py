@@ -709,3 +709,36 @@ def test_a_penalty_without_a_gradient_at_0_is_named_as_such():
     )
     with pytest.raises(tfloop.DivergenceError, match="gradient of a penalty of your own by dense"):
         fit("sgd", model=model, penalties=[nan_at_zero])
+
+
+def test_a_layer_is_told_of_training_among_other_arguments():
+    """Keras itself tells a layer only where its call names `training`."""
+    told = []
+
+    class Gathers(layers.Layer):
+        def call(self, x, **options):
+            told.append(options.get("training"))
+            return x
+
+    class Misnamed(layers.Layer):
+        def call(self, x, is_training=False):
+            return x
+
+    model = keras.Sequential([keras.Input((1, 2, 1)), layers.Flatten(), Gathers(), layers.Dense(2)])
+    told.clear()
+    fit("sgd", model=model)
+    assert set(told) == {None, True}  # in evaluation it is as Keras has it
+    with pytest.raises(tfloop.UserError, match="Misnamed.call takes is_training; name it training"):
+        fit("sgd", model=ends_in(Misnamed()))
+
+
+def test_every_call_of_a_graph_is_in_the_models_table():
+    model = made(CASES["shared layer"])
+    rows = models.table(model)
+    assert sum(row[-1] for row in rows) == model.count_params()
+    assert [row[1] for row in rows] == ["(128)", "(128)", "(128)", "(3)"]
+    assert [row[-1] > 0 for row in rows] == [False, True, False, True]
+    whole = models.table(made(CASES["subclass"]))
+    assert sum(row[-1] for row in whole) == sum(
+        int(np.prod(v.shape)) for v in made(CASES["subclass"]).trainable_variables
+    )

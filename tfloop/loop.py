@@ -445,6 +445,7 @@ class Loop:
             raise UserError(
                 f"images to evaluate are {split.images.dtype}, those of the training {trained_on}"
             )
+        check_labels(split, "labels to evaluate")
         self._follow_model()
         in_memory, size = isinstance(split.images, np.ndarray), self.evaluation_batch_size
         at_once = len(split) if in_memory else max(READ_AT_ONCE // size, 1) * size

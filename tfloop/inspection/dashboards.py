@@ -226,20 +226,9 @@ def settings_text(context: Context) -> Iterator[Summary]:
 @summary("start")
 def model_text(context: Context) -> Iterator[Summary]:
     state = context.loop.state
-    if isinstance(state.model, keras.Sequential):
-        header = ["| layer | output | weights | parameters |", "| --- | --- | --- | ---: |"]
-        cells = [[*row[:-1], f"{row[-1]:,}"] for row in models.table(state.model)]
-    else:
-        header = ["| weight | shape | parameters |", "| --- | --- | ---: |"]
-        cells = [
-            [name, str(tuple(weight.shape)), f"{weight.shape.num_elements():,}"]
-            for name, weight in state.weights.items()
-        ]
-        header[0] = "| weight | shape | parameters |"
-    cells += [
-        [name, "not trained", "no gradient", "none"][: len(header[1].split("|")) - 2]
-        for name in state.without_gradient
-    ]
+    header = ["| layer | output | weights | parameters |", "| --- | --- | --- | ---: |"]
+    cells = [[*row[:-1], f"{row[-1]:,}"] for row in models.table(state.model)]
+    cells += [[name, "", "no gradient", "none"] for name in state.without_gradient]
     rows = [f"| {' | '.join(row)} |" for row in cells]
     yield text_pb("model", "\n".join([*header, *rows]))
 
@@ -308,6 +297,8 @@ def mistakes(context: Context) -> Iterator[Summary]:
         shown = plots.misclassified(test.images[wrong], test.labels[wrong], guesses[wrong])
         yield _image("misclassified", shown)
     shares = context.loop.state.probabilities(tf.constant(outputs)).numpy()
+    if not models.squashed_values(shares):  # a loss of one's own that takes logits
+        shares = tf.nn.softmax(shares).numpy()
     for label in range(shares.shape[1]):
         yield pr_curve_pb(f"class_{label}", test.labels == label, shares[:, label])
 

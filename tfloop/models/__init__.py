@@ -3,7 +3,6 @@
 from tfloop.models.cnn import build as build
 from tfloop.models.cnn import check_sizes as check_sizes
 from tfloop.models.cnn import initial_weights as initial_weights
-from tfloop.models.cnn import table as table
 from tfloop.models.forward import activations as activations
 from tfloop.models.forward import outputs as outputs
 from tfloop.models.inside import Activation as Activation
@@ -14,6 +13,7 @@ from tfloop.models.names import keras_layers as keras_layers
 from tfloop.models.output_kind import output_activation as output_activation
 from tfloop.models.output_kind import probabilities as probabilities
 from tfloop.models.output_kind import squashed_values as squashed_values
+from tfloop.models.table import table as table
 from tfloop.models.variables import Penalize as Penalize
 from tfloop.models.variables import as_tf_variable as as_tf_variable
 from tfloop.models.variables import named_variables as named_variables

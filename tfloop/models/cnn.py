@@ -131,21 +131,3 @@ def _initial_kernel(
     settings["seed"] = int(np.random.SeedSequence(entropy).generate_state(1)[0] & 0x7FFFFFFF)
     initializer = type(layer.kernel_initializer).from_config(settings)
     return np.asarray(initializer(shape))
-
-
-def table(model: keras.Model) -> list[tuple[str, str, str, int]]:
-    """(layer, output shape, weight shapes, parameters) for each layer.
-
-    A dense kernel is (inputs, units).
-    """
-    rows = []
-    for layer in model.layers:
-        shapes = ", ".join(f"{w.name} {_tuple_text(w.shape)}" for w in layer.weights)
-        output = _tuple_text(layer.output.shape[1:])
-        rows.append((layer.name, output, shapes, layer.count_params()))
-    return rows
-
-
-def _tuple_text(shape: Sequence[int | None]) -> str:
-    """ "(576, 70)", and "(70)" where Python would write "(70,)" """
-    return "(" + ", ".join(map(str, shape)) + ")"

@@ -9,7 +9,7 @@ a layer in a graph as for one that a user's own code calls.
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -78,12 +78,7 @@ class Inside:
             return function(x, training=self._training)
         if not _takes_training(function):
             return function(x)
-        try:
-            return function(x, training=self._training)
-        except TypeError as error:  # one that hands its arguments on to one that does not take it
-            if "unexpected keyword argument 'training'" not in str(error):
-                raise
-            return function(x)
+        return _told(function, self._training, x)
 
     def _seed(self) -> None:
         """Give Keras's layers their seeds, but for those that this pass draws for."""
@@ -123,6 +118,12 @@ class Inside:
                     return over_parts(layer, [x], mask)[0]
 
             return normalize
+        if _takes_any(layer):
+
+            def tell(call: Callable, *arguments: Any, **options: Any) -> Any:
+                return _told(call, self._training, *arguments, **options)
+
+            return tell
         if self._key is None:
             return None
         if draw := draw_of(layer):
@@ -322,33 +323,45 @@ def added_losses(model: Any) -> list[tf.Tensor]:
     return [*getattr(_here, "added", []), *(v.regularizer(v) for v in weights.values())]
 
 
-def _takes_training(function: Any) -> bool:
-    """Does a callable that is no Keras layer take `training`, by name or among others?
+def _told(function: Callable, training: bool, *arguments: Any, **options: Any) -> Any:
+    """What the function gives, told of training unless what it hands that on to takes no such."""
+    try:
+        return function(*arguments, **{"training": training, **options})
+    except TypeError as error:
+        if "unexpected keyword argument 'training'" not in str(error):
+            raise
+        return function(*arguments, **options)
 
-    Raises:
-      UserError: it has another word for it.
-    """
+
+def _takes_training(function: Any) -> bool:
+    """Does a callable that is no Keras layer take `training`, by name or among others?"""
     parameters = inspect.signature(function.__call__).parameters
-    if "training" not in parameters and "is_training" in parameters:
-        raise UserError(
-            f"{type(function).__name__}.__call__ takes is_training; name it training, which is "
-            "what the loop tells a model"
-        )
-    kinds = (parameter.kind for parameter in parameters.values())
-    return "training" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+    return "training" in parameters or _has_others(parameters)
+
+
+def _takes_any(layer: keras.layers.Layer) -> bool:
+    """Does a layer of the user's own take `training` among others? Keras tells none of those."""
+    parameters = inspect.signature(type(layer).call).parameters
+    is_own = not type(layer).__module__.startswith("keras.")
+    return is_own and "training" not in parameters and _has_others(parameters)
+
+
+def _has_others(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return inspect.Parameter.VAR_KEYWORD in (p.kind for p in parameters.values())
 
 
 def check_training(model: Any) -> None:
-    """Raises UserError where the model wants to be told of training by another word."""
-    if isinstance(model, keras.layers.Layer):
-        parameters = inspect.signature(type(model).call).parameters
+    """Raises UserError where a model, or a layer in it, has another word for `training`."""
+    calls = {type(layer).__name__: type(layer).call for layer in keras_layers(model)}
+    if not isinstance(model, keras.layers.Layer):
+        calls[type(model).__name__] = type(model).__call__
+    for name, call in calls.items():
+        parameters = inspect.signature(call).parameters
         if "is_training" in parameters and "training" not in parameters:
             raise UserError(
-                f"{type(model).__name__}.call takes is_training; name it training, which is what "
-                "the loop tells a model"
+                f"{name}.{call.__name__} takes is_training; name it training, which is what the "
+                "loop tells a model"
             )
-    else:
-        _takes_training(model)
 
 
 # --- masks

@@ -22,6 +22,11 @@ def plain_model(state: TrainState) -> keras.Sequential:
     with the moving average of their weights where one is kept. It takes [batch, height, width,
     channels].
     """
+    if not isinstance(state.model, keras.Sequential):
+        raise UserError(
+            f"export takes a keras.Sequential; this model is a {type(state.model).__name__}, which "
+            "Keras saves itself: state.model.save(…)"
+        )
     shape = state.model.input_shape[1:]
     mean = np.broadcast_to(state.mean.numpy(), shape)
     scale = np.broadcast_to(state.scale.numpy(), shape)
