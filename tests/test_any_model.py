@@ -742,3 +742,15 @@ def test_every_call_of_a_graph_is_in_the_models_table():
     assert sum(row[-1] for row in whole) == sum(
         int(np.prod(v.shape)) for v in made(CASES["subclass"]).trainable_variables
     )
+
+
+@pytest.mark.parametrize("name", ["functional ResNet", "nested Sequential"])
+def test_the_gradients_of_every_layer_of_a_graph_are_central_differences(name):
+    model = made(CASES[name])
+    checks = list(tfloop.checks.check_gradients(model))
+    assert all(check.passed for check in checks)
+    checked = {check.what for check in checks}
+    calls = [row[0] for row in models.table(model)]
+    assert len(checked & set(calls)) >= 0.9 * len(calls)
+    with pytest.raises(tfloop.UserError, match="the model shows no graph"):
+        list(tfloop.checks.check_gradients(made(CASES["subclass"])))

@@ -17,6 +17,7 @@ from tfloop.config import Config
 from tfloop.data.dataset import Dataset
 from tfloop.errors import UserError
 from tfloop.loop import Epoch
+from tfloop.models.program import Call, program_of
 from tfloop.randomness import Key, seed_of
 from tfloop.step import cross_entropy
 
@@ -43,45 +44,61 @@ class GradientCheck(NamedTuple):
 
 
 def check_gradients(
-    config: Config,
+    config: Config | keras.Model,
     image_shape: tuple[int, ...] = (28, 28, 1),
     classes: int = 10,
     seed: int = 0,
 ) -> Iterator[GradientCheck]:
     """GradientTape against central differences (f(x + h) - f(x - h)) / 2h, in float64.
 
-    Each layer of the model that `config` describes is checked on its own, with random input and a
-    random projection of its output to a number; so are the losses, the penalties, and both ways
-    forward through the whole model. (Of batch normalisation this is the weighted form: TensorFlow's
-    fused operation knows no float64. `tests/test_fast.py` compares it, and the gradient written out
-    for it over shards, with this one.)
+    Each layer of the model is checked on its own, with random input and a random projection of its
+    output to a number; so are the losses, the penalties, and both ways forward through the whole
+    model. (Of batch normalisation this is the form of any shape: TensorFlow's fused operation knows
+    no float64. `tests/test_fast.py` compares it, and the gradient written out for it over shards,
+    with this one.)
+
+    Args:
+      config: describes the model; or a keras.Model that shows its graph, with one input of floats.
+      image_shape, classes: of the data, where `config` describes the model.
+      seed: of the weights and inputs.
+
+    Raises:
+      UserError: a model without a graph.
     """
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> tf.Variable:
         return tf.Variable(random.normal(size=shape))
 
-    model = _in_float64(models.build(config, image_shape, classes))
-    for layer in model.layers:
-        for weight in layer.weights:
-            inputs = max(np.prod(weight.shape[:-1]), 1)
-            weight.assign(random.normal(size=weight.shape) / np.sqrt(inputs))
+    if isinstance(config, Config):
+        model = _in_float64(models.build(config, image_shape, classes))
+    elif program_of(config) is None:
+        raise UserError("check_gradients: the model shows no graph whose layers could be checked")
+    else:
+        model = _in_float64(config)
+        image_shape, classes = model.input_shape[1:], model.output_shape[-1]
     weights, _ = models.named_variables(model)
-    key = Key(seed_of(seed, 1))
-    for layer in model.layers:
-        prefix = f"{layer.name}/"
-        layer_weights = {name: w for name, w in weights.items() if name.startswith(prefix)}
-        x = normal(2, *layer.input.shape[1:])
-        projection = random.normal(size=(2, *layer.output.shape[1:]))
+    for weight in weights.values():
+        inputs = max(np.prod(weight.shape[:-1]), 1)
+        weight.assign(random.normal(size=weight.shape) / np.sqrt(inputs))
+    key, program = Key(seed_of(seed, 1)), program_of(model)
+    assert program is not None
+    for call in program.calls:
+        own = {id(v.value) for v in getattr(call.operation, "trainable_variables", ())}
+        of_layer = {name: weight for name, weight in weights.items() if id(weight) in own}
+        inputs = [normal(2, *program.shapes[value][1:]) for value in call.inputs]
+        output_shape = program.shapes[call.outputs[0]][1:]
+        projection = random.normal(size=(2, *output_shape))
 
         def apply(
-            alone: keras.Model = _alone(layer),  # noqa: B008 (a model for each turn)
-            x: tf.Variable = x,
-            projection: np.ndarray = projection,
+            call: Call = call, inputs: list = inputs, projection: np.ndarray = projection
         ) -> tf.Tensor:
-            return projection * models.outputs(alone, tf.convert_to_tensor(x), True, key)
+            values = [tf.convert_to_tensor(x) for x in inputs]
+            return projection * models.call_alone(model, call, values, key)
 
-        yield from _compare(layer.name, apply, {"input": x, **layer_weights}, random)
+        names = ["input", *(f"input {number}" for number in range(2, len(inputs) + 1))]
+        variables = {**dict(zip(names, inputs, strict=True)), **of_layer}
+        yield from _compare(call.name, apply, variables, random)
 
     labels = tf.constant(random.integers(classes, size=6), tf.int64)
     for name, sigmoid in (("softmax", False), ("sigmoid", True)):
@@ -107,16 +124,11 @@ def check_gradients(
         yield from _compare(name, whole, {"images": images, **weights}, random)
 
 
-def _alone(layer: keras.layers.Layer) -> keras.Sequential:
-    """A model of this layer alone."""
-    return keras.Sequential([keras.Input(layer.input.shape[1:], dtype="float64"), layer])
-
-
-def _in_float64(model: keras.Sequential) -> keras.Sequential:
+def _in_float64(model: keras.Model) -> keras.Model:
     def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
         return type(layer).from_config({**layer.get_config(), "dtype": "float64"})
 
-    return keras.models.clone_model(model, clone_function=clone)
+    return keras.models.clone_model(model, clone_function=clone, recursive=True)
 
 
 def _compare(

@@ -4,6 +4,7 @@ from tfloop.models.cnn import build as build
 from tfloop.models.cnn import check_sizes as check_sizes
 from tfloop.models.cnn import initial_weights as initial_weights
 from tfloop.models.forward import activations as activations
+from tfloop.models.forward import call_alone as call_alone
 from tfloop.models.forward import outputs as outputs
 from tfloop.models.inside import Activation as Activation
 from tfloop.models.inside import added_losses as added_losses

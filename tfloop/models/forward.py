@@ -93,6 +93,14 @@ def activations(
         yield named(last)._replace(value=_wide(last.value))
 
 
+def call_alone(model: Model, call: Call, values: list[tf.Tensor], key: Key) -> tf.Tensor:
+    """The first output of one call of the model's program, in training, from its inputs' values."""
+    program, pass_ = program_of(model), Inside(model, True, key)
+    assert program is not None
+    with pass_.entered(), _one_call(model, program, True):
+        return _Walk(program, pass_, True, False).alone(call, values)
+
+
 def _wide(x: Any) -> Any:
     """In 32 bits, where it has 16."""
     is_short = tf.is_tensor(x) and x.dtype in (tf.float16, tf.bfloat16)
@@ -140,6 +148,11 @@ class _Walk:
                 with tf.name_scope(call.name):
                     self._call(place, call)
             yield place, call
+
+    def alone(self, call: Call, values: list[tf.Tensor]) -> tf.Tensor:
+        """The first output of a call, from values of its inputs."""
+        self._pass.at = call.order, call.operation
+        return self._result(call, values)[0]
 
     @property
     def result(self) -> tf.Tensor:
