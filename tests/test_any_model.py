@@ -744,7 +744,7 @@ def test_every_call_of_a_graph_is_in_the_models_table():
     )
 
 
-@pytest.mark.parametrize("name", ["functional ResNet", "nested Sequential"])
+@pytest.mark.parametrize("name", ["shared layer", "nested Sequential"])
 def test_the_gradients_of_every_layer_of_a_graph_are_central_differences(name):
     model = made(CASES[name])
     checks = list(tfloop.checks.check_gradients(model))

@@ -17,6 +17,7 @@ from tfloop.models import fast as fast_pass
 from tfloop.models import inside
 from tfloop.models.inside import Activation, Inside
 from tfloop.models.layer_rules import is_by_example, over_parts_of
+from tfloop.models.parts import join, mask_of, split, with_masks_of
 from tfloop.models.program import Call, Program, program_of
 from tfloop.models.variables import Model
 from tfloop.randomness import Key
@@ -157,12 +158,12 @@ class _Walk:
     @property
     def result(self) -> tf.Tensor:
         """What the model gives."""
-        return inside.join(self._values[self._program.output])
+        return join(self._values[self._program.output])
 
     def activation(self, call: Call, number: int) -> Activation:
         """The output of this number of a call that was made."""
         name = f"{call.name}:{number}" if number else call.name
-        value = inside.join(self._values[call.outputs[number]])
+        value = join(self._values[call.outputs[number]])
         return Activation(name, call.operation, value)
 
     def _call(self, place: int, call: Call) -> None:
@@ -180,13 +181,13 @@ class _Walk:
         are_cut = all(len(parts) == len(self._sizes) for parts in inputs)
         over_parts = over_parts_of(operation) if self._training else None
         if over_parts and len(self._sizes) > 1 and are_cut:
-            parts = over_parts(operation, inputs[0], inside.mask_of(inputs[0]))
-            self._keep(call, [inside.with_masks_of(parts, inputs[0])])
+            parts = over_parts(operation, inputs[0], mask_of(inputs[0]))
+            self._keep(call, [with_masks_of(parts, inputs[0])])
         elif are_cut and (len(self._sizes) == 1 or is_by_example(operation, self._training)):
             results = [self._result(call, list(part)) for part in zip(*inputs, strict=True)]
             self._keep(call, [list(parts) for parts in zip(*results, strict=True)])
         else:
-            whole = self._result(call, [inside.join(parts) for parts in inputs])
+            whole = self._result(call, [join(parts) for parts in inputs])
             self._keep(call, [self._split(x) if call.by_rows else [x] for x in whole])
 
     def _result(self, call: Call, values: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -202,7 +203,7 @@ class _Walk:
     def _split(self, x: tf.Tensor) -> list[tf.Tensor]:
         if len(self._sizes) == 1 or x.shape[0] != self._rows:
             return [x]
-        return inside.split(x, self._sizes)
+        return split(x, self._sizes)
 
 
 def _without_activation(operation: Any, x: tf.Tensor) -> tf.Tensor:

@@ -14,20 +14,22 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.layers.layer import CallContext
 
 from tfloop.errors import UserError
+from tfloop.models.answering import Answers, answering
 from tfloop.models.layer_rules import draw_of, over_parts_of
 from tfloop.models.names import keras_layers
-from tfloop.models.normalization import cut
 from tfloop.models.program import program_of
 from tfloop.randomness import Key, Part
 
 # Layers that call others in a loop, once for each place in time. What they draw is left to Keras.
 LOOPS = (keras.layers.RNN, keras.layers.TimeDistributed)
+
+
+_here = threading.local()  # replicas are traced in threads that take turns
 
 
 class Activation(NamedTuple):
@@ -36,9 +38,6 @@ class Activation(NamedTuple):
     name: str
     layer: Any  # Keras's, or another operation of the graph, or the model
     value: tf.Tensor
-
-
-Answers = dict[tuple[Any, str], Callable]  # what answers for a layer's method
 
 
 class Inside:
@@ -69,7 +68,7 @@ class Inside:
         if self._training and self._key:
             self._seed()
         _here.added = added  # of this replica alone; Keras's own list is that of all
-        with _answering(answers):
+        with answering(answers):
             yield self
 
     def call_whole(self, function: Any, x: Any) -> Any:
@@ -256,48 +255,6 @@ def seed_generators(model: Any) -> list[keras.random.SeedGenerator]:
     return list(found.values())
 
 
-# --- answering for layers
-
-_here = threading.local()  # replicas are traced in threads that take turns
-_lock = threading.Lock()
-_installed: dict[tuple[Any, str], int] = {}
-
-
-@contextlib.contextmanager
-def _answering(answers: Answers) -> Iterator[None]:
-    """In this block, and in this thread, these functions answer for methods of layers.
-
-    Each is given Keras's own method first.
-    """
-    outer = getattr(_here, "answers", {})
-    with _lock:
-        for layer, method in answers:
-            _installed[layer, method] = _installed.get((layer, method), 0) + 1
-            if _installed[layer, method] == 1:
-                layer.__dict__[method] = _dispatch(layer, method, getattr(layer, method))
-    _here.answers = answers
-    try:
-        yield
-    finally:
-        _here.answers = outer
-        with _lock:
-            for layer, method in answers:
-                _installed[layer, method] -= 1
-                if not _installed[layer, method]:
-                    del _installed[layer, method], layer.__dict__[method]
-
-
-def _dispatch(layer: Any, method: str, own: Callable) -> Callable:
-    def dispatched(*arguments: Any, **options: Any) -> Any:
-        answer = getattr(_here, "answers", {}).get((layer, method))
-        return answer(own, *arguments, **options) if answer else own(*arguments, **options)
-
-    return dispatched
-
-
-# --- one call
-
-
 @contextlib.contextmanager
 def as_one_call(model: Any, training: bool) -> Iterator[None]:
     """Keras takes all calls of layers in this block for parts of one call of the model.
@@ -362,42 +319,3 @@ def check_training(model: Any) -> None:
                 f"{name}.{call.__name__} takes is_training; name it training, which is what the "
                 "loop tells a model"
             )
-
-
-# --- masks
-
-
-def split(x: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
-    """The parts of x along its rows, each with its part of Keras's mask."""
-    parts, mask = cut(x, sizes), get_keras_mask(x)
-    if mask is not None:
-        for part, part_mask in zip(parts, cut(mask, sizes), strict=True):
-            set_keras_mask(part, part_mask)
-    return parts
-
-
-def join(parts: list[tf.Tensor]) -> tf.Tensor:
-    """The parts put together, with Keras's mask of all."""
-    if len(parts) == 1:
-        return parts[0]
-    x, mask = tf.concat(parts, axis=0), mask_of(parts)
-    if mask is not None:
-        set_keras_mask(x, mask)
-    return x
-
-
-def mask_of(parts: list[tf.Tensor]) -> tf.Tensor | None:
-    """Keras's mask of all parts; None where they have none."""
-    masks = [get_keras_mask(part) for part in parts]
-    if any(mask is None for mask in masks):
-        return None
-    return tf.concat(masks, axis=0)
-
-
-def with_masks_of(outputs: list[tf.Tensor], inputs: list[tf.Tensor]) -> list[tf.Tensor]:
-    """The outputs, each with the mask that the input in its place has."""
-    for y, x in zip(outputs, inputs, strict=True):
-        mask = get_keras_mask(x)
-        if mask is not None:
-            set_keras_mask(y, mask)
-    return outputs
