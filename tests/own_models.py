@@ -163,8 +163,11 @@ MODES = {
     "accumulate=2": {"accumulate": 2},
     "host": {"pipeline": "host", "steps_per_call": 1},
 }
-# XLA draws other numbers from Keras's own seeds than TensorFlow does.
-OTHER_NUMBERS = {("Rescaling, RandomFlip", "XLA")}
+NOT_COMPARED = {
+    ("Rescaling, RandomFlip", "XLA"): "XLA draws other numbers from Keras's seeds than TensorFlow",
+    ("MobileNetV2", "accumulate=2"): "it normalises over one number, and a change of the images by "
+    "1e-7 changes the plain loop's loss by a tenth",
+}
 
 CASES = {
     "flat Sequential": Case(flat),
@@ -311,8 +314,8 @@ def main() -> int:
         for mode in asked.modes.split(","):
             started, found = time.perf_counter(), "as the plain loop"
             try:
-                if (name, mode) in OTHER_NUMBERS:
-                    found = "not compared: XLA draws other numbers"
+                if reason := NOT_COMPARED.get((name, mode)):
+                    found = f"not compared: {reason}"
                 else:
                     check(name, mode, replicas)
             except AssertionError as error:

@@ -21,7 +21,7 @@ from keras.src.layers.layer import CallContext
 from tfloop.errors import UserError
 from tfloop.models.answering import Answers, answering
 from tfloop.models.layer_rules import draw_of, over_parts_of
-from tfloop.models.names import keras_layers
+from tfloop.models.names import held_by, keras_layers
 from tfloop.models.program import program_of
 from tfloop.randomness import Key, Part
 
@@ -246,12 +246,8 @@ def seed_generators(model: Any) -> list[keras.random.SeedGenerator]:
     found: dict[int, keras.random.SeedGenerator] = {}
     for layer in keras_layers(model):
         found.update((id(generator), generator) for generator in layer._seed_generators)
-    modules = model.submodules if isinstance(model, tf.Module) else ()
-    for module in (model, *modules):
-        held = vars(module).values() if hasattr(module, "__dict__") else ()
-        for value in held:
-            if isinstance(value, keras.random.SeedGenerator):
-                found[id(value)] = value
+    held = (model, *vars(model).values()) if isinstance(model, keras.Model) else held_by(model)
+    found.update((id(x), x) for x in held if isinstance(x, keras.random.SeedGenerator))
     return list(found.values())
 
 

@@ -6,6 +6,7 @@ each model by itself, so they are those of a fresh process; checkpoints and dige
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -14,16 +15,35 @@ from keras.src.utils.naming import to_snake_case
 
 
 def keras_layers(model: Any) -> list[keras.layers.Layer]:
-    """Every Keras layer in a model, itself included, once each, in Keras's order."""
+    """Every Keras layer in a model, itself included, once each, in Keras's order.
+
+    A tf.Module does not know of Keras's layers; those that it holds are found in its attributes.
+    """
     if isinstance(model, keras.layers.Layer):
         return model._flatten_layers()
-    if not isinstance(model, tf.Module):
-        return []
     found: dict[int, keras.layers.Layer] = {}
-    for module in model.submodules:
-        if isinstance(module, keras.layers.Layer):
-            found.update((id(layer), layer) for layer in module._flatten_layers())
+    for held in held_by(model):
+        if isinstance(held, keras.layers.Layer):
+            found.update((id(layer), layer) for layer in held._flatten_layers())
     return list(found.values())
+
+
+def held_by(module: Any) -> Iterator[Any]:
+    """What a tf.Module, and every tf.Module in it, holds in its attributes, lists included."""
+    seen = set[int]()
+    waiting = [module]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        if isinstance(item, tf.Module):
+            waiting += reversed(list(vars(item).values()))
+        elif isinstance(item, (list, tuple)):
+            waiting += reversed(item)
+        elif isinstance(item, dict):
+            waiting += reversed(list(item.values()))
 
 
 def variable_names(model: Any, variables: list, stable: bool = False) -> list[str]:
