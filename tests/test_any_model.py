@@ -409,8 +409,9 @@ def test_a_last_softmax_that_the_graph_shows_is_left_out(make):
         SoftmaxModule,
         lambda: ends_in(layers.Dropout(0.1), first=layers.Dense(2, "softmax")),
         lambda: ends_in(layers.Reshape((2,)), first=layers.Dense(2, "softmax")),
+        lambda: ends_in(first=layers.Dense(2, "sparsemax")),
     ],
-    ids=["subclass", "tf.Module", "Dropout behind", "Reshape behind"],
+    ids=["subclass", "tf.Module", "Dropout behind", "Reshape behind", "sparsemax"],
 )
 def test_probabilities_that_cannot_be_undone_are_noticed_by_their_values(make):
     state = tfloop.TrainState(make(), "adam", 0.3)
@@ -548,13 +549,14 @@ def test_the_same_model_made_again_is_the_same_model(tmp_path):
     def make():
         keras.utils.set_random_seed(1)
         inputs = keras.Input((8, 8, 1))
-        x = Linear(6)(layers.Dense(6)(layers.Flatten()(inputs)))
+        x = layers.Bidirectional(layers.GRU(3))(layers.Reshape((8, 8))(inputs))
+        x = Linear(6)(layers.Dense(6)(x))
         return tfloop.TrainState(keras.Model(inputs, layers.Dense(10)(x)), "adam")
 
     first, again = make(), make()
     assert list(first.weights) != list(again.weights)  # Keras counts on
     assert first.digest() == again.digest() and first.named().keys() == again.named().keys()
-    first.weights[next(iter(first.weights))].assign_add(tf.ones([64, 6]))
+    first.weights[next(iter(first.weights))].assign_add(tf.ones([8, 9]))
     checkpoints.restore(again, checkpoints.Checkpoints(first, tmp_path).save({}))
     assert first.digest() == again.digest()
 
@@ -665,6 +667,10 @@ def two_inputs() -> keras.Model:
     return keras.Model([first, second], layers.Dense(2)(x))
 
 
+def by_default():
+    return keras.optimizers.OptimizerMap(default_optimizer=keras.optimizers.SGD(0.1))
+
+
 def nan_at_zero(kernel):
     return tf.norm(kernel)
 
@@ -690,6 +696,10 @@ def nan_at_zero(kernel):
         (lambda: fit(keras.optimizers.SGD(use_ema=True)), "without use_ema, and ema=0.99"),
         (lambda: tfloop.Optimizer("sgd", clip_norm=-1.0), "clip_norm=-1.0 is out of range"),
         (lambda: tfloop.Optimizer("sgd", clip_value="x"), "clip_value: expected a number"),
+        (lambda: fit(penalties=[lambda kernel: None]), "a penalty gives None, expected"),
+        (lambda: fit(penalize=lambda v: v.nope), "penalize: the function fails on .*: Attribute"),
+        (lambda: fit(penalize=[layers.Dense(3)]), "penalize: 'dense.*' is no variable or layer of"),
+        (lambda: fit(keras.optimizers.MultiOptimizer(by_default())), "rates of their own"),
         (lambda: fit(model=two_inputs()), r"it has 2 inputs \(.*\); the loop hands in one"),
         (
             lambda: fit(model=keras.Sequential([keras.Input((7,)), layers.Dense(2)])),

@@ -112,7 +112,8 @@ def _check_logits(state: TrainState, images: tf.Tensor, outputs: tf.Tensor) -> N
     if not squashed:
         return
     try:  # logits would leave the interval from 0 to 1 for inputs of another size
-        wide = [state.forward(x).numpy() for x in (10.0 * images, -10.0 * images)]
+        more = [state.forward(x).numpy() for x in (10.0 * images, -10.0 * images)]
+        wide = [values for values in more if np.isfinite(values).all()]
     except (ValueError, TypeError, tf.errors.OpError):  # tokens, of which there are so many
         wide = []
     if wide:

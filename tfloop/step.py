@@ -72,6 +72,8 @@ def cross_entropy(
 
 
 def _check_shape(tensor: Any, shape: Any, what: str, meaning: str) -> tf.Tensor:
+    if tensor is None:
+        raise UserError(f"{what} gives None, expected {tf.TensorShape(shape)}: {meaning}")
     tensor = tf.convert_to_tensor(tensor)
     if not tensor.shape.is_compatible_with(shape):
         raise UserError(f"{what} gives {tensor.shape}, expected {tf.TensorShape(shape)}: {meaning}")

@@ -76,14 +76,16 @@ def _path(variable: Any) -> str:
 def _stable_names(model: Any, variables: list) -> dict[str, str]:
     """Each name that Keras may have numbered, of a layer or variable → the name that it has here.
 
-    Variables without a name are "variable", "variable_1" and so on.
+    Variables without a name are "variable", "variable_1" and so on. A Bidirectional puts a word
+    before the name of its layer.
     """
     given = [(to_snake_case(type(layer).__name__), layer.name) for layer in keras_layers(model)]
     given += [("variable", _path(variable).split("/")[-1]) for variable in variables]
     by_kind: dict[str, set[tuple[int, str]]] = {}
     for kind, name in given:
-        if found := re.fullmatch(rf"{re.escape(kind)}(?:_(\d+))?", name):
-            by_kind.setdefault(kind, set()).add((int(found[1] or 0), name))
+        pattern = rf"((?:forward_|backward_)?{re.escape(kind)})(?:_(\d+))?"
+        if found := re.fullmatch(pattern, name):
+            by_kind.setdefault(found[1], set()).add((int(found[2] or 0), name))
     return {
         name: f"{kind}_{number}" if number else kind
         for kind, numbered in by_kind.items()

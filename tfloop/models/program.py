@@ -52,9 +52,14 @@ _PROGRAMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def program_of(model: Any) -> Program | None:
-    """The program of a model with one input and one output; None where it shows no graph."""
+    """The program of a model with one input and one output; None where it shows no graph.
+
+    Nor where either comes in a dict: such a model is called whole, and gives what it gives.
+    """
     graph = graph_of(model)
     if graph is None or len(graph.inputs) != 1 or len(graph.outputs) != 1:
+        return None
+    if isinstance(graph._inputs_struct, dict) or isinstance(graph._outputs_struct, dict):
         return None
     cached = _PROGRAMS.get(model)
     if cached is None or cached[0] is not graph:  # a Sequential may have got another layer

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfloop.errors import UserError
 from tfloop.models.names import keras_layers, variable_names
+from tfloop.wording import first_sentence
 
 Model: TypeAlias = Any  # a keras.Model, or a tf.Module that can be called; neither has types
 
@@ -103,7 +104,7 @@ def penalized(model: Model, which: Penalize, weights: dict[str, tf.Variable]) ->
 
 def _chosen(model: Model, which: Penalize) -> Iterable:
     if callable(which):
-        return [variable for variable in model.trainable_variables if which(variable)]
+        return [variable for variable in model.trainable_variables if _asks(which, variable)]
     if not isinstance(which, str):
         return _given(model, which)
     if which == "none":
@@ -118,6 +119,21 @@ def _chosen(model: Model, which: Penalize) -> Iterable:
     of_kind = [layer for layer in keras_layers(model) if isinstance(layer, KINDS[which])]
     owned = {id(variable) for layer in of_kind for variable in layer.trainable_variables}
     return [kernel for kernel in kernels if id(kernel) in owned]
+
+
+def _asks(which: Callable, variable: Any) -> bool:
+    """What a function of the user's own says of a variable.
+
+    Raises:
+      UserError: it fails.
+    """
+    try:
+        return bool(which(variable))
+    except Exception as error:  # whatever a function of one's own may raise
+        name = getattr(variable, "path", variable.name)
+        raise UserError(
+            f"penalize: the function fails on {name}: {first_sentence(error)}"
+        ) from None
 
 
 def _kernels(model: Model, variables: Iterable) -> list:
@@ -143,7 +159,7 @@ def _given(model: Model, which: Any) -> Iterable:
         elif is_variable and id(as_tf_variable(item)) in known:
             found.append(item)
         else:
-            what = getattr(item, "path", getattr(item, "name", item))
+            what = getattr(item, "path", None) or getattr(item, "name", item)
             raise UserError(
                 f"penalize: {what!r} is no variable or layer of the model; give all, dense, conv, "
                 "none, a list of its variables and layers, or a function of a variable"
