@@ -378,12 +378,18 @@ class Loop:
         if self.is_warm:
             return
         with self._timed("tracing"), self.state.looking(), self.taken_back():
-            try:
-                self._trace()
-            except WithoutGradient as found:
-                self.leave_out(found.names)
+            if missing := self._try_trace():
+                self.leave_out(missing)
                 self._trace()
         self.is_warm = True
+
+    def _try_trace(self) -> list[str]:
+        """Trace; the names of weights without a gradient, for which it is to be done again."""
+        try:
+            self._trace()
+        except WithoutGradient as found:
+            return found.names
+        return []
 
     def _trace(self) -> None:
         state = self.state

@@ -26,6 +26,7 @@ from tfloop.optimizers import Optimizer, f32
 from tfloop.randomness import Key, Part, seed_of
 from tfloop.schedules import Schedule
 from tfloop.vectors import count_elements, flatten
+from tfloop.wording import names_text
 
 # Where the loss scale begins, and steps until it is doubled: as in Keras's LossScaleOptimizer.
 LOSS_SCALE, GOOD_STEPS = 2.0**15, 2000
@@ -204,9 +205,13 @@ class TrainState(tf.Module):
         means = None if self.ema_weights is None else tf.identity(self.ema_weights)
         self._divide()
         if not self.weights:
-            why = "no weight has a gradient" if self.without_gradient else "no weight is trainable"
-            named = ", ".join(before)
-            raise UserError(f"{why}: there is nothing to train in {named}")
+            named = names_text(before)
+            if not self.without_gradient:
+                raise UserError(f"no weight is trainable any more: {named}; unfreeze a layer")
+            raise UserError(
+                f"no weight has a gradient: the loss does not depend on {named}; look for "
+                "tf.stop_gradient, argmax, rounding or NumPy between the weights and the loss"
+            )
         self.kernels = models.penalized(self.model, self._penalize, self.weights)
         self.optimizer.rebuild(before, self.weights)
         if self.ema_weights is not None and means is not None:

@@ -99,7 +99,8 @@ class SideBySide:
             try:
                 return self._call(counts)[1]
             except WithoutGradient as found:
-                by_state[id(found.state)].leave_out(found.names)
+                state, names = found.state, found.names
+            by_state[id(state)].leave_out(names)
 
 
 class Calls(list[PendingCall]):
