@@ -3,10 +3,12 @@
 `own_models` has the models and the plain loop; run as a script it tries all of them in all modes.
 """
 
+import gc
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -410,9 +412,8 @@ def test_a_last_softmax_that_the_graph_shows_is_left_out(make):
         SoftmaxModule,
         lambda: ends_in(layers.Dropout(0.1), first=layers.Dense(2, "softmax")),
         lambda: ends_in(layers.Reshape((2,)), first=layers.Dense(2, "softmax")),
-        lambda: ends_in(first=layers.Dense(2, "sparsemax")),
     ],
-    ids=["subclass", "tf.Module", "Dropout behind", "Reshape behind", "sparsemax"],
+    ids=["subclass", "tf.Module", "Dropout behind", "Reshape behind"],
 )
 def test_probabilities_that_cannot_be_undone_are_noticed_by_their_values(make):
     state = tfloop.TrainState(make(), "adam", 0.3)
@@ -724,25 +725,109 @@ def test_a_penalty_without_a_gradient_at_0_is_named_as_such():
         fit("sgd", model=model, penalties=[nan_at_zero])
 
 
-def test_a_layer_is_told_of_training_among_other_arguments():
-    """Keras itself tells a layer only where its call names `training`."""
-    told = []
-
-    class Gathers(layers.Layer):
-        def call(self, x, **options):
-            told.append(options.get("training"))
-            return x
-
+def test_a_layer_with_another_word_for_training_is_refused():
     class Misnamed(layers.Layer):
         def call(self, x, is_training=False):
             return x
 
-    model = keras.Sequential([keras.Input((1, 2, 1)), layers.Flatten(), Gathers(), layers.Dense(2)])
-    told.clear()
-    fit("sgd", model=model)
-    assert set(told) == {None, True}  # in evaluation it is as Keras has it
     with pytest.raises(tfloop.UserError, match="Misnamed.call takes is_training; name it training"):
         fit("sgd", model=ends_in(Misnamed()))
+
+
+class Traced(keras.Model):
+    """Its call is a tf.function, as in TensorFlow's guides."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.drop = layers.Flatten(), layers.Dropout(0.5)
+        self.unused, self.out = layers.Dense(3), layers.Dense(10)
+        self(np.zeros((1, 8, 8, 1), np.float32))
+
+    @tf.function
+    def call(self, x, training=False):
+        x = self.flat(x)
+        if tf.shape(x)[0] > 10**6:
+            x = 0.0 * x
+        return self.out(self.drop(x, training=training)) + 0.0 * tf.stop_gradient(
+            tf.reduce_sum(self.unused(x))
+        )
+
+
+def test_a_call_under_tf_function_is_a_part_of_the_step(digits):
+    state = tfloop.TrainState(Traced(), "sgd", 0.01)
+    loop = tfloop.Loop(state, digits, batch_size=500)
+    loop.fit(1)
+    state.model.flat.trainable = False
+    loop.fit(2)
+    batch = loop.batch(0)
+    first = tfloop.forward_and_backward(state, batch)
+    state.batch_index.assign_add(1)
+    second = tfloop.forward_and_backward(state, batch)
+    assert float(first.loss.data) != float(second.loss.data)  # another mask
+    names = [layer.name.partition("_")[0] for layer in tfloop.debug.backward(state, batch)]
+    assert {"dense", "dropout", "flatten"} <= set(names)
+
+
+def test_a_refused_freeze_changes_nothing(digits):
+    model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(10)])
+    state = tfloop.TrainState(model, "adam", 0.01)
+    loop = tfloop.Loop(state, digits, batch_size=500)
+    loop.fit(1)
+    model.trainable, digest = False, state.digest()
+    for _ in range(2):
+        with pytest.raises(tfloop.UserError, match="no weight is trainable any more"):
+            loop.fit(2)
+    assert state.digest() == digest
+    model.trainable = True
+    assert loop.fit(2).step == 6 and loop.traces["train"] == 1
+    model.add(layers.Dense(10))
+    with pytest.raises(tfloop.UserError, match="got or lost layers since its state was made"):
+        loop.fit(3)
+
+
+def test_looking_at_a_step_does_not_set_a_keras_optimizers_rate(digits):
+    model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(10)])
+    schedule = tfloop.Schedule("inverse_time", learning_rate=0.1, decay_rate=0.1)
+    state = tfloop.TrainState(model, keras.optimizers.Adam(0.5), schedule)
+    loop = tfloop.Loop(state, digits, batch_size=500)
+    loop.fit(1)
+    list(tfloop.debug.backward(state, loop.batch(0)))
+    assert loop.fit(2).step == 6
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        lambda: [layers.Dense(4, activation=lambda x: x - tf.reduce_mean(x, axis=0))],
+        lambda: [layers.Dense(4), layers.Softmax(axis=0)],
+    ],
+    ids=["own activation", "softmax over rows"],
+)
+def test_what_looks_at_the_batch_is_not_cut_into_shards(random, stack):
+    model = keras.Sequential([keras.Input((5,)), *stack(), layers.Dense(2)])
+    x = tf.constant(random.normal(size=(6, 5)).astype(np.float32))
+    np.testing.assert_allclose(models.outputs(model, x, fast=True, shards=2), model(x), atol=1e-6)
+
+
+def test_a_functional_model_is_freed():
+    model = made(CASES["functional ResNet"])
+    models.outputs(model, tf.zeros([2, 8, 8, 2]))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_states_that_a_recurrent_layer_returns_are_those_of_the_part(digits):
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Reshape((8, 8))(inputs)
+    y, state = layers.GRU(4, dropout=0.3, return_state=True)(x)
+    model = keras.Model(inputs, layers.Dense(10)(layers.Concatenate()([y, state])))
+    state = tfloop.TrainState(model, "sgd", 0.1)
+    batch = tfloop.Loop(state, digits, batch_size=60, accumulate=2).batch(0)
+    whole = tfloop.forward_and_backward(state, batch)
+    parts = accumulated(tfloop.forward_and_backward, 4)(state, batch)
+    np.testing.assert_allclose(parts.gradients.flat, whole.gradients.flat, rtol=1e-3, atol=1e-5)
 
 
 def test_every_call_of_a_graph_is_in_the_models_table():

@@ -99,7 +99,11 @@ class KerasOptimizer:
         """Make the slots anew for other weights of the same model; those that stay keep theirs."""
         inner, old = self.inner, self._by_weight()
         initial = {id(variable): value for variable, value in self._initial}
-        scalars = [(v, v.numpy()) for v in inner.variables if not v.shape]
+        scalars = {
+            name: v.numpy()
+            for name, v in vars(inner).items()
+            if isinstance(v, keras.Variable) and not v.shape
+        }
         kept = [inner.iterations, inner._learning_rate]
         del inner._variables[:]
         inner._variables.extend(kept)
@@ -112,10 +116,8 @@ class KerasOptimizer:
         for (attribute, weight), slot in self._by_weight().items():
             if (attribute, weight) in old:
                 slot.assign(old[attribute, weight])
-        present = {id(variable) for variable in inner.variables}
-        for variable, value in scalars:
-            if id(variable) in present:
-                variable.assign(value)
+        for name, value in scalars.items():
+            getattr(inner, name).assign(value)
 
     def _by_weight(self) -> dict[tuple[str, int], Any]:
         """(attribute of the optimizer, id of the weight) → the slot that it keeps there."""
@@ -151,13 +153,15 @@ class KerasOptimizer:
         """(the updates to add to the weights, every variable's value after it). Changes nothing."""
         with tf.name_scope(f"{self.name}/"):
             before = [tf.identity(variable) for variable in self._all(weights)]
+            own_rate = tf.identity(self.rate)
             self.rate.assign(rate)
             self.inner.apply(list(gradients.parts().values()), self._variables)
+            self.rate.assign(own_rate)
             after = [tf.identity(variable) for variable in self._all(weights)]
             for variable, value in zip(self._all(weights), before, strict=True):
                 variable.assign(value)
             moved = flatten(after[: len(weights)]) - flatten(before[: len(weights)])
-            return Vector(moved, weights), after
+            return Vector(moved, weights), (after, rate)
 
     def apply(
         self,
@@ -167,9 +171,11 @@ class KerasOptimizer:
         valid: tf.Tensor,
     ) -> None:
         """Go where `updates` led; nothing changes where `valid`, a boolean scalar, is false."""
+        values, rate = after
         with tf.name_scope(f"{self.name}/"):
-            for variable, value in zip(self._all(weights), after, strict=True):
+            for variable, value in zip(self._all(weights), values, strict=True):
                 variable.assign(select(valid, value, variable))
+            self.rate.assign(rate)
 
     def reset(self) -> None:
         """Slots and count as they were when built, and the rate where a schedule drives it."""

@@ -42,6 +42,7 @@ from tfloop.step import (
 from tfloop.tracing import Traced
 from tfloop.vectors import Vector
 
+EVALUATIONS_KEPT = 8  # traces of evaluations, for as many sizes of the last batch
 READ_AT_ONCE = 4096  # images that evaluation reads from disk, where they do not lie in memory
 # Chosen so that a call lasts about half a second: Ctrl-C waits for its end.
 STEPS_PER_CALL = {"CPU": 50, "GPU": 500}
@@ -177,6 +178,7 @@ class Loop:
         self.evaluation_batch_size = evaluation_batch_size or batch_size // accumulate
         self._output_shape = check_fit(state, data, batch_size // accumulate)
         self.classifies = classifies(state, self._output_shape, data.classes)
+        _check_replicas(state, replicas, accumulate)
         self.state, self.data = state, data
         self.graph: tf.Graph | None = None
         self.single, self.stop_every = range(0), 0
@@ -407,6 +409,7 @@ class Loop:
     def leave_out(self, names: list[str]) -> None:
         """Go on without weights that have no gradient, and say so."""
         self.state.leave_out(names)
+        self._evaluations.clear()
         self._changes = self.state.changes
         self._make_step()
         (self.beside or self).compiled.renew()
@@ -483,6 +486,8 @@ class Loop:
         full, rest = divmod(rows, self.evaluation_batch_size)
         key = full > 0, rest
         if key not in self._evaluations:
+            if len(self._evaluations) == EVALUATIONS_KEPT:
+                del self._evaluations[next(iter(self._evaluations))]
             data = self.data
             signature = [
                 tf.TensorSpec([None, *data.image_shape], data.train.images.dtype),
@@ -683,6 +688,22 @@ class _Timer:
 
 def _is_finite(values: tf.Tensor) -> bool:
     return bool(tf.reduce_all(tf.math.is_finite(values)))
+
+
+def _check_replicas(state: TrainState, replicas: Any, accumulate: int) -> None:
+    """Raises UserError for what does not work on several replicas."""
+    if replicas is None or replicas.total == 1:
+        return
+    if isinstance(state.optimizer, KerasOptimizer):
+        raise UserError(
+            f"a Keras optimizer ({state.optimizer.name}) does not work on several replicas; take "
+            "one of tfloop's rules by name"
+        )
+    if accumulate > 1 and any(map(models.over_parts_of, models.keras_layers(state.model))):
+        raise UserError(
+            f"--accumulate={accumulate}: batch normalisation looks at all replicas, which does not "
+            "work in parts one after the other; take more replicas or a smaller batch"
+        )
 
 
 def _look(state: TrainState, batch: Batch) -> None:

@@ -10,14 +10,17 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 
-@tf.custom_gradient
-def l1(kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+def l1(kernel: tf.Tensor) -> tf.Tensor:
     """Σ|w|. Its gradient is sign(w), 0 at 0."""
+    return _absolute(tf.convert_to_tensor(kernel))
 
+
+@tf.custom_gradient
+def _absolute(w: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     def gradient(upstream: tf.Tensor) -> tf.Tensor:
-        return upstream * tf.sign(kernel)  # two operations in place of five
+        return upstream * tf.sign(w)  # two operations in place of five
 
-    return tf.reduce_sum(tf.abs(kernel)), gradient
+    return tf.reduce_sum(tf.abs(w)), gradient
 
 
 def l2(kernel: tf.Tensor) -> tf.Tensor:

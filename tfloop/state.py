@@ -136,6 +136,8 @@ class TrainState(tf.Module):
         self.without_gradient: tuple[str, ...] = ()
         self.changes: tuple[str, ...] = ()
         self._looks = False
+        self.weights: dict[str, tf.Variable] = {}
+        self.non_trainable: dict[str, tf.Variable] = {}
         self._divide()
         if not self.weights:
             raise UserError(
@@ -161,11 +163,28 @@ class TrainState(tf.Module):
         self._tracked = self.named()  # so that tf.train.Checkpoint(state=state) keeps all of it
 
     def _divide(self) -> None:
-        """Sort the model's variables into those that are trained and the others."""
+        """Sort the model's variables into those that are trained and the others.
+
+        Raises:
+          UserError: nothing is left to train, or the model got other variables; nothing is changed.
+        """
         trainable, other = models.named_variables(self.model)
         for name in self.without_gradient:
             if name in trainable:
                 other[name] = trainable.pop(name)
+        before = {id(variable) for variable in self._model_variables().values()}
+        if before and before != {id(variable) for variable in (trainable | other).values()}:
+            raise UserError(
+                "the model got or lost layers since its state was made; make a new TrainState"
+            )
+        if before and not trainable:
+            named = names_text(self.weights)
+            if not self.without_gradient:
+                raise UserError(f"no weight is trainable any more: {named}; unfreeze a layer")
+            raise UserError(
+                f"no weight has a gradient: the loss does not depend on {named}; look for "
+                "tf.stop_gradient, argmax, rounding or NumPy between the weights and the loss"
+            )
         self.weights, self.non_trainable = trainable, other
         self._stable = models.stable_names(self.model)
         self._trained = models.trained_state(self.model)
@@ -195,23 +214,19 @@ class TrainState(tf.Module):
         Raises:
           UserError: nothing is left to train.
         """
-        names = tuple(names)
+        names, before = tuple(names), self.without_gradient
         self.without_gradient += names
-        self._divide_again()
+        try:
+            self._divide_again()
+        except UserError:
+            self.without_gradient = before
+            raise
         self.changes += (f"the loss does not depend on {', '.join(names)}",)
 
     def _divide_again(self) -> None:
         before, averaged = self.weights, self._averaged_variables()
         means = None if self.ema_weights is None else tf.identity(self.ema_weights)
         self._divide()
-        if not self.weights:
-            named = names_text(before)
-            if not self.without_gradient:
-                raise UserError(f"no weight is trainable any more: {named}; unfreeze a layer")
-            raise UserError(
-                f"no weight has a gradient: the loss does not depend on {named}; look for "
-                "tf.stop_gradient, argmax, rounding or NumPy between the weights and the loss"
-            )
         self.kernels = models.penalized(self.model, self._penalize, self.weights)
         self.optimizer.rebuild(before, self.weights)
         if self.ema_weights is not None and means is not None:
@@ -301,10 +316,11 @@ class TrainState(tf.Module):
         of the image, and of it shifted up, down, left and right; with a loss of one's own the mean
         of the five.
         """
+        key = Key(seed_of(self.seed, 2))  # for what draws in evaluation, too
         if not self._average_shifts:
-            return self.forward(self.standardize(images), forward)
+            return self.forward(self.standardize(images), forward, key=key)
         predictions = [
-            self.probabilities(self.forward(self.standardize(view), forward))
+            self.probabilities(self.forward(self.standardize(view), forward, key=key))
             for view in shifted(tf.cast(images, tf.float32), self._average_shifts)
         ]
         if self.loss:

@@ -138,20 +138,23 @@ def forward_and_backward(
     """
     key = state.key(part)
     images = state.inputs(batch.images, key)
-    with tf.GradientTape() as tape:
-        tape.watch(list(state.weights.values()))  # one that was made frozen, too
-        logits = state.forward(images, forward, training=True, key=key)
-        each = example_losses(state, batch.labels, logits)
-        data, model = weighted_mean(each, batch.sample_weight), model_losses(state)
-        scaled = data + model if state.loss_scale is None else state.loss_scale * (data + model)
-    found = state.connected(tape.gradient(scaled, state.weights))
+    examples = tf.reduce_sum(batch.sample_weight)
+    with models.counting(examples):
+        with tf.GradientTape() as tape:
+            tape.watch(list(state.weights.values()))  # one that was made frozen, too
+            logits = state.forward(images, forward, training=True, key=key)
+            each = example_losses(state, batch.labels, logits)
+            data, model = weighted_mean(each, batch.sample_weight), model_losses(state)
+            scaled = data + model
+            if state.loss_scale is not None:
+                scaled = state.loss_scale * scaled
+        found = state.connected(tape.gradient(scaled, state.weights))
     if state.loss_scale is not None:
         found = {name: _divided(gradient, state.loss_scale) for name, gradient in found.items()}
     loss, of_penalties = penalized(state, data, model)
     for name, gradient in of_penalties.items():
         found[name] = found[name] + gradient
     gradients = Vector.of(found)
-    examples = tf.reduce_sum(batch.sample_weight)
     return Pass(loss, accuracy(batch, logits), examples, gradients, logits)
 
 

@@ -125,10 +125,22 @@ def check_gradients(
 
 
 def _in_float64(model: keras.Model) -> keras.Model:
-    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-        return type(layer).from_config({**layer.get_config(), "dtype": "float64"})
-
-    return keras.models.clone_model(model, clone_function=clone, recursive=True)
+    """The same calls in float64, written down flat: models in a model would cast to float32."""
+    program, clones = program_of(model), dict[int, Any]()
+    assert program is not None
+    values = {0: keras.Input(program.shapes[0][1:], dtype="float64")}
+    for call in program.calls:
+        arguments, options = call.arguments([values[value] for value in call.inputs])
+        layer = call.operation
+        if call.order < 0:  # which casts
+            outputs = arguments
+        else:
+            if isinstance(layer, keras.layers.Layer):
+                config = {**layer.get_config(), "dtype": "float64"}
+                layer = clones.setdefault(id(layer), type(layer).from_config(config))
+            outputs = keras.tree.flatten(layer(*arguments, **options))
+        values.update(zip(call.outputs, outputs, strict=True))
+    return keras.Model(values[0], values[program.output])
 
 
 def _compare(

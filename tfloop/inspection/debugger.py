@@ -85,6 +85,9 @@ def record(state: TrainState, batch: Batch, part: Part | None = None) -> _Record
         activations = []
         for activation in models.activations(state.model, images, True, key, state.loss is None):
             activations.append(activation)
+        if state.loss is None:
+            last = activations.pop()
+            activations.append(last._replace(value=tf.cast(last.value, tf.float32)))
         each = example_losses(state, batch.labels, activations[-1].value)
         loss = losses(state, weighted_mean(each, sample_weight), model_losses(state))
     return _Recording(activations, loss, tape)
@@ -193,10 +196,10 @@ def backward(state: TrainState, batch: Batch) -> Iterator[Layer]:
     totals = {name: g for _, _, by_weight in walk for name, g in by_weight.items()}
     learning_rate = state.schedule(state.schedule_step)
     updates, _ = state.optimizer.updates(_vector(state, totals), state.weights, learning_rate)
-    activations = {name: value for name, _, value in recording.activations}
-    for layer, upstream, by_weight in walk:
+    back = zip(reversed(recording.activations), walk, strict=True)
+    for (_, _, activation), (layer, upstream, by_weight) in back:
         layer_updates = {name: updates[name] for name in by_weight if name in state.weights}
-        yield Layer(layer, activations[layer], upstream, by_weight, layer_updates)
+        yield Layer(layer, activation, upstream, by_weight, layer_updates)
 
 
 class Debugger(pdb.Pdb):

@@ -10,7 +10,9 @@ from tfloop.models.inside import Activation as Activation
 from tfloop.models.inside import added_losses as added_losses
 from tfloop.models.inside import check_training as check_training
 from tfloop.models.inside import is_leaf as is_leaf
+from tfloop.models.layer_rules import over_parts_of as over_parts_of
 from tfloop.models.names import keras_layers as keras_layers
+from tfloop.models.normalization import counting as counting
 from tfloop.models.output_kind import output_activation as output_activation
 from tfloop.models.output_kind import probabilities as probabilities
 from tfloop.models.output_kind import squashed_values as squashed_values

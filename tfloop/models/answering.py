@@ -10,6 +10,7 @@ Answers = dict[tuple[Any, str], Callable]  # what answers for a layer's method
 _here = threading.local()  # replicas are traced in threads that take turns
 _lock = threading.Lock()
 _installed: dict[tuple[Any, str], int] = {}
+_before: dict[tuple[Any, str], Callable] = {}  # methods that an object has of its own
 
 
 @contextlib.contextmanager
@@ -23,6 +24,8 @@ def answering(answers: Answers) -> Iterator[None]:
         for layer, method in answers:
             _installed[layer, method] = _installed.get((layer, method), 0) + 1
             if _installed[layer, method] == 1:
+                if method in layer.__dict__:
+                    _before[layer, method] = layer.__dict__[method]
                 layer.__dict__[method] = _dispatch(layer, method, getattr(layer, method))
     _here.answers = answers
     try:
@@ -34,6 +37,8 @@ def answering(answers: Answers) -> Iterator[None]:
                 _installed[layer, method] -= 1
                 if not _installed[layer, method]:
                     del _installed[layer, method], layer.__dict__[method]
+                    if (layer, method) in _before:
+                        layer.__dict__[method] = _before.pop((layer, method))
 
 
 def _dispatch(layer: Any, method: str, own: Callable) -> Callable:

@@ -45,7 +45,8 @@ def used_pixels(program: Program) -> Size | None:
     None where the model takes no images, or images of any size.
     """
     shapes = program.shapes
-    if len(shapes[0]) != 4 or None in shapes[0][1:]:
+    images = [shape for shape in shapes.values() if len(shape) == 4]
+    if len(shapes[0]) != 4 or any(None in shape[1:] for shape in images):
         return None
     needed: dict[int, Size] = {}  # by value
     if len(shapes[program.output]) == 4:

@@ -66,12 +66,14 @@ def activations(
     A layer that is called again gets a number. Where a model is called whole, its layers come once
     that is done. Arguments as those of `outputs`.
     """
-    taken: dict[str, int] = {}
+    taken = set[str]()
 
     def named(activation: Activation) -> Activation:
-        name = activation.name
-        number = taken[name] = taken.get(name, -1) + 1
-        return activation._replace(name=f"{name}_{number}" if number else name)
+        name, number = activation.name, 1
+        while name in taken:
+            name, number = f"{activation.name}_{number}", number + 1
+        taken.add(name)
+        return activation._replace(name=name)
 
     program, seen = program_of(model), list[Activation]()
     pass_ = Inside(model, training, key, seen)

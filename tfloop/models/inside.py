@@ -7,6 +7,7 @@ a layer in a graph as for one that a user's own code calls.
 """
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,9 @@ class Inside:
         self.at: tuple[int, Any] = (0, model)
         self._model, self._training, self._key, self._seen = model, training, key, seen
         self._drawn = 0
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        layers = [x for x in keras_layers(model) if type(x).__module__.startswith("keras.")]
+        self._kerass = {id(generator) for x in layers for generator in x._seed_generators}
 
     @contextlib.contextmanager
     def entered(self) -> Iterator["Inside"]:
@@ -65,7 +69,7 @@ class Inside:
 
         for layer in keras_layers(self._model):
             answers[layer, "add_loss"] = add_loss
-        if self._training and self._key:
+        if self._key:
             self._seed()
         _here.added = added  # of this replica alone; Keras's own list is that of all
         with answering(answers):
@@ -75,13 +79,23 @@ class Inside:
         """What a layer or model gives, told whether it is trained where it takes that."""
         if isinstance(function, keras.layers.Layer):
             return function(x, training=self._training)
+        call = _untraced(type(function).__call__)
+        bound = functools.partial(call, function) if call else function
         if not _takes_training(function):
-            return function(x)
-        return _told(function, self._training, x)
+            return bound(x)
+        return _told(bound, self._training, x)
 
     def _seed(self) -> None:
         """Give Keras's layers their seeds, but for those that this pass draws for."""
-        drawn = [layer for layer in _outside_loops(self._model) if draw_of(layer)]
+        # What is called whole may loop over a layer, in which Keras draws.
+        whole = {
+            id(layer) for called in _called_whole(self._model) for layer in keras_layers(called)
+        }
+        drawn = [
+            layer
+            for layer in _outside_loops(self._model)
+            if draw_of(layer) and id(layer) not in whole
+        ]
         left = {id(generator) for layer in drawn for generator in layer._seed_generators}
         for number, generator in enumerate(seed_generators(self._model)):
             if id(generator) not in left:
@@ -90,14 +104,19 @@ class Inside:
     def _seed_one(self, number: int, generator: keras.random.SeedGenerator) -> None:
         """The seed of the model's generator of this number: a function of the step's key."""
         assert self._key is not None
-        bits = self._key.fold_in(-2).bits(number)
+        key = self._key.fold_in(-2)
+        if self._key.part and id(generator) not in self._kerass:
+            key = key.fold_in(self._key.part.first)  # what draws for a part as if it were all
+        bits = key.bits(number)
         generator.state.assign(tf.cast(bits, generator.state.dtype))
 
     def _answers(self) -> Answers:
         answers: Answers = {}
         noted = self._noted() if self._seen is not None else {}
-        for layer in _outside_loops(self._model) if self._training or noted else []:
+        for layer in _outside_loops(self._model):
             answer = self._answer(layer) if self._training else None
+            if call := _untraced(type(layer).call):
+                answer = functools.partial(_as_it_is, functools.partial(call, layer))
             if name := noted.get(layer):
                 answer = self._noting(name, layer, answer)
             if answer:
@@ -117,19 +136,13 @@ class Inside:
                     return over_parts(layer, [x], mask)[0]
 
             return normalize
-        if _takes_any(layer):
-
-            def tell(call: Callable, *arguments: Any, **options: Any) -> Any:
-                return _told(call, self._training, *arguments, **options)
-
-            return tell
         if self._key is None:
             return None
         if draw := draw_of(layer):
 
             def drop(call: Callable, x: tf.Tensor, training: bool = False) -> tf.Tensor:
                 key = self._key_for(layer)
-                if not training:
+                if not training or self._is_in_loop():
                     return call(x, training=training)
                 if _has_rows_of(key.part, x):
                     return draw(layer, x, key)
@@ -141,6 +154,12 @@ class Inside:
             return drop
         is_cut = self._key.part is not None and self._key.part.rows != self._key.part.total
         return self._over_whole if is_cut and _draws_itself(layer) else None
+
+    def _is_in_loop(self) -> bool:
+        """Is it traced into a loop of the user's own, where one number would do for all turns?"""
+        if tf.executing_eagerly() or self._graph is None:
+            return False
+        return tf.compat.v1.get_default_graph() is not self._graph
 
     def _key_for(self, layer: keras.layers.Layer) -> Key:
         assert self._key is not None
@@ -155,14 +174,20 @@ class Inside:
         part = self._key.part if self._key else None
         if part is None or not tf.is_tensor(x) or not _has_rows_of(part, x):
             return call(x, *arguments, **options)
-        whole = {
-            name: _in_whole(part, value) if _is_cut_with(x, value) else value
-            for name, value in options.items()
-        }
-        y = call(_in_whole(part, x), *arguments, **whole)
-        each = x.shape[0] // part.rows
-        first = [part.first * each] + [0] * (len(y.shape) - 1)
-        return tf.slice(y, first, [x.shape[0], *y.shape[1:]])
+        rows, tree = x.shape[0], keras.tree
+
+        def widen(value: Any) -> Any:
+            return _in_whole(part, value) if _is_cut_with(rows, value) else value
+
+        def narrow(value: Any) -> Any:
+            if not _is_cut_with(part.total * each, value):
+                return value
+            first = [part.first * each] + [0] * (len(value.shape) - 1)
+            return tf.slice(value, first, [rows, *value.shape[1:]])
+
+        each = rows // part.rows
+        arguments, options = tree.map_structure(widen, (arguments, options))
+        return tree.map_structure(narrow, call(widen(x), *arguments, **options))
 
     def _noted(self) -> dict[Any, str]:
         """The layers inside what the program calls whole, by name."""
@@ -214,9 +239,9 @@ def _in_whole(part: Part, x: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(tf.pad(x, padding), [part.total * each, *x.shape[1:]])
 
 
-def _is_cut_with(x: tf.Tensor, value: Any) -> bool:
-    """Is it a tensor with the rows of x, such as a mask?"""
-    return tf.is_tensor(value) and value.shape.rank and value.shape[0] == x.shape[0]
+def _is_cut_with(rows: int, value: Any) -> bool:
+    """Is it a tensor with so many rows, such as a mask?"""
+    return bool(tf.is_tensor(value) and value.shape.rank and value.shape[0] == rows)
 
 
 def _outside_loops(model: Any) -> list[keras.layers.Layer]:
@@ -278,25 +303,36 @@ def added_losses(model: Any) -> list[tf.Tensor]:
 
 def _told(function: Callable, training: bool, *arguments: Any, **options: Any) -> Any:
     """What the function gives, told of training unless what it hands that on to takes no such."""
+    added = getattr(_here, "added", [])
+    before = len(added)
     try:
         return function(*arguments, **{"training": training, **options})
     except TypeError as error:
         if "unexpected keyword argument 'training'" not in str(error):
             raise
+        del added[before:]
         return function(*arguments, **options)
+
+
+def _untraced(method: Any) -> Callable | None:
+    """The Python behind a method under tf.function, whose trace would keep an older step's numbers.
+
+    None for a method that is no tf.function.
+    """
+    python = getattr(method, "python_function", None)
+    if python is None or tf.executing_eagerly():
+        return python
+    return tf.autograph.to_graph(python)
+
+
+def _as_it_is(call: Callable, own: Callable, *arguments: Any, **options: Any) -> Any:
+    return call(*arguments, **options)
 
 
 def _takes_training(function: Any) -> bool:
     """Does a callable that is no Keras layer take `training`, by name or among others?"""
     parameters = inspect.signature(function.__call__).parameters
     return "training" in parameters or _has_others(parameters)
-
-
-def _takes_any(layer: keras.layers.Layer) -> bool:
-    """Does a layer of the user's own take `training` among others? Keras tells none of those."""
-    parameters = inspect.signature(type(layer).call).parameters
-    is_own = not type(layer).__module__.startswith("keras.")
-    return is_own and "training" not in parameters and _has_others(parameters)
 
 
 def _has_others(parameters: Mapping[str, inspect.Parameter]) -> bool:

@@ -57,9 +57,20 @@ def is_by_example(layer: Any, training: bool) -> bool:
     """
     if getattr(layer, "activity_regularizer", None) is not None:
         return False
+    if not _is_kerass(getattr(layer, "activation", None)):
+        return False
     rule = rule_of(layer)
     is_here = rule.by_example == "always" and rule.stands_in(layer)
     return is_here or (rule.by_example == "evaluation" and not training)
+
+
+def _is_kerass(activation: Any) -> bool:
+    """Is it an activation of Keras's own, which goes by element or over the last axis?"""
+    if activation is None:
+        return True
+    kind = activation if hasattr(activation, "__name__") else type(activation)
+    is_last = getattr(activation, "axis", -1) == -1
+    return kind.__module__.startswith("keras.") and is_last
 
 
 def draw_of(layer: Any) -> Callable | None:
@@ -106,7 +117,11 @@ def _used_by_pool(layer: keras.layers.MaxPooling2D, used: Size) -> Size | None:
 
 
 def _keeps_rows(layer: keras.layers.Concatenate) -> bool:
-    return layer.axis != 0
+    return layer.axis == -1 or layer.axis > 0
+
+
+def _is_over_last(layer: keras.layers.Softmax) -> bool:
+    return layer.axis == -1
 
 
 _layers = keras.layers
@@ -115,7 +130,6 @@ for _kind in (
     _layers.Flatten,
     _layers.AveragePooling2D,
     _layers.GlobalAveragePooling2D,
-    _layers.Softmax,
     _layers.Reshape,
     _layers.ReLU,
     _layers.Rescaling,
@@ -132,12 +146,17 @@ for _kind in (
 ):
     register(_kind, LayerRule("always"))
 register(_layers.Concatenate, LayerRule("always", stands_in=_keeps_rows))
+register(_layers.Softmax, LayerRule("always", stands_in=_is_over_last))
 register(_layers.Activation, LayerRule("always", used=lambda layer, used: used))
 register(_layers.Conv2D, LayerRule("always", used=_used_by_convolution))
 register(_layers.MaxPooling2D, LayerRule("always", used=_used_by_pool))
 register(
     _layers.Dropout,
-    LayerRule("evaluation", draw=_drop, stands_in=lambda layer: layer.noise_shape is None),
+    LayerRule(
+        "evaluation",
+        draw=_drop,
+        stands_in=lambda layer: layer.noise_shape is None and layer.rate < 1,
+    ),
 )
 register(  # one that is frozen goes by its averages
     _layers.BatchNormalization,

@@ -200,6 +200,16 @@ def alone() -> Iterator[None]:
         _here.alone = False
 
 
+@contextlib.contextmanager
+def counting(examples: tf.Tensor) -> Iterator[None]:
+    """In this block, and in this thread, a replica's rows count as so many examples in the loss."""
+    _here.examples = examples
+    try:
+        yield
+    finally:
+        _here.examples = None
+
+
 def _replicas() -> int:
     if getattr(_here, "alone", False):
         return 1
@@ -215,6 +225,8 @@ def _over_replicas(x: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
     """
     if _replicas() == 1:
         return x
+    counted = getattr(_here, "examples", None)
+    examples = examples if counted is None else tf.cast(counted, examples.dtype)
 
     @tf.custom_gradient
     def add_up(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:

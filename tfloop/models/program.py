@@ -6,7 +6,6 @@ that are there already. The forward passes go through that list. What shows no g
 with a `call` of its own, a tf.Module) has no program and is called whole.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,9 +47,6 @@ class Program(NamedTuple):
     squashed: tuple[int, str] | None
 
 
-_PROGRAMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
 def program_of(model: Any) -> Program | None:
     """The program of a model with one input and one output; None where it shows no graph.
 
@@ -61,15 +57,16 @@ def program_of(model: Any) -> Program | None:
         return None
     if isinstance(graph._inputs_struct, dict) or isinstance(graph._outputs_struct, dict):
         return None
-    cached = _PROGRAMS.get(model)
-    if cached is None or cached[0] is not graph:  # a Sequential may have got another layer
-        cached = graph, _write(model)
-        _PROGRAMS[model] = cached
-    return cached[1]
+    return _write(model)  # anew: a model may have been changed, and one that is kept is never freed
 
 
 def graph_of(model: Any) -> Functional | None:
-    """The graph that calling the model goes through; None where its `call` is its own."""
+    """The graph that calling the model goes through; None where its `call` is its own.
+
+    Nor where the model as a whole adds to the loss.
+    """
+    if getattr(model, "activity_regularizer", None) is not None:
+        return None
     if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
         return model._functional
     if isinstance(model, Functional) and type(model).call is Functional.call:
@@ -99,22 +96,28 @@ class _Writer:
         self._taken = set[str]()
         self._values, self._operations = 1, 0
 
-    def inline(self, model: Any, values: list[int]) -> list[int]:
-        """Write down the calls of a model; the numbers of its outputs, from those of its inputs."""
+    def inline(self, model: Any, values: list[int], given: Any = None) -> list[int]:
+        """Write down the calls of a model; the numbers of its outputs, from those of its inputs.
+
+        Args:
+          model: one that shows its graph.
+          values: the numbers of its inputs.
+          given: Keras's tensor that it is called with; None for the images of a step.
+        """
         graph = graph_of(model)
         assert graph is not None
-        if _changes_input(model, graph):
+        if _changes_input(model, graph, given):
             values = [self._convert(model, graph, values)]
         numbers = {id(x): value for x, value in zip(graph.inputs, values, strict=True)}
         depths = sorted(graph._nodes_by_depth, reverse=True)
         for node in (node for depth in depths for node in graph._nodes_by_depth[depth]):
-            given = node.arguments.keras_tensors
-            if node.is_input or not all(id(x) in numbers for x in given):
+            tensors = node.arguments.keras_tensors
+            if node.is_input or not all(id(x) in numbers for x in tensors):
                 continue
-            inputs = [numbers[id(x)] for x in given]
+            inputs = [numbers[id(x)] for x in tensors]
             inner = graph_of(node.operation)
             if inner is not None and len(inner.inputs) == len(inputs):
-                outputs = self.inline(node.operation, inputs)
+                outputs = self.inline(node.operation, inputs, tensors[0])
             else:
                 outputs = self._add(node, inputs)
             numbers.update(zip(map(id, node.outputs), outputs, strict=True))
@@ -168,16 +171,17 @@ class _Writer:
         return free
 
 
-def _changes_input(model: Any, graph: Functional) -> bool:
+def _changes_input(model: Any, graph: Functional, given: Any) -> bool:
     """May the model change what it is called with: its type or the number of its axes?
 
-    A model of float32 that begins with a float32 input of images changes nothing.
+    A model of float32 that begins with a float32 input of images changes nothing of images.
     """
     if len(graph.inputs) != 1:
         return False
-    given = graph.inputs[0]
-    is_plain = given.dtype == model.compute_dtype == "float32" and len(given.shape) == 4
-    return not is_plain
+    dtype, axes = (given.dtype, len(given.shape)) if given is not None else ("float32", 4)
+    expected = graph.inputs[0]
+    casts = model._convert_input_args and model.compute_dtype != dtype
+    return casts or expected.dtype != dtype or len(expected.shape) != axes
 
 
 def _find_squashed(

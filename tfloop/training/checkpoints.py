@@ -172,7 +172,7 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
     misfit = f"{path}: is not of this model and optimizer"
     try:
         saved = _names_in(path)
-        _leave_out_what_it_did(state, path, saved)
+        _leave_out_what_it_did(state, path)
         expected = set(state.named())
         missing, extra = expected - saved, saved - expected
         _check_trained(path, missing, extra)
@@ -193,7 +193,7 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
         state.restart_ema()
 
 
-def _leave_out_what_it_did(state: TrainState, path: Path, saved: set[str]) -> None:
+def _leave_out_what_it_did(state: TrainState, path: Path) -> None:
     """Weights that had no gradient when they were saved are not trained here either.
 
     A state learns of that in its loop's first step, which this one may not have made.
