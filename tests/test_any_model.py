@@ -800,13 +800,92 @@ def test_looking_at_a_step_does_not_set_a_keras_optimizers_rate(digits):
     [
         lambda: [layers.Dense(4, activation=lambda x: x - tf.reduce_mean(x, axis=0))],
         lambda: [layers.Dense(4), layers.Softmax(axis=0)],
+        lambda: [layers.Dense(4, activation=layers.BatchNormalization())],
     ],
-    ids=["own activation", "softmax over rows"],
+    ids=["own activation", "softmax over rows", "norm as activation"],
 )
 def test_what_looks_at_the_batch_is_not_cut_into_shards(random, stack):
     model = keras.Sequential([keras.Input((5,)), *stack(), layers.Dense(2)])
     x = tf.constant(random.normal(size=(6, 5)).astype(np.float32))
-    np.testing.assert_allclose(models.outputs(model, x, fast=True, shards=2), model(x), atol=1e-6)
+    expected = model(x, training=True)
+    found = models.outputs(model, x, True, fast=True, shards=2)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda: layers.Activation("relu", activity_regularizer="l2"),
+        lambda: layers.Conv2D(2, 2, activity_regularizer="l2"),
+        lambda: layers.Conv2D(2, 2, activation=layers.GroupNormalization(1)),
+        lambda: layers.Activation(lambda x: x - tf.reduce_mean(x, axis=(1, 2), keepdims=True)),
+    ],
+    ids=["relu with a loss", "convolution with a loss", "norm", "mean"],
+)
+def test_pixels_that_a_layer_looks_at_are_not_cut_off(random, first):
+    stack = [first(), layers.MaxPooling2D(3), layers.Flatten(), layers.Dense(2)]
+    model = keras.Sequential([keras.Input((8, 8, 2)), *stack])
+    x = tf.constant(random.normal(size=(4, 8, 8, 2)).astype(np.float32))
+    expected = model(x)
+    added = [float(loss) for loss in model.losses]
+    np.testing.assert_allclose(models.outputs(model, x, fast=True), expected, atol=1e-5)
+    assert [float(v) for v in models.added_losses(model)] == pytest.approx(added)
+
+
+class Hot(layers.Layer):
+    """A softmax with a temperature; it holds one, and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation = keras.activations.softmax
+
+    def call(self, x):
+        return self.activation(5.0 * x)
+
+
+def test_a_softmax_with_a_temperature_or_a_mask_is_not_left_out():
+    state = tfloop.TrainState(ends_in(first=layers.Dense(2, activation=Hot())))
+    with pytest.raises(tfloop.UserError, match="outputs are probabilities"):
+        tfloop.Loop(state, two_classes(), batch_size=10)
+
+    class Squeeze(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.supports_masking = True
+
+        def call(self, x):
+            return x[:, :, 0]
+
+    embedded = [layers.Reshape((6,)), layers.Embedding(9, 4, mask_zero=True), layers.Dense(1)]
+    model = keras.Sequential([keras.Input((6, 1, 1)), *embedded, Squeeze(), layers.Softmax()])
+    tokens = tf.constant([[3, 4, 0, 0, 5, 0], [1, 2, 3, 4, 5, 6]], tf.float32)[..., None, None]
+    assert not models.output_activation(model)
+    np.testing.assert_allclose(models.outputs(model, tokens), model(tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", lambda: keras.optimizers.Nadam(0.01)])
+def test_a_step_that_only_compiles_leaves_no_slots_behind(optimizer):
+    digests = []
+    for options in ({}, {"jit_compile": True}):
+        keras.utils.set_random_seed(2)
+        made_one = optimizer if isinstance(optimizer, str) else optimizer()
+        state = tfloop.TrainState(unused(), made_one, 0.01)
+        data = tfloop.load("digits").head(500)
+        tfloop.Loop(state, data, batch_size=500, **options).fit(1)
+        digests.append(state.weights["on/kernel"].numpy())
+    np.testing.assert_allclose(*digests, atol=1e-5)
+
+
+def test_attention_draws_for_a_part_what_it_draws_for_the_whole(digits):
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Reshape((8, 8))(inputs)
+    x = layers.Attention(dropout=0.5)([x, x])
+    model = keras.Model(inputs, layers.Dense(10)(layers.Flatten()(x)))
+    state = tfloop.TrainState(model, "sgd", 0.1)
+    batch = tfloop.Loop(state, digits, batch_size=60).batch(0)
+    whole = tfloop.forward_and_backward(state, batch)
+    parts = accumulated(tfloop.forward_and_backward, 4)(state, batch)
+    np.testing.assert_allclose(parts.gradients.flat, whole.gradients.flat, rtol=1e-3, atol=1e-5)
 
 
 def test_a_functional_model_is_freed():

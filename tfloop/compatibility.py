@@ -84,7 +84,7 @@ def _called(state: TrainState, images: tf.Tensor, data: Dataset) -> Any:
         return state.forward(images)
     except UserError:
         raise
-    except (ValueError, TypeError, tf.errors.OpError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
         inputs, reason = getattr(state.model, "inputs", None) or [], first_sentence(error)
         if len(inputs) > 1:
             names = ", ".join(x.name for x in inputs)

@@ -165,6 +165,11 @@ class Loop:
           UserError: a batch larger than the data; a model that does not take the images, or whose
             outputs do not fit the classes or are probabilities where logits are meant.
         """
+        if not isinstance(state, TrainState):
+            raise UserError(
+                f"expected a tfloop.TrainState, found {type(state).__name__}; "
+                "tfloop.TrainState(model) makes one"
+            )
         sizes = {
             "batch_size": batch_size,
             "steps_per_call": steps_per_call,
@@ -172,6 +177,8 @@ class Loop:
             "accumulate": accumulate,
         }
         check_data(data, sizes)
+        batch_size, steps_per_call, shards, accumulate = map(int, sizes.values())
+        shards = max(shards, 1)
         if batch_size % accumulate:
             raise UserError(f"--accumulate={accumulate} does not divide --batch_size={batch_size}")
         check_setting("evaluation_batch_size", evaluation_batch_size)
@@ -379,10 +386,13 @@ class Loop:
         """
         if self.is_warm:
             return
-        with self._timed("tracing"), self.state.looking(), self.taken_back():
-            if missing := self._try_trace():
+        with self._timed("tracing"), self.state.looking():
+            with self.taken_back():
+                missing = self._try_trace()
+            if missing:  # its slots are made anew, so they are taken back anew
                 self.leave_out(missing)
-                self._trace()
+                with self.taken_back():
+                    self._trace()
         self.is_warm = True
 
     def _try_trace(self) -> list[str]:

@@ -40,7 +40,7 @@ def _of_user(loss: Callable, labels: tf.Tensor, outputs: tf.Tensor) -> Any:
         return loss(labels, outputs)
     except UserError:
         raise
-    except (ValueError, TypeError, tf.errors.OpError) as error:
+    except Exception as error:  # whatever a function of one's own may raise
         raise UserError(
             f"the loss function fails on labels int64 {labels.shape} and outputs {outputs.shape}: "
             f"{first_sentence(error)}"

@@ -27,7 +27,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfloop.models.layer_rules import Size, is_plain_convolution, rule_of
+from tfloop.models.layer_rules import Size, goes_by_pixel, is_plain_convolution, rule_of
 from tfloop.models.program import Call, Program
 
 MONOTONE = (
@@ -57,7 +57,7 @@ def used_pixels(program: Program) -> Size | None:
             if len(shapes[value]) != 4:
                 continue
             used = None
-            if rule.used and output in needed:
+            if rule.used and output in needed and goes_by_pixel(call.operation):
                 used = rule.used(call.operation, needed[output])
             height, width = used or _size(shapes[value])
             before = needed.get(value, (0, 0))

@@ -209,9 +209,9 @@ class _Walk:
 
 
 def _without_activation(operation: Any, x: tf.Tensor) -> tf.Tensor:
-    if type(operation) is not keras.layers.Dense:
-        return x  # an Activation or Softmax of its own
-    x = tf.matmul(fast_pass.cast(x, operation), fast_pass.cast(operation.kernel, operation))
-    if operation.bias is None:
-        return x
-    return tf.nn.bias_add(x, fast_pass.cast(operation.bias, operation))
+    if type(operation) is keras.layers.Dense:
+        x = tf.matmul(fast_pass.cast(x, operation), fast_pass.cast(operation.kernel, operation))
+        if operation.bias is None:
+            return x
+        return tf.nn.bias_add(x, fast_pass.cast(operation.bias, operation))
+    return x  # an Activation or Softmax of its own

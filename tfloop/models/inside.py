@@ -171,10 +171,10 @@ class Inside:
 
     def _over_whole(self, call: Callable, x: Any, *arguments: Any, **options: Any) -> Any:
         """A part's share of what Keras's layer would draw for the whole batch."""
-        part = self._key.part if self._key else None
-        if part is None or not tf.is_tensor(x) or not _has_rows_of(part, x):
+        part, tensors = self._key.part if self._key else None, keras.tree.flatten(x)
+        if part is None or not all(tf.is_tensor(y) and _has_rows_of(part, y) for y in tensors):
             return call(x, *arguments, **options)
-        rows, tree = x.shape[0], keras.tree
+        rows, tree = tensors[0].shape[0], keras.tree
 
         def widen(value: Any) -> Any:
             return _in_whole(part, value) if _is_cut_with(rows, value) else value
@@ -186,8 +186,8 @@ class Inside:
             return tf.slice(value, first, [rows, *value.shape[1:]])
 
         each = rows // part.rows
-        arguments, options = tree.map_structure(widen, (arguments, options))
-        return tree.map_structure(narrow, call(widen(x), *arguments, **options))
+        x, arguments, options = tree.map_structure(widen, (x, arguments, options))
+        return tree.map_structure(narrow, call(x, *arguments, **options))
 
     def _noted(self) -> dict[Any, str]:
         """The layers inside what the program calls whole, by name."""

@@ -4,6 +4,7 @@ To add a kind, register a `LayerRule` for it here. A layer that is derived from 
 another kind: its own `call` may do anything.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +40,8 @@ class LayerRule(NamedTuple):
 
 
 LAYER_RULES: dict[type, LayerRule] = {}
+# Layers that may be the activation of another, element by element.
+BY_ELEMENT = (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.ELU)
 
 
 def register(kind: type, rule: LayerRule) -> None:
@@ -55,22 +58,23 @@ def is_by_example(layer: Any, training: bool) -> bool:
 
     Not where the layer has a loss of its own, which is that of the whole batch.
     """
-    if getattr(layer, "activity_regularizer", None) is not None:
-        return False
-    if not _is_kerass(getattr(layer, "activation", None)):
+    if not goes_by_pixel(layer):
         return False
     rule = rule_of(layer)
     is_here = rule.by_example == "always" and rule.stands_in(layer)
     return is_here or (rule.by_example == "evaluation" and not training)
 
 
-def _is_kerass(activation: Any) -> bool:
-    """Is it an activation of Keras's own, which goes by element or over the last axis?"""
-    if activation is None:
-        return True
-    kind = activation if hasattr(activation, "__name__") else type(activation)
-    is_last = getattr(activation, "axis", -1) == -1
-    return kind.__module__.startswith("keras.") and is_last
+def goes_by_pixel(layer: Any) -> bool:
+    """Is each place computed from its own channels alone, after the layer's own operation?
+
+    Not where the layer has a loss of its own, or an activation that is not known to be such.
+    """
+    activation = getattr(layer, "activation", None)
+    is_known = activation is None or type(activation) in BY_ELEMENT
+    if not is_known and inspect.isfunction(activation):
+        is_known = activation.__module__.startswith("keras.")
+    return is_known and getattr(layer, "activity_regularizer", None) is None
 
 
 def draw_of(layer: Any) -> Callable | None:

@@ -10,7 +10,9 @@ def split(x: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
     """The parts of x along its rows, each with its part of Keras's mask."""
     parts, mask = cut(x, sizes), get_keras_mask(x)
     if mask is not None:
-        for part, part_mask in zip(parts, cut(mask, sizes), strict=True):
+        is_by_row = mask.shape[0] == x.shape[0]  # else it is one for all
+        masks = cut(mask, sizes) if is_by_row else [mask] * len(parts)
+        for part, part_mask in zip(parts, masks, strict=True):
             set_keras_mask(part, part_mask)
     return parts
 

@@ -193,9 +193,11 @@ def _find_squashed(
         if call.outputs != (output,) or len(readers[output]) != 1:
             return None
         activation = activation_name(call.operation)
+        if len(call.inputs) != 1 or getattr(call.operation, "activity_regularizer", None):
+            return None
         if activation in SQUASHING:
-            return (place, activation) if _can_leave_out(call.operation) else None
-        if not _changes_nothing(call.operation) or len(call.inputs) != 1:
+            return place, activation
+        if not _changes_nothing(call.operation):
             return None
         output = call.inputs[0]
     return None
@@ -206,28 +208,21 @@ _SIGMOID = (keras.activations.sigmoid, keras.ops.sigmoid, tf.nn.sigmoid, tf.sigm
 
 
 def activation_name(operation: Any) -> str:
-    """ "softmax", "sigmoid" or "", of an operation or of the activation that it ends in."""
-    inner = getattr(operation, "activation", None)
-    if inner is not None:
-        if inner in _SOFTMAX:
-            return "softmax"
-        return "sigmoid" if inner in _SIGMOID else activation_name(inner)
-    kind, axis = type(operation), getattr(operation, "axis", -1)
-    if kind in (keras.layers.Softmax, keras.src.ops.nn.Softmax) and axis == -1:
-        return "softmax"
-    return "sigmoid" if kind is keras.src.ops.nn.Sigmoid else ""
-
-
-def _can_leave_out(operation: Any) -> bool:
-    """Is it known how to compute the operation without its activation?"""
+    """ "softmax", "sigmoid" or "", of an operation of Keras's own that is one or ends in one."""
     layers, ops = keras.layers, keras.src.ops.nn
-    known = (layers.Dense, layers.Activation, layers.Softmax, ops.Softmax, ops.Sigmoid)
-    return type(operation) in known and getattr(operation, "activity_regularizer", None) is None
+    if type(operation) in (layers.Dense, layers.Activation):
+        inner = operation.activation
+        if inner in _SIGMOID:
+            return "sigmoid"
+        is_layer = type(inner) is layers.Softmax and inner.axis == -1
+        return "softmax" if inner in _SOFTMAX or is_layer else ""
+    if type(operation) in (layers.Softmax, ops.Softmax) and operation.axis == -1:
+        return "softmax"
+    return "sigmoid" if type(operation) is ops.Sigmoid else ""
 
 
 def _changes_nothing(operation: Any) -> bool:
     """Is it no more than another type for what it is given?"""
     is_activation = type(operation) is keras.layers.Activation
     is_linear = is_activation and operation.activation is keras.activations.linear
-    is_plain = is_linear or type(operation) is keras.layers.Identity
-    return is_plain and operation.activity_regularizer is None
+    return is_linear or type(operation) is keras.layers.Identity

@@ -87,7 +87,6 @@ class SideBySide:
         with contextlib.ExitStack() as entered:
             for loop in self.loops:
                 entered.enter_context(loop.state.looking())
-                entered.enter_context(loop.taken_back())
             seconds = self._trace(counts)
         self.is_warm, self._sources = True, sources
         for loop in self.loops:
@@ -96,10 +95,13 @@ class SideBySide:
     def _trace(self, counts: list[int]) -> float:
         by_state = {id(loop.state): loop for loop in self.loops}
         while True:  # each model may have weights without a gradient
-            try:
-                return self._call(counts)[1]
-            except WithoutGradient as found:
-                state, names = found.state, found.names
+            with contextlib.ExitStack() as kept:
+                for loop in self.loops:
+                    kept.enter_context(loop.taken_back())
+                try:
+                    return self._call(counts)[1]
+                except WithoutGradient as found:
+                    state, names = found.state, found.names
             by_state[id(state)].leave_out(names)
 
 
