@@ -717,6 +717,30 @@ def test_a_mistake_is_one_line(call, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda state, loop: loop.fit("2"), "epochs='2': expected a whole number"),
+        (lambda state, loop: loop.fit(2.5), "epochs=2.5: expected a whole number"),
+        (lambda state, loop: state.reset(seed="a"), "seed: expected a whole number"),
+        (lambda state, loop: tfloop.TrainState(state.model, seed=1.5), "seed: expected a whole"),
+        (lambda state, loop: tfloop.TrainState(state.model, penalties=3), "expected a list of"),
+        (lambda state, loop: tfloop.TrainState(state.model, standardizer=3), "tfloop.Standardizer"),
+        (lambda state, loop: tfloop.Loop(state.model, loop.data), "expected a tfloop.TrainState"),
+        (lambda state, loop: tfloop.predict(state.model, [1]), "expected a tfloop.TrainState"),
+        (lambda state, loop: tfloop.predict(state, np.zeros((2, 7, 7))), "are 7×7×1, the model"),
+        (lambda state, loop: tfloop.predict(state, "x"), "images to predict: expected numbers"),
+    ],
+)
+def test_an_argument_of_another_kind_is_one_line(digits, call, message):
+    model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(10)])
+    state = tfloop.TrainState(model, standardizer=digits.standardizer)
+    with pytest.raises(tfloop.UserError, match=message) as caught:
+        call(state, tfloop.Loop(state, digits))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_penalty_without_a_gradient_at_0_is_named_as_such():
     model = keras.Sequential(
         [keras.Input((1, 2, 1)), layers.Flatten(), layers.Dense(2, kernel_initializer="zeros")]

@@ -573,6 +573,8 @@ class Loop:
 
     def pending(self, epochs: int) -> Iterator[PendingCall | Call | Epoch]:
         """`run`, where whoever takes a PendingCall makes it before taking more."""
+        if isinstance(epochs, bool) or not isinstance(epochs, (int, np.integer)) or epochs < 0:
+            raise UserError(f"epochs={epochs!r}: expected a whole number, from 0 on")
         state = self.state
         state.diverged.assign(False)
         learning_rate = float(state.schedule(tf.maximum(state.schedule_step - 1, 0)))

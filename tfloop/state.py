@@ -124,7 +124,10 @@ class TrainState(tf.Module):
             "label_smoothing": label_smoothing,
             "ema": ema,
             "average_shifts": average_shifts,
+            "seed": seed,
         }
+        _check_kind("standardizer", standardizer, Standardizer)
+        _check_kind("augmentation", augmentation, Augmentation)
         if isinstance(penalize, str):
             checked["penalize"] = penalize
         for name, value in checked.items():
@@ -443,6 +446,7 @@ class TrainState(tf.Module):
           seed: a new seed, from here on; None keeps the present one.
         """
         if seed is not None:
+            check_setting("seed", seed)
             self.seed.assign(seed)
         if weights:
             values = self._initial(int(self.seed))
@@ -560,6 +564,11 @@ def _check_loss(loss: Any, label_smoothing: float) -> None:
         )
 
 
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{name}: expected a tfloop.{kind.__name__}, found {_shown(value)}")
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -571,7 +580,8 @@ def _shown(value: Any) -> str:
 
 
 def _check_penalties(penalties: Any, kernels: Mapping, penalize: Any) -> tuple[Callable, ...]:
-    if callable(penalties) or not all(map(callable, penalties)):
+    is_list = isinstance(penalties, (list, tuple))
+    if not is_list or not all(map(callable, penalties)):
         raise UserError("penalties: expected a list of functions, each of which takes a kernel")
     if penalties and not kernels:
         chosen = f", with penalize={penalize}" if isinstance(penalize, str) else ""

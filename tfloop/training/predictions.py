@@ -66,10 +66,19 @@ def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
     kept. With a loss of one's own it is what the model gives, whatever that is.
 
     Raises:
-      UserError: there are no images.
+      UserError: there are no images, or the model takes others.
     """
+    if not isinstance(state, TrainState):
+        raise UserError(f"predict: expected a tfloop.TrainState, found {type(state).__name__}")
+    images = check_images(np.asarray(images), "images to predict")
     if not len(images):
         raise UserError("there are no images to predict")
+    known = tuple(state.mean.shape)
+    if known and images.shape[1:] != known:
+        raise UserError(
+            f"images to predict are {shape_text(images.shape[1:])}, the model takes "
+            f"{shape_text(known)}"
+        )
     parts = []
     with state.using_ema():
         for first in range(0, len(images), BATCH):
