@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import types
 import warnings
 import weakref
 
@@ -998,3 +999,19 @@ def test_layers_that_a_module_holds_add_to_the_loss_and_are_seen(digits):
     assert float(found.loss.model) == pytest.approx(expected, rel=1e-5)
     names = [layer.name for layer in tfloop.debug.backward(state, batch)]
     assert names == [layer.name for layer in model.layers][::-1]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "optimizer, accumulate, message",
+    [
+        (lambda: keras.optimizers.SGD(0.1), 1, r"a Keras optimizer \(sgd\) does not work on"),
+        (lambda: "sgd", 2, "accumulate=2: batch normalisation looks at all replicas"),
+    ],
+)
+def test_what_does_not_work_on_several_replicas_is_refused(optimizer, accumulate, message):
+    case, several = CASES["flat Sequential"], types.SimpleNamespace(total=2)
+    state = tfloop.TrainState(made(case), optimizer())
+    options = {"batch_size": 4, "accumulate": accumulate, "replicas": several}
+    with pytest.raises(tfloop.UserError, match=message):
+        tfloop.Loop(state, data_for(case), **options)
