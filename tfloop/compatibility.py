@@ -74,7 +74,7 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> tf.TensorShape:
             f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data "
             f"have {data.classes} classes"
         )
-    if state.loss is None or state.averages_shifts:
+    if state.loss is None:
         _check_logits(state, images, outputs)
     return outputs.shape[1:]
 
@@ -118,7 +118,7 @@ def _check_logits(state: TrainState, images: tf.Tensor, outputs: tf.Tensor) -> N
         wide = []
     if wide:
         squashed = models.squashed_values(np.concatenate([outputs.numpy(), *wide]))
-    if squashed and state.loss is None:
+    if squashed:
         *_, (last, _, _) = models.activations(state.model, images)
         shown = ", ".join(f"{value:.3g}" for value in outputs.numpy()[0][:4])
         raise UserError(

@@ -35,9 +35,9 @@ from tfloop.step import (
     losses,
     model_losses,
     no_step,
-    penalized,
     rows_of,
     train_step,
+    with_penalties,
 )
 from tfloop.tracing import Traced
 from tfloop.vectors import Vector
@@ -683,7 +683,8 @@ class Loop:
                 return "activations", layer
         if not _is_finite(result.loss.total):
             return "loss", "loss"
-        for name, gradient in penalized(state, result.loss.data, result.loss.model)[1].items():
+        loss = result.loss
+        for name, gradient in with_penalties(state, loss.data, loss.model)[1].items():
             if not _is_finite(gradient):
                 return "gradient of a penalty of your own", name.split("/")[0]
         for name, gradient in result.gradients.items():

@@ -19,7 +19,7 @@ from tfloop.errors import UserError
 from tfloop.lazy import tf
 from tfloop.registry import Bound, Registry, parameters
 from tfloop.settings import NOT_NEGATIVE, POSITIVE, fields_of, option
-from tfloop.wording import first_sentence
+from tfloop.user_code import told_in_one_line
 
 SCHEDULES = Registry("schedule")
 
@@ -359,17 +359,12 @@ class Schedule:
 
     def _by_user(self, step: tf.Tensor) -> tf.Tensor:
         """The rate that a function of the user's own gives."""
-        try:
-            rate = self._function(step)
-            rate = tf.cast(rate, tf.float32)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a function of one's own may raise
-            raise UserError(
-                f"schedule: the function fails on the step, a float32 tensor "
-                f"({first_sentence(error)}); it is traced once, so it takes tf.where in place of "
-                "`if`, and tf.gather(values, tf.cast(step, tf.int64)) in place of a list"
-            ) from None
+        cure = (
+            "it is traced once, so it takes tf.where in place of `if`, and tf.gather(values, "
+            "tf.cast(step, tf.int64)) in place of a list"
+        )
+        with told_in_one_line("schedule: the function fails on the step, a float32 tensor", cure):
+            rate = tf.cast(self._function(step), tf.float32)
         if rate.shape.rank != 0:
             raise UserError(
                 f"schedule: the function gives {rate.dtype.name} {tuple(rate.shape)} for a step; "

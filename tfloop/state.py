@@ -333,11 +333,6 @@ class TrainState(tf.Module):
             return tf.math.log(mean) - tf.math.log1p(-mean)
         return tf.math.log(mean)
 
-    @property
-    def averages_shifts(self) -> bool:
-        """Is a prediction the mean over shifted images?"""
-        return bool(self._average_shifts)
-
     def probabilities(self, outputs: tf.Tensor) -> tf.Tensor:
         """What `predict` gives, as probabilities; outputs of a loss of one's own as they are."""
         return outputs if self.loss else models.probabilities(self.model, outputs)

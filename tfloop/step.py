@@ -15,36 +15,21 @@ from tfloop.errors import UserError
 from tfloop.metrics import SUMS, Loss
 from tfloop.randomness import Part
 from tfloop.state import TrainState
+from tfloop.user_code import told_in_one_line
 from tfloop.vectors import Vector, count_elements, select
-from tfloop.wording import first_sentence
 
 
 def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """[batch] float32: the loss of each example, from the model's outputs."""
     if state.loss is not None:
         meaning = "a value for each example of the batch"
-        found = _of_user(state.loss, labels, outputs)
+        what = f"the loss function fails on labels int64 {labels.shape} and outputs {outputs.shape}"
+        with told_in_one_line(what):
+            found = state.loss(labels, outputs)
         return _check_shape(found, labels.shape, "the loss function", meaning)
     sigmoid = models.output_activation(state.model) == "sigmoid"
     smoothing = tf.convert_to_tensor(state.hyper["label_smoothing"])
     return cross_entropy(labels, outputs, smoothing, sigmoid)
-
-
-def _of_user(loss: Callable, labels: tf.Tensor, outputs: tf.Tensor) -> Any:
-    """What a loss of the user's own gives.
-
-    Raises:
-      UserError: it fails, with its first line.
-    """
-    try:
-        return loss(labels, outputs)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a function of one's own may raise
-        raise UserError(
-            f"the loss function fails on labels int64 {labels.shape} and outputs {outputs.shape}: "
-            f"{first_sentence(error)}"
-        ) from None
 
 
 def cross_entropy(
@@ -151,7 +136,7 @@ def forward_and_backward(
         found = state.connected(tape.gradient(scaled, state.weights))
     if state.loss_scale is not None:
         found = {name: _divided(gradient, state.loss_scale) for name, gradient in found.items()}
-    loss, of_penalties = penalized(state, data, model)
+    loss, of_penalties = with_penalties(state, data, model)
     for name, gradient in of_penalties.items():
         found[name] = found[name] + gradient
     gradients = Vector.of(found)
@@ -162,7 +147,7 @@ def _divided(gradient: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.convert_to_tensor(gradient), tf.float32) / scale
 
 
-def penalized(
+def with_penalties(
     state: TrainState, data: tf.Tensor, model: tf.Tensor
 ) -> tuple[Loss, dict[str, tf.Tensor]]:
     """The loss with its penalties, and their gradients by weight, for those that they count."""

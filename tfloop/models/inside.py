@@ -55,8 +55,6 @@ class Inside:
         self._model, self._training, self._key, self._seen = model, training, key, seen
         self._drawn = 0
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        layers = [x for x in keras_layers(model) if type(x).__module__.startswith("keras.")]
-        self._kerass = {id(generator) for x in layers for generator in x._seed_generators}
 
     @contextlib.contextmanager
     def entered(self) -> Iterator["Inside"]:
@@ -87,6 +85,9 @@ class Inside:
 
     def _seed(self) -> None:
         """Give Keras's layers their seeds, but for those that this pass draws for."""
+        generators = seed_generators(self._model)
+        if not generators:
+            return
         # What is called whole may loop over a layer, in which Keras draws.
         whole = {
             id(layer) for called in _called_whole(self._model) for layer in keras_layers(called)
@@ -97,9 +98,16 @@ class Inside:
             if draw_of(layer) and id(layer) not in whole
         ]
         left = {id(generator) for layer in drawn for generator in layer._seed_generators}
-        for number, generator in enumerate(seed_generators(self._model)):
+        for number, generator in enumerate(generators):
             if id(generator) not in left:
                 self._seed_one(number, generator)
+
+    @functools.cached_property
+    def _kerass(self) -> set[int]:
+        """The ids of the generators that Keras's own layers hold."""
+        layers = keras_layers(self._model)
+        own = [x for x in layers if type(x).__module__.startswith("keras.")]
+        return {id(generator) for x in own for generator in x._seed_generators}
 
     def _seed_one(self, number: int, generator: keras.random.SeedGenerator) -> None:
         """The seed of the model's generator of this number: a function of the step's key."""

@@ -32,7 +32,8 @@ def mask_of(parts: list[tf.Tensor]) -> tf.Tensor | None:
     masks = [get_keras_mask(part) for part in parts]
     if any(mask is None for mask in masks):
         return None
-    return tf.concat(masks, axis=0)
+    is_one = all(mask is masks[0] for mask in masks)  # for all parts, as `split` leaves it
+    return masks[0] if is_one else tf.concat(masks, axis=0)
 
 
 def with_masks_of(outputs: list[tf.Tensor], inputs: list[tf.Tensor]) -> list[tf.Tensor]:

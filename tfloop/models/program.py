@@ -13,8 +13,6 @@ import keras
 import tensorflow as tf
 from keras.src.models import Functional
 
-SQUASHING = ("softmax", "sigmoid")
-
 
 class Call(NamedTuple):
     """One operation of a model, called once."""
@@ -195,7 +193,7 @@ def _find_squashed(
         activation = activation_name(call.operation)
         if len(call.inputs) != 1 or getattr(call.operation, "activity_regularizer", None):
             return None
-        if activation in SQUASHING:
+        if activation:
             return place, activation
         if not _changes_nothing(call.operation):
             return None

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfloop.errors import UserError
 from tfloop.models.names import keras_layers, variable_names
-from tfloop.wording import first_sentence
+from tfloop.user_code import told_in_one_line
 
 Model: TypeAlias = Any  # a keras.Model, or a tf.Module that can be called; neither has types
 
@@ -122,18 +122,10 @@ def _chosen(model: Model, which: Penalize) -> Iterable:
 
 
 def _asks(which: Callable, variable: Any) -> bool:
-    """What a function of the user's own says of a variable.
-
-    Raises:
-      UserError: it fails.
-    """
-    try:
+    """What a function of the user's own says of a variable."""
+    name = getattr(variable, "path", variable.name)
+    with told_in_one_line(f"penalize: the function fails on {name}"):
         return bool(which(variable))
-    except Exception as error:  # whatever a function of one's own may raise
-        name = getattr(variable, "path", variable.name)
-        raise UserError(
-            f"penalize: the function fails on {name}: {first_sentence(error)}"
-        ) from None
 
 
 def _kernels(model: Model, variables: Iterable) -> list:
