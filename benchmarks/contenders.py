@@ -47,11 +47,11 @@ class Job:
         self.data = data
         order = pipelines.order(self.config.seed, 0, len(data.train)).numpy()
         images = (
-            data.train.images[order].astype(np.float32) - data.standardizer.mean
+            data.train.inputs[order].astype(np.float32) - data.standardizer.mean
         ) / data.standardizer.scale
         model = models.build(self.config, data.image_shape, data.classes)
         weights = {name: v.numpy() for name, v in models.named_variables(model)[0].items()}
-        return images, data.train.labels[order].astype("int64"), weights
+        return images, data.train.targets[order].astype("int64"), weights
 
 
 def set_up(config, intra: int = 0, inter: int = 0, gpu: bool = True):

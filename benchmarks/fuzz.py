@@ -191,7 +191,7 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_shards(path: Path) -> None:
         (packed / "index.npz").unlink(missing_ok=True)
-        loaded = shards.load(packed).train.images
+        loaded = shards.load(packed).train.inputs
         if not set(loaded.read(np.arange(len(loaded)))[0]) <= known:
             raise AssertionError("a damaged record was taken for a good one")
 

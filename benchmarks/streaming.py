@@ -96,7 +96,7 @@ def main() -> None:
             ],
             [
                 [
-                    f"{loop.data.train.images.nbytes / 2**20:.0f}",
+                    f"{loop.data.train.inputs.nbytes / 2**20:.0f}",
                     options.limit_mib,
                     f"{before:.0f}",
                     f"{mean(notes[:quarter]):.0f}",
@@ -114,7 +114,7 @@ def main() -> None:
         options.out,
         {
             "environment": found,
-            "images_mib": loop.data.train.images.nbytes / 2**20,
+            "images_mib": loop.data.train.inputs.nbytes / 2**20,
             "limit_mib": options.limit_mib,
             "memory_at_start_mib": before,
             "seconds_and_memory_mib": [[round(a, 2), round(b, 1)] for a, b in notes],
@@ -133,7 +133,7 @@ def main() -> None:
         axes.plot(*zip(*notes, strict=True), label="memory in use")
         axes.axhline(before + options.limit_mib, color="tab:red", linestyle="--", label="limit")
         axes.axhline(
-            loop.data.train.images.nbytes / 2**20,
+            loop.data.train.inputs.nbytes / 2**20,
             color="tab:gray",
             linestyle=":",
             label="the images",

@@ -73,9 +73,9 @@ def by_keras(epochs: int, validation_size: int, steps_per_execution: int) -> dic
         return (images.astype("float32") - data.standardizer.mean) / data.standardizer.scale
 
     x, y, held_out = (
-        scaled(data.train.images),
-        data.train.labels,
-        (scaled(data.validation.images), data.validation.labels),
+        scaled(data.train.inputs),
+        data.train.targets,
+        (scaled(data.validation.inputs), data.validation.targets),
     )
     # TensorFlow is up before the clock runs.
     model = models.build(config, data.image_shape, data.classes)

@@ -234,7 +234,7 @@ def plain(case: Case, parts: int = 1) -> tuple[list[dict[str, float]], list[np.n
             key_of.epoch.assign(epoch), key_of.batch_index.assign(first // BATCH)
             for part in np.array_split(np.arange(len(rows)), parts):
                 own = slice(part[0], part[-1] + 1)
-                x, y = tf.constant(data.images[rows]), data.labels[rows[own]]
+                x, y = tf.constant(data.inputs[rows]), data.targets[rows[own]]
                 with tf.GradientTape() as tape:
                     tape.watch([weight.value for weight in weights])
                     if case.call:

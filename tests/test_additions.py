@@ -13,7 +13,7 @@ from tfloop import commands, models
 from tfloop.cli import main
 from tfloop.commands.command import Command
 from tfloop.data import sources
-from tfloop.data.dataset import from_arrays
+from tfloop.data.arrays import from_arrays
 from tfloop.inspection.dashboards import scalars
 from tfloop.inspection.event_files import read_scalars
 from tfloop.inspection.moments import summary

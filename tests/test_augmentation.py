@@ -129,8 +129,8 @@ def test_augmentation_is_part_of_training_alone_and_repeats(loop):
     )
     one, plain = loop(**settings), loop()
     batch = one.batch(0)
-    inputs = one.state.inputs(batch.images, one.state.key())
-    assert not np.array_equal(inputs, plain.state.inputs(batch.images, plain.state.key()))
+    inputs = one.state.prepared(batch.inputs, one.state.key())
+    assert not np.array_equal(inputs, plain.state.prepared(batch.inputs, plain.state.key()))
     first = one.fit(2)
     one.state.reset()
     assert one.fit(2).train == first.train and one.traces["train"] == 1

@@ -176,7 +176,7 @@ def test_evaluate_repeats_the_final_metrics(train, tmp_path, capsys):
 @pytest.mark.quick
 def test_predict_writes_class_and_probabilities_of_arrays_and_pictures(train, tmp_path, capsys):
     train("--quiet", "--epochs=10")
-    images = tfloop.load("digits").test.images[:5]
+    images = tfloop.load("digits").test.inputs[:5]
     np.savez(tmp_path / "new.npz", images=images)
     (tmp_path / "pictures").mkdir()
     for i, image in enumerate(images):
@@ -270,7 +270,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
             ["launch", "--workers=33", "--preset=digits"],
             "--batch_size=32 cannot be cut into 33 equal parts, one for each worker",
         ),
-        (["predict", "/nowhere"], "expected RUN and IMAGES"),
+        (["predict", "/nowhere"], "expected RUN and INPUTS"),
         (["schedule"], "choose --print, or --plot=FILE.png"),
         (
             ["schedule", "--preset=digits", "--plot=/nowhere/x.png"],

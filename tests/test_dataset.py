@@ -39,18 +39,18 @@ def folder(tmp_path, random):
 
 
 def test_shipped_mnist_is_the_standard_set(mnist):
-    assert mnist.train.images.shape == (60000, 28, 28, 1) and mnist.test.images.shape == (
+    assert mnist.train.inputs.shape == (60000, 28, 28, 1) and mnist.test.inputs.shape == (
         10000,
         28,
         28,
         1,
     )
-    assert mnist.classes == 10 and np.bincount(mnist.train.labels)[:3].tolist() == [
+    assert mnist.classes == 10 and np.bincount(mnist.train.targets)[:3].tolist() == [
         5923,
         6742,
         5958,
     ]
-    assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert mnist.train.targets[:5].tolist() == [5, 0, 4, 1, 9]
 
 
 def test_shapes_and_classes_follow_from_the_files(folder):
@@ -129,7 +129,8 @@ def test_labels_in_place_of_images_are_noticed(folder):
     shutil.copy(folder / "train-labels-idx1-ubyte.gz", folder / "train-images-idx3-ubyte.gz")
     (folder / "train-images-idx3-ubyte").unlink()
     with pytest.raises(
-        UserError, match=r"training images: expected numbers of shape .* found uint8 \(20,\)"
+        UserError,
+        match=r"train-images-idx3-ubyte: expected numbers of shape .* found uint8 \(20,\)",
     ):
         tfloop.load(str(folder))
 
@@ -152,50 +153,49 @@ def arrays(**changed):
 
 
 def test_npz_as_keras_writes_it_with_colour_and_one_hot_labels(tmp_path):
-    np.savez(tmp_path / "a.npz", **arrays(y_train=np.eye(2)[np.arange(6) % 2]))
+    one_hot = {name: np.eye(2)[np.arange(n) % 2] for name, n in (("y_train", 6), ("y_test", 4))}
+    np.savez(tmp_path / "a.npz", **arrays(**one_hot))
     data = tfloop.load(str(tmp_path / "a.npz"))
-    assert (
-        data.image_shape == (4, 4, 3)
-        and data.classes == 2
-        and data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
-    )
+    assert data.image_shape == (4, 4, 3) and data.classes == 2
+    assert data.target.kind == "shares"
+    assert data.class_numbers(data.train.targets).tolist() == [0, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(y_train=np.arange(5)), "6 training images but 5 labels"),
+        (dict(y_train=np.arange(5)), "6 training images but 5 targets"),
         (
             dict(y_test=np.array([0, 1, 2, 1])),
-            "test label 2 is out of range: training labels go from 0 to 1",
+            "test targets: label 2 is out of range: training labels go from 0 to 1",
         ),
         (
             dict(y_train=np.array([0, 1, 0, -1, 0, 1])),
-            "training labels: label -1 in row 3 is not a class number",
+            "training targets: label -1 in row 3 is not a class number; for values to come close",
         ),
         (
-            dict(y_train=np.array([0, 1, 0, 0.5, 0, 1])),
-            "training labels: label 0.5 in row 3 is not a class number",
+            dict(y_train=np.array([0, 1, 0, np.nan, 0, 1])),
+            "training targets: row 3 is NaN or infinite",
         ),
-        (dict(y_train=np.ones((6, 2))), "training labels: the rows of .* are not one-hot"),
+        (dict(y_train=np.array(["a"] * 6)), "training targets: expected numbers, found"),
         (
             dict(y_train=np.eye(3)[[0, 1] * 3], y_test=np.eye(2)[[0, 1] * 2]),
-            "3 columns for training and 2 for the test",
+            "3 columns for training and 2 here",
         ),
-        (dict(y_train=np.zeros(6, int)), "all training labels are 0"),
+        (dict(y_train=np.zeros(6, int)), "all labels are 0: nothing to tell apart"),
         (
             dict(x_train=np.full((6, 4, 4, 3), np.nan)),
-            "training images: image 0 has a pixel that is NaN or infinite",
+            "training inputs: image 0 has a pixel that is NaN or infinite",
         ),
         (
             dict(x_test=np.full((4, 4, 4, 3), 1e300)),
-            "test images: image 0 has a pixel that is NaN or infinite",
+            "test inputs: image 0 has a pixel that is NaN or infinite",
         ),
         (
             dict(x_test=np.zeros((4, 5, 4, 3), np.uint8)),
             "training images are 4×4×3 uint8, test images 5×4×3 uint8",
         ),
-        (dict(x_train=np.zeros((6, 4))), "training images: expected numbers of shape"),
+        (dict(x_train=np.zeros((6, 4))), "training inputs are 4 float32, test inputs 4×4×3 uint8"),
         (
             dict(x_train=np.zeros((0, 4, 4, 3), np.uint8), y_train=np.zeros(0, int)),
             "there are no training images",
@@ -239,7 +239,7 @@ def test_one_hot_columns_count_as_classes_even_where_training_has_none(tmp_path)
 
 
 def test_standardizer_is_scikit_learns_over_the_training_images_only(digits):
-    flat = digits.train.images.reshape(len(digits.train), -1).astype(np.float64)
+    flat = digits.train.inputs.reshape(len(digits.train), -1).astype(np.float64)
     scaler = StandardScaler().fit(flat)
     np.testing.assert_allclose(digits.standardizer.mean.ravel(), scaler.mean_, rtol=1e-6)
     np.testing.assert_allclose(digits.standardizer.scale.ravel(), scaler.scale_, rtol=1e-6)
@@ -254,11 +254,11 @@ def test_a_pixel_that_never_varies_stays_finite():
 def test_shuffled_joins_and_cuts_again_by_seed(digits):
     one, again, other = (tfloop.load("digits", split="shuffled", seed=seed) for seed in (1, 1, 2))
     assert len(one.train) == len(digits.train) and len(one.test) == len(digits.test)
-    np.testing.assert_array_equal(one.test.images, again.test.images)
-    assert (one.test.labels != other.test.labels).any()
+    np.testing.assert_array_equal(one.test.inputs, again.test.inputs)
+    assert (one.test.targets != other.test.targets).any()
 
     def pool(data):
-        return sorted(map(bytes, np.concatenate([data.train.images, data.test.images])))
+        return sorted(map(bytes, np.concatenate([data.train.inputs, data.test.inputs])))
 
     assert pool(one) == pool(digits)
 
@@ -266,9 +266,9 @@ def test_shuffled_joins_and_cuts_again_by_seed(digits):
 def test_validation_is_stratified_and_taken_from_training_only(digits):
     data = tfloop.load("digits", validation_size=200)
     assert len(data.validation) == 200 and len(data.train) == len(digits.train) - 200
-    np.testing.assert_array_equal(data.test.images, digits.test.images)
-    expected = 200 * np.bincount(digits.train.labels) / len(digits.train)
-    assert np.abs(np.bincount(data.validation.labels) - expected).max() <= 1
+    np.testing.assert_array_equal(data.test.inputs, digits.test.inputs)
+    expected = 200 * np.bincount(digits.train.targets) / len(digits.train)
+    assert np.abs(np.bincount(data.validation.targets) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_the_walk_back_gives_the_gradients_of_the_tape(loop, settings):
     one = loop(**settings)
     plain = tfloop.forward_and_backward(one.state, one.batch(0))
     walked = debugger.forward_and_backward(one.state, one.batch(0))
-    np.testing.assert_array_equal(walked.logits, plain.logits)
+    np.testing.assert_array_equal(walked.outputs, plain.outputs)
     assert list(walked.gradients) == list(plain.gradients)
     for name, gradient in plain.gradients.items():
         np.testing.assert_allclose(walked.gradients[name], gradient, rtol=1e-5, atol=1e-7)
@@ -80,7 +80,7 @@ def test_layers_come_from_the_last_to_the_first_with_their_own_weights(loop):
         assert layer.upstream.shape == layer.activation.shape
     kernel = one.state.weights["output/kernel"]
     np.testing.assert_allclose(layers[0].gradients["output/kernel"].l2, 0.02 * kernel, rtol=1e-6)
-    by_hand = (tf.nn.softmax(layers[0].activation) - tf.one_hot(one.batch(0).labels, 10)) / 100
+    by_hand = (tf.nn.softmax(layers[0].activation) - tf.one_hot(one.batch(0).targets, 10)) / 100
     np.testing.assert_allclose(layers[0].upstream, by_hand, rtol=1e-3, atol=1e-8)
     np.testing.assert_allclose(
         layers[0].gradients["output/bias"].data,
@@ -194,7 +194,7 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     pdb = Terminal("--l2=0.001", cwd=tmp_path)
     start = pdb.until("(tfloop) ")
     assert "train_step()" in start and "images, labels, sample_weight = batch" in start
-    while "-> loss, accuracy, examples, gradients, logits = grad_fn" not in pdb("n"):
+    while "-> loss, accuracy, examples, gradients, more, outputs = grad_fn" not in pdb("n"):
         pass
     assert "forward_and_backward()" in pdb("s")
     seen = []
@@ -216,7 +216,7 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     for expression in (
         "images",
         "labels",
-        "logits",
+        "outputs",
         "loss.data",
         "loss.l1",
         "loss.l2",
@@ -288,7 +288,7 @@ def test_it_stops_before_an_update_that_is_not_finite():
             "NameError: name 'gradient' is not defined; the names are state, batch, images",
         ),
         ("gradients['conv9/kernel'] > 3", "there are conv1/kernel, conv1/bias"),
-        ("logits", "ValueError|TypeError"),
+        ("outputs", "ValueError|TypeError"),
     ],
 )
 def test_a_condition_is_tried_before_training(loop, condition, message):

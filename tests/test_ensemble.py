@@ -83,12 +83,12 @@ def test_members_have_seeds_of_their_own_and_the_mean_of_their_probabilities_is_
     )
     mean = np.mean(
         [
-            tfloop.predict(tfloop.open_run(tmp_path / name)[1], digits.test.images)
+            tfloop.predict(tfloop.open_run(tmp_path / name)[1], digits.test.inputs)
             for name in found["folders"]
         ],
         axis=0,
     )
-    assert np.mean(mean.argmax(axis=1) == digits.test.labels) == found["test_accuracy"]
+    assert np.mean(mean.argmax(axis=1) == digits.test.targets) == found["test_accuracy"]
 
 
 def test_more_seeds_than_members_go_in_turns_with_one_trace(tmp_path):

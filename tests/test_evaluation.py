@@ -63,19 +63,19 @@ def test_the_command_prints_all_of_it_and_draws_it(tmp_path, capsys, digits):
     )
     assert main(["evaluate", str(tmp_path / "digits-001"), f"--plot={tmp_path / 'view.png'}"]) == 0
     said = capsys.readouterr().out
-    probabilities = tfloop.predict(tfloop.open_run(tmp_path / "digits-001")[1], digits.test.images)
-    found = evaluation.by_class(digits.test.labels, probabilities)
+    probabilities = tfloop.predict(tfloop.open_run(tmp_path / "digits-001")[1], digits.test.inputs)
+    found = evaluation.by_class(digits.test.targets, probabilities)
     assert (
         f"\n      3  {100 * found.precision[3]:7.2f} %  {100 * found.recall[3]:7.2f} %  "
         f"{found.images[3]:6d}\n" in said
     )
     assert (
         f"expected calibration error "
-        f"{100 * evaluation.calibration(digits.test.labels, probabilities).error:.2f} %" in said
+        f"{100 * evaluation.calibration(digits.test.targets, probabilities).error:.2f} %" in said
     )
-    worst = evaluation.confident_mistakes(digits.test.labels, probabilities)[0]
+    worst = evaluation.confident_mistakes(digits.test.targets, probabilities)[0]
     assert (
-        f"image {worst:6d}: is {digits.test.labels[worst]}, taken for "
+        f"image {worst:6d}: is {digits.test.targets[worst]}, taken for "
         f"{probabilities[worst].argmax()}" in said
     )
     assert (tmp_path / "view.png").read_bytes()[:4] == b"\x89PNG"
@@ -97,7 +97,7 @@ def test_a_model_without_mistakes_is_drawn_too(tmp_path):
 def test_predictions_averaged_over_shifts_are_the_mean_of_five(loop, digits):
     one = loop(average_shifts=1)
     one.fit(2)
-    images = digits.test.images[:20].astype(np.float32)
+    images = digits.test.inputs[:20].astype(np.float32)
     wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     views = [wide[:, y : y + 8, x : x + 8] for y, x in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
 
@@ -108,13 +108,13 @@ def test_predictions_averaged_over_shifts_are_the_mean_of_five(loop, digits):
 
     expected = np.mean([plain(view) for view in views], axis=0)
     np.testing.assert_allclose(
-        tfloop.predict(one.state, digits.test.images[:20]), expected, rtol=1e-5, atol=1e-7
+        tfloop.predict(one.state, digits.test.inputs[:20]), expected, rtol=1e-5, atol=1e-7
     )
     loss = -np.log(
-        np.mean([plain(view) for view in views], axis=0)[np.arange(20), digits.test.labels[:20]]
+        np.mean([plain(view) for view in views], axis=0)[np.arange(20), digits.test.targets[:20]]
     ).mean()
     assert one.evaluate(
-        tfloop.Split(digits.test.images[:20], digits.test.labels[:20])
+        tfloop.Split(digits.test.inputs[:20], digits.test.targets[:20])
     ).data == pytest.approx(loss, rel=1e-4)
 
 

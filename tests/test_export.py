@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     from tfloop.training import saved_run
 
     _, state, _ = saved_run.open_run(folder / "digits-001")
-    images = tfloop.load("digits").test.images[:50]
+    images = tfloop.load("digits").test.inputs[:50]
     return folder / "digits-001", images, predictions.predict(state, images)
 
 
@@ -124,8 +124,8 @@ def test_what_is_evaluated_is_what_predicts_and_is_exported_in_float32(
         ]
     )
     _, state, manifest = saved_run.open_run(tmp_path / "digits-001")
-    probabilities = predictions.predict(state, digits.test.images)
-    hits = np.sum(probabilities.argmax(axis=1) == digits.test.labels)
+    probabilities = predictions.predict(state, digits.test.inputs)
+    hits = np.sum(probabilities.argmax(axis=1) == digits.test.targets)
     assert (
         abs(hits - len(digits.test) * manifest["reached"]["epochs"][-1]["test"]["accuracy"])
         < images + 0.01
@@ -133,7 +133,7 @@ def test_what_is_evaluated_is_what_predicts_and_is_exported_in_float32(
     model = export.plain_model(state)
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
     np.testing.assert_allclose(
-        model(digits.test.images.astype(np.float32)), probabilities, atol=tolerance
+        model(digits.test.inputs.astype(np.float32)), probabilities, atol=tolerance
     )
 
 
@@ -199,7 +199,7 @@ def test_an_imported_keras_model_predicts_the_same(tmp_path, digits, front, last
     theirs.save(tmp_path / "m.keras")
     assert main(["import", str(tmp_path / "m.keras"), *MODEL, *flags, f"--logdir={tmp_path}"]) == 0
     _, state, _ = saved_run.open_run(tmp_path / "digits-001")
-    images = digits.test.images[:50]
+    images = digits.test.inputs[:50]
     expected = theirs(images.astype(np.float32)).numpy()
     if last is None:
         expected = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
@@ -222,10 +222,10 @@ def test_imported_weights_are_those_that_are_evaluated_and_functional_models_are
     keras.Model(inputs, x).save(tmp_path / "m.keras")
     assert main(["import", str(tmp_path / "m.keras"), *MODEL, *flags, f"--logdir={tmp_path}"]) == 0
     assert main(["evaluate", str(tmp_path / "digits-001")]) == 0
-    found = plain(digits.test.images.astype(np.float32)).numpy().argmax(axis=1)
+    found = plain(digits.test.inputs.astype(np.float32)).numpy().argmax(axis=1)
     accuracy = float(re.search(r"accuracy +([\d.]+) %", capsys.readouterr().out)[1])
     # In 16 bits one or two of the 360 images may go over to another class.
-    assert accuracy == pytest.approx(100 * np.mean(found == digits.test.labels), abs=0.6)
+    assert accuracy == pytest.approx(100 * np.mean(found == digits.test.targets), abs=0.6)
 
 
 def test_what_was_exported_can_be_imported_and_trained_on(run, tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_augmentation_draws_what_it_draws_on_the_cpu(digits):
     from tfloop.data import augmentation
     from tfloop.randomness import Key, seed_of
 
-    images, found = tf.cast(digits.train.images[:64], tf.float32), []
+    images, found = tf.cast(digits.train.inputs[:64], tf.float32), []
     for device in ("GPU", "CPU"):
         with tf.device(device):
             found.append(augmentation.shift(images, Key(seed_of(1, 2)), 2.0).numpy())

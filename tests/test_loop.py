@@ -35,9 +35,9 @@ def test_an_epoch_follows_keras_with_the_same_order(loop):
     total = 0.0
     for index in range(ours.steps):
         batch = pipelines.batch_at(ours.data.train, 100, 0, 0, index)
-        n = len(batch.labels)
+        n = len(batch.targets)
         twin.reset_metrics()
-        total += n * float(twin.train_on_batch(ours.state.standardize(batch.images), batch.labels))
+        total += n * float(twin.train_on_batch(ours.state.standardize(batch.inputs), batch.targets))
     *_, last = ours.train_epoch()
     assert last.step == 15 and n == 37
     assert last.train.total == pytest.approx(total / 1437, rel=1e-5)
@@ -48,9 +48,9 @@ def test_epoch_metrics_are_means_over_examples(loop):
     """With rate 0 nothing moves, so the epoch's mean is that of one large batch."""
     still = loop(learning_rate=0.0, l2=0.01)
     record = still.fit(1)
-    images, labels = still.data.train.images, still.data.train.labels
+    images, labels = still.data.train.inputs, still.data.train.targets
     whole = pipelines.Batch(tf.constant(images), tf.constant(labels), tf.ones(len(labels)))
-    loss, accuracy, examples, _, logits = forward_and_backward(still.state, whole)
+    loss, accuracy, examples, _, _, logits = forward_and_backward(still.state, whole)
     assert float(examples) == len(labels) and float(accuracy) == pytest.approx(
         record.train.accuracy, abs=1e-6
     )
@@ -66,12 +66,12 @@ def test_evaluation_agrees_with_numpy_float64(loop):
     trained = loop(l1=0.001, l2=0.01)
     trained.fit(1)
     test = trained.data.test
-    logits = np.float64(models.outputs(trained.state.model, trained.state.standardize(test.images)))
+    logits = np.float64(models.outputs(trained.state.model, trained.state.standardize(test.inputs)))
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     found = trained.evaluate(test)
     kernels = [np.float64(kernel) for kernel in trained.state.kernels.values()]
-    assert found.data == pytest.approx(-log_p[np.arange(len(test)), test.labels].mean(), rel=1e-5)
-    assert found.accuracy == pytest.approx((logits.argmax(axis=1) == test.labels).mean())
+    assert found.data == pytest.approx(-log_p[np.arange(len(test)), test.targets].mean(), rel=1e-5)
+    assert found.accuracy == pytest.approx((logits.argmax(axis=1) == test.targets).mean())
     assert found.l1 == pytest.approx(0.001 * sum(np.abs(k).sum() for k in kernels), rel=1e-5)
     assert found.l2 == pytest.approx(0.01 * sum((k**2).sum() for k in kernels), rel=1e-5)
     assert found.total == pytest.approx(found.data + found.l1 + found.l2, rel=1e-6)
@@ -117,7 +117,7 @@ def test_how_it_runs_does_not_change_a_bit_of_the_state(loop, settings):
     assert set(moved) >= {f"weights/{name}" for name in plain.state.weights}
     sums = {"totals"}
     assert without(bits(plain.state), sums) == without(bits(other.state), sums)
-    assert found.train == pytest.approx(expected.train, rel=1e-6)
+    assert found.train.by_name() == pytest.approx(expected.train.by_name(), rel=1e-6)
     assert found.test == expected.test
 
     same_calls = loop(dropout=0.3, steps_per_call=other.steps_per_call)
@@ -378,7 +378,7 @@ def test_an_update_that_is_not_finite_is_not_made(loop):
 
 def test_a_test_loss_that_is_not_finite_is_divergence_too(loop):
     trained = loop(optimizer="sgd", learning_rate=1e15, batch_size=1437)
-    with pytest.raises(DivergenceError, match="step 1: the loss on the images held out"):
+    with pytest.raises(DivergenceError, match="step 1: the loss on the examples held out"):
         trained.fit(1)
 
 
@@ -455,12 +455,12 @@ def test_two_equal_batches_are_one(loop, batch):
     )
 
 
-def test_rows_of_weight_0_change_nothing(loop, batch):
+def test_rows_that_are_left_out_change_nothing(loop, batch):
     state = loop().state
     padded = pipelines.Batch(
-        tf.concat([batch.images, batch.images[:9]], 0),
-        tf.concat([batch.labels, batch.labels[:9]], 0),
-        tf.concat([batch.sample_weight, tf.zeros(9)], 0),
+        tf.concat([batch.inputs, batch.inputs[:9]], 0),
+        tf.concat([batch.targets, batch.targets[:9]], 0),
+        tf.concat([batch.sample_weight, tf.fill([9], pipelines.LEFT_OUT)], 0),
     )
     np.testing.assert_allclose(
         step_gradient(state, padded), step_gradient(state, batch), rtol=1e-3, atol=1e-6
@@ -540,7 +540,7 @@ def test_mixed_precision_computes_in_16_bits_keeps_weights_in_32_and_learns_as_w
 ):
     mixed, full = loop(precision=precision, **settings), loop(**settings)
     state = mixed.state
-    seen = models.activations(state.model, state.standardize(mixed.data.test.images[:4]))
+    seen = models.activations(state.model, state.standardize(mixed.data.test.inputs[:4]))
     outputs = {name: value for name, _, value in seen}
     assert (
         outputs["conv1"].dtype == precision.removeprefix("mixed_")

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfloop
+from tfloop.data import spec
 from tfloop.data.pipelines import Batch
 
 
@@ -21,7 +22,7 @@ def gradient(state, batch, **options):
 def test_permuting_a_batch_does_not_change_its_gradient(loop, random):
     one = loop(l2=1e-3)
     batch = one.batch(0)
-    order = random.permutation(len(batch.labels))
+    order = random.permutation(len(batch.targets))
     permuted = Batch(*(tf.gather(part, order) for part in batch))
     np.testing.assert_allclose(
         gradient(one.state, permuted), gradient(one.state, batch), rtol=1e-3, atol=1e-6
@@ -60,7 +61,9 @@ def test_the_gradient_of_two_halves_is_their_mean(loop):
 def test_scaling_the_loss_scales_the_gradients(digits, factor):
     def state(scale):
         config = tfloop.Config.make("digits", conv=(4,), dense=(8,))
-        built = tfloop.make_state(config, digits.image_shape, 10, 15, digits.standardizer)
+        built = tfloop.make_state(
+            config, spec.of_images(digits.image_shape, 10), 15, digits.standardizer
+        )
 
         def loss(labels, outputs):
             return scale * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs)
@@ -99,15 +102,19 @@ def test_doubling_decay_steps_halves_the_schedules_speed(name, hyper):
         assert float(long(2 * step)) == pytest.approx(float(short(step)), rel=1e-5)
 
 
-def test_the_weight_of_a_row_is_how_often_it_counts(loop):
+def test_the_weight_of_a_row_is_how_much_its_loss_counts(loop, random):
+    """The sum of the weighted losses over the number of rows, as Keras has it."""
     one = loop()
     batch = one.batch(0)
-    without = Batch(*(part[:60] for part in batch))
-    masked = batch._replace(
-        sample_weight=tf.concat([tf.ones(60), tf.zeros(len(batch.labels) - 60)], 0)
-    )
+    weight = random.integers(0, 3, batch.rows)
+    rows = np.repeat(np.arange(batch.rows), weight)
+    repeated = Batch(*(tf.gather(part, rows) for part in batch))
+    weighted = batch._replace(sample_weight=tf.constant(weight, tf.float32))
     np.testing.assert_allclose(
-        gradient(one.state, masked), gradient(one.state, without), rtol=1e-3, atol=1e-6
+        gradient(one.state, weighted),
+        gradient(one.state, repeated) * (len(rows) / batch.rows),
+        rtol=1e-3,
+        atol=1e-6,
     )
 
 
@@ -121,7 +128,7 @@ def test_permuting_the_classes_permutes_the_outputs(loop, random):
         weight = one.state.weights[name]
         weight.assign(tf.gather(weight, order, axis=-1))
     relabelled = tfloop.forward_and_backward(
-        one.state, batch._replace(labels=tf.gather(tf.argsort(order), batch.labels))
+        one.state, batch._replace(targets=tf.gather(tf.argsort(order), batch.targets))
     )
     assert float(relabelled.loss.total) == pytest.approx(float(plain.loss.total), rel=1e-5)
     np.testing.assert_allclose(

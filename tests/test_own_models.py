@@ -139,7 +139,7 @@ def test_with_a_loss_of_ones_own_a_model_may_end_in_probabilities(train, digits)
         model, "sgd", 0.1, loss=keras.losses.sparse_categorical_crossentropy, epochs=2
     )
     assert record.test.accuracy > 0.5
-    images = digits.test.images[:5]
+    images = digits.test.inputs[:5]
     np.testing.assert_allclose(
         tfloop.predict(state, images), model(state.standardize(images)), rtol=1e-6
     )
@@ -394,10 +394,10 @@ def test_tensorflows_own_checkpoint_keeps_a_state_whole(train, tmp_path):
 
 def test_predictions_are_those_of_the_weights_that_were_evaluated(train, digits):
     state, record = train(linear(), "sgd", 0.05, ema=0.99)
-    raw = models.outputs(state.model, state.standardize(digits.test.images)).numpy().argmax(1)
-    found = tfloop.predict(state, digits.test.images).argmax(1)
+    raw = models.outputs(state.model, state.standardize(digits.test.inputs)).numpy().argmax(1)
+    found = tfloop.predict(state, digits.test.inputs).argmax(1)
     assert (
-        np.mean(found == digits.test.labels) == pytest.approx(record.test.accuracy, abs=1e-6)
+        np.mean(found == digits.test.targets) == pytest.approx(record.test.accuracy, abs=1e-6)
         and (found != raw).any()
     )
 
@@ -415,7 +415,7 @@ def test_predictions_are_those_of_the_weights_that_were_evaluated(train, digits)
         (lambda data: tfloop.TrainState(Gated), "can be called; found the class Gated"),
         (
             lambda data: tfloop.Loop(
-                tfloop.TrainState(linear()), (data.train.images, data.train.labels)
+                tfloop.TrainState(linear()), (data.train.inputs, data.train.targets)
             ),
             r"expected a tfloop.Dataset, found tuple; tfloop.from_arrays",
         ),
@@ -453,11 +453,11 @@ def test_what_does_not_fit_the_data_is_named(train, digits):
         (lambda: loop.evaluate(digits.test.take(slice(0, 0))), "there are no images to evaluate"),
         (
             lambda: loop.evaluate(
-                tfloop.Split(digits.test.images / np.float32(2), digits.test.labels)
+                tfloop.Split(digits.test.inputs / np.float32(2), digits.test.targets)
             ),
             "images to evaluate are float32, those of the training uint8",
         ),
-        (lambda: tfloop.predict(state, digits.test.images[:0]), "there are no images to predict"),
+        (lambda: tfloop.predict(state, digits.test.inputs[:0]), "there are no images to predict"),
     ]:
         with pytest.raises(tfloop.UserError, match=expected):
             call()

@@ -45,12 +45,12 @@ def test_order_is_the_same_compiled():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_epoch_holds_every_example_once_and_its_last_batch_is_shorter(split, name):
     batches = epoch(pipelines.make(name, split, 5))
-    assert [batch.images.shape for batch in batches] == [(5, 3, 2, 1)] * 4 + [(3, 3, 2, 1)]
-    labels = np.concatenate([batch.labels.numpy() for batch in batches])
+    assert [batch.inputs.shape for batch in batches] == [(5, 3, 2, 1)] * 4 + [(3, 3, 2, 1)]
+    labels = np.concatenate([batch.targets.numpy() for batch in batches])
     assert sorted(labels) == list(range(23)) and labels.tolist() != list(range(23))
     assert all((batch.sample_weight.numpy() == 1).all() for batch in batches)
     for batch in batches:
-        np.testing.assert_array_equal(batch.images, split.images[batch.labels])
+        np.testing.assert_array_equal(batch.inputs, split.inputs[batch.targets])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,5 +75,5 @@ def test_an_unknown_pipeline_is_named(split):
 
 def test_auto_is_resident_where_the_images_fit(split, monkeypatch):
     assert pipelines.make("auto", split, 5).name == "resident"
-    monkeypatch.setattr(pipelines, "comfortable_bytes", lambda: split.images.nbytes)
+    monkeypatch.setattr(pipelines, "comfortable_bytes", lambda: split.inputs.nbytes)
     assert pipelines.make("auto", split, 5).name == "prefetch"

@@ -62,11 +62,11 @@ def test_what_is_packed_is_read_again_at_any_place(packed, digits, random):
     assert data.image_shape == (8, 8, 1) and data.classes == 10
     for part in ("train", "test"):
         found, expected = getattr(data, part), getattr(digits, part)
-        np.testing.assert_array_equal(found.images[:], expected.images)
-        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(found.inputs[:], expected.inputs)
+        np.testing.assert_array_equal(found.targets, expected.targets)
     rows = random.permutation(len(digits.train))[:50]
-    np.testing.assert_array_equal(data.train.images[rows], digits.train.images[rows])
-    np.testing.assert_array_equal(data.train.take(rows).images[3:7], digits.train.images[rows[3:7]])
+    np.testing.assert_array_equal(data.train.inputs[rows], digits.train.inputs[rows])
+    np.testing.assert_array_equal(data.train.take(rows).inputs[3:7], digits.train.inputs[rows[3:7]])
     np.testing.assert_allclose(data.standardizer.mean, digits.standardizer.mean, rtol=1e-6)
     np.testing.assert_allclose(data.standardizer.scale, digits.standardizer.scale, rtol=1e-6)
 
@@ -145,7 +145,7 @@ def test_decoded_images_are_kept_where_a_cache_is_asked_for(packed, tmp_path):
     assert result(tmp_path / "a")["weights_sha256"] == result(tmp_path / "b")["weights_sha256"]
     made = list((tmp_path / "cache").iterdir())
     assert len(made) == 1 and len(shards.shards(made[0], "train")) == 1
-    raw = shards.load(made[0]).train.images
+    raw = shards.load(made[0]).train.inputs
     assert b"PNG" not in raw.read(np.arange(1))[0][0]
     assert main(["train", *SMALL, "--cache=x", f"--logdir={tmp_path}"]) == 2  # no shards
 
@@ -176,8 +176,8 @@ def test_a_folder_to_each_class_is_packed(tmp_path, random, format, divided):
     train = [i for i in range(32 if divided else 36) if i % 2 == 0] + [
         i for i in range(32 if divided else 36) if i % 2
     ]
-    np.testing.assert_array_equal(data.train.images[:], images[train])
-    np.testing.assert_array_equal(data.train.labels, [i % 2 for i in train])
+    np.testing.assert_array_equal(data.train.inputs[:], images[train])
+    np.testing.assert_array_equal(data.train.targets, [i % 2 for i in train])
     assert len(data.test) == (8 if divided else 4)
 
 
@@ -201,9 +201,9 @@ def test_shards_of_others_with_their_names_for_things_and_jpeg_are_read(tmp_path
                 )
     data = tfloop.load(str(tmp_path))
     np.testing.assert_array_equal(
-        data.train.images[:], [tf.io.decode_jpeg(tf.io.encode_jpeg(image)) for image in images]
+        data.train.inputs[:], [tf.io.decode_jpeg(tf.io.encode_jpeg(image)) for image in images]
     )
-    assert data.train.labels.tolist() == [0, 1] * 3
+    assert data.train.targets.tolist() == [0, 1] * 3
 
 
 def test_packing_says_what_is_wrong_and_leaves_nothing(tmp_path, capsys):
@@ -260,7 +260,7 @@ def damage(path: Path, at: int) -> None:
 
 def place(folder: Path, row: int) -> tuple[Path, int, int, int]:
     """(shard, number in it, offset of its content, length) of a training record."""
-    images = tfloop.load(str(folder)).train.images
+    images = tfloop.load(str(folder)).train.inputs
     shard, number, offset, length = (
         int(images.index[name][row]) for name in ("shard", "number", "offset", "length")
     )
@@ -293,7 +293,7 @@ def test_after_a_damaged_length_the_rest_of_the_shard_is_given_up(copy):
     path, number, offset, _ = place(copy, 700)
     in_shard = int(
         np.sum(
-            tfloop.load(str(copy)).train.images.index["shard"]
+            tfloop.load(str(copy)).train.inputs.index["shard"]
             == shards.shards(copy, "train").index(path)
         )
     )
@@ -437,9 +437,9 @@ status = open("/proc/self/status").read()
 used = int(status.partition("VmData:")[2].split()[0]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (used + (96 << 20),) * 2)  # 96 MiB more, and no more
 steps = sum(record.steps for record in records if isinstance(record, Call))
-print("streamed", steps, loop.data.train.images.nbytes >> 20)
+print("streamed", steps, loop.data.train.inputs.nbytes >> 20)
 try:
-    np.ones(loop.data.train.images.shape, np.uint8)
+    np.ones(loop.data.train.inputs.shape, np.uint8)
 except MemoryError:
     print("in memory they have no room")
 """
@@ -478,10 +478,10 @@ def test_a_png_that_is_just_as_long_as_its_raw_bytes_is_still_a_png(tmp_path, ra
             for label, image in enumerate(images):
                 writer.write(pack.example(image, label, "raw" if label == 2 else "png"))
     data = tfloop.load(str(tmp_path))
-    assert data.train.images.index["raw"].tolist() == [False, False, True, False]
-    np.testing.assert_array_equal(data.train.images[:], images)
+    assert data.train.inputs.index["raw"].tolist() == [False, False, True, False]
+    np.testing.assert_array_equal(data.train.inputs[:], images)
     np.testing.assert_array_equal(
-        next(pipelines.Streamed(data.train, 4, False).begin(0, 0, 0)).images,
+        next(pipelines.Streamed(data.train, 4, False).begin(0, 0, 0)).inputs,
         np.array(images)[pipelines.order(0, 0, 4).numpy()],
     )
 

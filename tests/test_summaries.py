@@ -183,7 +183,7 @@ def test_precision_and_recall_for_every_class(full):
     curves = full[1]["test"]["pr_curves"]
     assert sorted(curves) == [f"class_{label}/pr_curves" for label in range(10)]
     true_positives, false_positives, *_ = make_ndarray(curves["class_3/pr_curves"][-1].tensor_proto)
-    labels = tfloop.load("digits", validation_size=100).test.labels
+    labels = tfloop.load("digits", validation_size=100).test.targets
     assert true_positives[0] == (labels == 3).sum() and true_positives[0] + false_positives[
         0
     ] == len(labels)
@@ -214,7 +214,7 @@ def test_the_projector_has_embeddings_labels_and_thumbnails(full):
     test = tfloop.load("digits", validation_size=100).test
     count = min(len(test), 500)
     assert np.fromfile(folder / "test/embeddings.bytes", "<f4").reshape(count, 8).std() > 0
-    assert [int(line) for line in (folder / "test/labels.tsv").read_text().split()] == test.labels[
+    assert [int(line) for line in (folder / "test/labels.tsv").read_text().split()] == test.targets[
         :count
     ].tolist()
     side = int(np.ceil(np.sqrt(count)))

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from tfloop.assembly import make_state as make_state
     from tfloop.config import PRESETS as PRESETS
     from tfloop.config import Config as Config
+    from tfloop.data.arrays import from_arrays as from_arrays
     from tfloop.data.augmentation import Augmentation as Augmentation
     from tfloop.data.dataset import Dataset as Dataset
     from tfloop.data.dataset import Split as Split
     from tfloop.data.dataset import Standardizer as Standardizer
-    from tfloop.data.dataset import from_arrays as from_arrays
     from tfloop.data.pipelines import Batch as Batch
     from tfloop.data.sources import load as load
     from tfloop.errors import DivergenceError as DivergenceError
@@ -76,7 +76,7 @@ _HOME = {
     "UserError": "errors",
     "example_losses": "step",
     "forward_and_backward": "step",
-    "from_arrays": "data.dataset",
+    "from_arrays": "data.arrays",
     "load": "data.sources",
     "losses": "step",
     "make_loop": "assembly",

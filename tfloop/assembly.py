@@ -2,18 +2,24 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
+import tensorflow as tf
 
-from tfloop import models
+from tfloop import models, scores, user_code
 from tfloop.config import FIELDS, Config, hyperparameters
 from tfloop.data import pack, sources
 from tfloop.data.augmentation import Augmentation
-from tfloop.data.dataset import Dataset, Standardizer
+from tfloop.data.dataset import Dataset, Standardizer, is_scaled, targets_text
+from tfloop.data.spec import Array, Spec, of_data
+from tfloop.data.user_data import options_of
 from tfloop.errors import UserError
 from tfloop.loop import Loop
+from tfloop.nests import map_leaves
 from tfloop.optimizers import CLIPS, Optimizer
 from tfloop.schedules import Schedule, needs_length
 from tfloop.state import TrainState
@@ -21,7 +27,12 @@ from tfloop.wording import shape_text
 
 
 def load_data(config: Config) -> Dataset:
-    """The data set that `config` names."""
+    """The data set that `config` names; for the article's CNN grey images have a channel."""
+    data = _load_data(config)
+    return data if config.model else data.as_images()
+
+
+def _load_data(config: Config) -> Dataset:
     if not config.cache:
         return _load(config, config.dataset, config.validation_size)
     whole = _load(config, config.dataset, validation_size=0)
@@ -43,6 +54,7 @@ def _load(config: Config, dataset: str, validation_size: int) -> Dataset:
         config.standardize,
         config.split_seed,
         config.on_bad_record,
+        config.data_options if dataset == config.dataset else (),
     )
 
 
@@ -114,32 +126,117 @@ def settle(loop: Loop, config: Config) -> None:
     loop.state.initial_hyper = numbers
 
 
+def make_model(config: Config, spec: Spec) -> tuple[Any, Callable[[int], dict[str, np.ndarray]]]:
+    """(the model that `config` names, seed → the first value of each of its variables by name).
+
+    A function of the user's own is called with those of `config`, `inputs` (a nest of
+    spec.Array: shape and dtype of one example), `input_shape` (of the only input), `classes`,
+    `targets` (what each is, by name) and --model_options that it takes. Keras's random numbers
+    follow from --seed, and its layers compute in --precision.
+
+    Raises:
+      UserError: the function fails, or gives no model.
+    """
+    if not config.model:
+        if spec.target is None or spec.target.kind == "values" or spec.target.is_for_places:
+            raise UserError(
+                f"the article's CNN tells the class of an image; the targets are "
+                f"{targets_text(spec.kinds)}: give a --model of your own"
+            )
+        model = models.build(config, spec.image_shape, spec.classes)
+        return model, functools.partial(models.initial_weights, model)
+    code = user_code.load(config.model, "model")
+    known = {
+        "config": config,
+        "inputs": spec.inputs,
+        "classes": spec.classes,
+        "targets": spec.kinds,
+    }
+    if isinstance(spec.inputs, Array):
+        known["input_shape"] = spec.inputs.shape
+    options = options_of(config.model_options, "model_options")
+
+    def build(seed: int) -> Any:
+        with models.seeded(seed, config.precision), code.told("model"):
+            model = code.call("model", known, options)
+            _check_made(code, model)
+            if not getattr(model, "built", True) or not model.variables:
+                model(map_leaves(tf.constant, _as_inputs(spec)))
+            return model
+
+    made = build(config.seed)
+    first = {config.seed: _values(made)}
+
+    def initial_weights(seed: int) -> dict[str, np.ndarray]:
+        values = first.get(seed)
+        if values is None:
+            values = _values(build(seed))
+        names = [name for group in models.named_variables(made) for name in group]
+        return dict(zip(names, values, strict=True))
+
+    return made, initial_weights
+
+
+def _values(model: Any) -> list[np.ndarray]:
+    return [v.numpy() for group in models.named_variables(model) for v in group.values()]
+
+
+def _check_made(code: user_code.Code, model: Any) -> None:
+    if not isinstance(model, (keras.Model, tf.Module)) or not callable(model):
+        raise UserError(
+            f"--model={code.reference}: gives {type(model).__name__}; expected a keras.Model, or a "
+            "tf.Module that can be called"
+        )
+
+
+def _as_inputs(spec: Spec) -> Any:
+    """One example as a model takes it: pixels as float32."""
+
+    def scaled(values: np.ndarray) -> np.ndarray:
+        return values.astype(np.float32) if is_scaled(values) else values
+
+    return map_leaves(scaled, spec.examples(1)[0])
+
+
+def make_loss(config: Config) -> Any:
+    """The loss that `config` names; None where it follows from the targets."""
+    if not config.loss or not user_code.is_reference(config.loss):
+        return config.loss or None
+    return user_code.load(config.loss, "loss", or_dict=True).function
+
+
+def make_metrics(config: Config) -> dict[str, Any]:
+    """name → metric, of those that `config` names."""
+    found: dict[str, Any] = {}
+    for name in config.metrics:
+        if user_code.is_reference(name):
+            function = user_code.load(name, "metrics").function
+            found[getattr(function, "__name__", name)] = function
+        else:
+            found[name] = scores.named(name)
+    return found
+
+
 def make_state(
     config: Config,
-    image_shape: Sequence[int],
-    classes: int,
+    spec: Spec,
     steps: int,
     standardizer: Standardizer | None = None,
     replicas: Any = None,
 ) -> TrainState:
-    """Model, optimizer, schedule and penalties that `config` names, as one state.
+    """Model, loss, optimizer, schedule and penalties that `config` names, as one state.
 
     Args:
       config: the settings.
-      image_shape: (height, width, channels).
-      classes: how many the data have.
+      spec: of the data.
       steps: of an epoch.
-      standardizer: of the pixels; None leaves them as they are.
+      standardizer: of the inputs; None leaves them as they are.
       replicas: machine.replicas.Replicas that all get the model; None for one device.
     """
     schedule, optimizer = make_schedule(config, steps), make_optimizer(config)
     with replicas.strategy.scope() if replicas else contextlib.nullcontext():
-        model = models.build(config, image_shape, classes)
-
-    def initial_weights(seed: int) -> dict[str, np.ndarray]:
-        return models.initial_weights(model, seed)
-
-    return TrainState(
+        model, initial_weights = make_model(config, spec)
+    state = TrainState(
         model,
         optimizer,
         schedule,
@@ -147,14 +244,22 @@ def make_state(
         l2=config.l2,
         penalize=config.penalize,
         label_smoothing=config.label_smoothing,
+        loss=make_loss(config),
+        metrics=make_metrics(config),
         seed=config.seed,
         ema=config.ema,
         average_shifts=config.average_shifts,
         scale_loss=config.precision == "mixed_float16",
         augmentation=make_augmentation(config),
-        standardizer=standardizer or Standardizer.identity(tuple(image_shape)),
+        standardizer=standardizer or Standardizer.identities(spec.examples(1)[0]),
         initial_weights=initial_weights,
     )
+    inputs, targets = (map_leaves(tf.constant, part) for part in spec.examples(1))
+    given = models.output_specs(model)
+    if given is None:
+        given = models.outputs(model, state.standardize(inputs), as_logits=False)
+    state.settle(spec.kinds, targets, given)
+    return state
 
 
 def make_loop(
@@ -178,12 +283,12 @@ def make_loop(
         )
     dataset = dataset or load_data(config)
     for name in ("augment_shift", "augment_cutout", "average_shifts"):
-        if (pixels := getattr(config, name)) >= min(dataset.image_shape[:2]):
+        pixels = getattr(config, name)
+        if pixels and pixels >= min(dataset.image_shape[:2]):
             images = f"images of {shape_text(dataset.image_shape)}"
             raise UserError(f"--{name}={pixels} pixels leave nothing of {images}")
-    steps = steps_per_epoch(config, dataset)
-    shape, classes = dataset.image_shape, dataset.classes
-    state = make_state(config, shape, classes, steps, dataset.standardizer, replicas)
+    steps, spec = steps_per_epoch(config, dataset), of_data(dataset)
+    state = make_state(config, spec, steps, dataset.standardizer, replicas)
     loop = Loop(
         state,
         dataset,

@@ -11,8 +11,9 @@ from typing import Any
 from absl import flags
 
 from tfloop.commands import COMMANDS, Command
-from tfloop.config import FIELDS, GROUPS, PRESETS, Config, users_of
+from tfloop.config import FIELDS, GROUPS, PRESETS, Config, check_given, users_of
 from tfloop.errors import DivergenceError, UserError, WorkerLost
+from tfloop.training import code
 from tfloop.version import __version__
 from tfloop.wording import value_text
 
@@ -84,6 +85,9 @@ def _main(argv: list[str]) -> int:
     given = {field: parsed[field].value for field in command.settings if parsed[field].present}
     values = _config_file(command, parsed)
     config = Config.make(**{**values, **given})
+    if values:
+        config = code.check_config_file(parsed["config"].value, config, given)
+    check_given(config, given)
     options = {option: parsed[option].value for option in command.options}
     return command.function(config, options | {"given": given}, arguments)
 

@@ -9,12 +9,13 @@ import tensorflow as tf
 from tfloop import models
 from tfloop.config import check_setting
 from tfloop.data import pipelines
-from tfloop.data.dataset import Dataset, Split
+from tfloop.data.dataset import Dataset
 from tfloop.errors import UserError
+from tfloop.nests import leaves, map_leaves, named_leaves
 from tfloop.state import TrainState
-from tfloop.wording import first_sentence, shape_text
+from tfloop.wording import counted, first_sentence, names_text, shape_text
 
-LOOKED_AT = 8  # training images whose outputs tell whether a model gives probabilities
+LOOKED_AT = 8  # training examples whose outputs tell whether a model gives probabilities
 
 
 def check_data(data: Dataset, sizes: dict[str, int]) -> None:
@@ -26,122 +27,137 @@ def check_data(data: Dataset, sizes: dict[str, int]) -> None:
         )
     for name, value in sizes.items():
         check_setting(name, value)
-    for part, split in (("training", data.train), ("test", data.test)):
-        check_labels(split, f"{data.name}: {part} labels")
     if sizes["batch_size"] > len(data.train):
         raise UserError(
             f"--batch_size={sizes['batch_size']} is larger than the {len(data.train)} training "
-            "images"
+            f"{data.noun}"
         )
 
 
-def check_labels(split: Split, what: str) -> None:
-    """Raises UserError for labels that are no class numbers, which would be cut to whole ones."""
-    labels = split.labels
-    if labels.dtype.kind not in "iub" or labels.ndim != 1:
-        raise UserError(
-            f"{what}: found {labels.dtype} {labels.shape}; the loop trains on class numbers [N], "
-            "whole numbers from 0 on"
-        )
-
-
-def check_fit(state: TrainState, data: Dataset, most: int) -> tf.TensorShape:
-    """The shape of the model's outputs for one image.
+def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
+    """A batch's outputs, as the loss is given them; the state's objective then fits the data.
 
     Args:
       state: whose model.
       data: that it is to be trained on.
-      most: images that it takes at once.
+      most: examples that it takes at once.
 
     Raises:
-      UserError: the model takes other images, gives outputs that do not fit the classes, or gives
+      UserError: the model takes other inputs, gives outputs that do not fit the targets, or gives
         probabilities where logits are meant.
     """
-    _check_takes(state.model, data.image_shape)
+    if state.augmentation.hyper and not data.train.has_images:
+        raise UserError(
+            f"{names_text(state.augmentation.hyper)}: the inputs are {data.inputs_text}; images "
+            "[N, height, width, channels] alone are augmented"
+        )
+    _check_takes(state.model, data)
     batch = pipelines.batch_at(data.train, min(LOOKED_AT, most), 0, 0, 0)
-    images = state.standardize(batch.images)
-    outputs = _called(state, images, data)
-    rows = images.shape[0]
-    if not tf.is_tensor(outputs) or len(outputs.shape) != 2 or outputs.shape[0] != rows:
-        is_tensor = tf.is_tensor(outputs)
-        found = f"shape {tuple(outputs.shape)}" if is_tensor else _described(outputs)
-        raise UserError(
-            f"the model gives {found} for a batch of {rows} images; expected one tensor [batch, "
-            "outputs]"
-        )
-    if state.loss is None and outputs.shape[1] < data.classes:
-        raise UserError(
-            f"the model gives outputs of shape {tuple(outputs.shape[1:])} for an image; the data "
-            f"have {data.classes} classes"
-        )
-    if state.loss is None:
-        _check_logits(state, images, outputs)
-    return outputs.shape[1:]
+    inputs = state.standardize(batch.inputs)
+    given = _called(state, inputs, data, as_logits=False)
+    rows = batch.rows
+    for name, output in named_leaves(given):
+        if not tf.is_tensor(output) or not output.shape.rank or output.shape[0] != rows:
+            is_tensor = tf.is_tensor(output)
+            found = f"shape {tuple(output.shape)}" if is_tensor else type(output).__name__
+            of = f" for {name}" if name else ""
+            raise UserError(
+                f"the model gives {found}{of} for a batch of {rows} {data.noun}; expected a tensor "
+                "[batch, …]"
+            )
+    state.settle(data.kinds, batch.targets, given)
+    outputs = _called(state, inputs, data, as_logits=state.objective.as_logits)
+    _check_logits(state, inputs, outputs)
+    return outputs
 
 
-def _called(state: TrainState, images: tf.Tensor, data: Dataset) -> Any:
+def _called(state: TrainState, inputs: Any, data: Dataset, as_logits: Any) -> Any:
     try:
-        return state.forward(images)
+        return models.outputs(state.model, inputs, as_logits=as_logits)
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError, tf.errors.OpError) as error:
-        inputs, reason = getattr(state.model, "inputs", None) or [], first_sentence(error)
-        if len(inputs) > 1:
-            names = ", ".join(x.name for x in inputs)
-            reason = (
-                f"it has {len(inputs)} inputs ({names}); the loop hands in one tensor of images"
-            )
-        elif inputs and "Invalid input shape" in reason:
-            reason = f"it takes inputs of shape {tuple(inputs[0].shape)}"
+    except Exception as error:  # whatever a model of a user's own may raise
+        taken, reason = getattr(state.model, "inputs", None) or [], first_sentence(error)
+        if len(taken) != len(leaves(inputs)) and taken:
+            names = ", ".join(x.name for x in taken)
+            reason = f"it has {counted(len(taken), 'input')} ({names})"
+        elif taken and "Invalid input shape" in reason:
+            reason = f"it takes inputs of shape {tuple(taken[0].shape)}"
         raise UserError(
-            f"the model cannot be called with images [{images.shape[0]}, "
-            f"{', '.join(map(str, data.image_shape))}] float32: {reason}"
+            f"the model cannot be called with {_described(inputs)}: {reason}{_whole(inputs)}"
         ) from None
 
 
-def _described(outputs: Any) -> str:
-    parts = keras.tree.flatten(outputs)
-    if len(parts) > 1:
-        return f"{len(parts)} outputs"
-    return type(outputs).__name__
+def _described(inputs: Any) -> str:
+    """ "[8, 28, 28, 1] float32", or "age [8, 4] float32, words [8, 20] int64" """
+    shown = []
+    for name, leaf in named_leaves(inputs):
+        text = f"[{', '.join(map(str, leaf.shape))}] {leaf.dtype.name}"
+        shown.append(f"{name} {text}" if name else text)
+    return ", ".join(shown)
 
 
-def _check_logits(state: TrainState, images: tf.Tensor, outputs: tf.Tensor) -> None:
-    """Raises UserError where rows of outputs are probabilities: by their values, of any model."""
-    squashed = models.squashed_values(outputs.numpy())
-    if not squashed:
-        return
-    try:  # logits would leave the interval from 0 to 1 for inputs of another size
-        more = [state.forward(x).numpy() for x in (10.0 * images, -10.0 * images)]
-        wide = [values for values in more if np.isfinite(values).all()]
-    except (ValueError, TypeError, tf.errors.OpError):  # tokens, of which there are so many
-        wide = []
-    if wide:
-        squashed = models.squashed_values(np.concatenate([outputs.numpy(), *wide]))
-    if squashed:
-        *_, (last, _, _) = models.activations(state.model, images)
-        shown = ", ".join(f"{value:.3g}" for value in outputs.numpy()[0][:4])
-        raise UserError(
-            f"the model's outputs are probabilities, those of a {squashed} ({last} gives {shown}, "
-            f"… for the first image); the loss takes logits. Leave the {squashed} out, or give a "
-            "loss of your own, such as keras.losses.sparse_categorical_crossentropy"
-        )
+def _whole(inputs: Any) -> str:
+    """A hint at whole numbers, which are no measurements."""
+    if not any(leaf.dtype.is_integer for leaf in leaves(inputs)):
+        return ""
+    return "; whole numbers are handed in as they are: give floats where they measure something"
 
 
-def classifies(state: TrainState, outputs: tf.TensorShape, classes: int) -> bool:
-    """Is there an output for each class, so that accuracy means something?"""
-    return outputs[0] > 1 and (state.loss is None or outputs[0] == classes)
+def _check_logits(state: TrainState, inputs: Any, outputs: Any) -> None:
+    """Raises UserError where outputs are probabilities: by their values, of any model."""
+    for term in state.objective.terms:
+        place = term.places[1]
+        values = leaves(outputs)[place].numpy()
+        squashed = _squashed(values) if term.is_default and term.activation else ""
+        if not squashed:
+            continue
+        try:  # logits would leave the interval from 0 to 1 for inputs of another size
+            more = [_of_other_size(state, inputs, factor, place) for factor in (10.0, -10.0)]
+            wide = [found for found in more if np.isfinite(found).all()]
+        except (ValueError, TypeError, tf.errors.OpError):
+            wide = []
+        if wide:
+            squashed = _squashed(np.concatenate([values, *wide]))
+        if squashed:
+            *_, (last, _, _) = models.activations(state.model, inputs)
+            shown = ", ".join(f"{value:.3g}" for value in values.reshape(-1)[:4])
+            of = f" {term.name}" if term.name else ""
+            raise UserError(
+                f"the model's outputs{of} are probabilities, those of a {squashed} ({last} gives "
+                f"{shown}, … for the first example); the loss takes logits. Leave the {squashed} "
+                "out, or give a loss of your own, such as "
+                "keras.losses.sparse_categorical_crossentropy"
+            )
 
 
-def _check_takes(model: Any, image_shape: tuple[int, int, int]) -> None:
+def _squashed(values: np.ndarray) -> str:
+    return models.squashed_values(values.reshape(-1, values.shape[-1]))
+
+
+def _of_other_size(state: TrainState, inputs: Any, factor: float, place: int) -> np.ndarray:
+    """An output of the inputs times a factor; of whole numbers as they are."""
+
+    def scaled(x: tf.Tensor) -> tf.Tensor:
+        return factor * x if x.dtype.is_floating else x
+
+    outputs = models.outputs(
+        state.model, map_leaves(scaled, inputs), as_logits=state.objective.as_logits
+    )
+    return leaves(outputs)[place].numpy()
+
+
+def _check_takes(model: Any, data: Dataset) -> None:
     """Raises UserError where the model says what images it takes, and they are others."""
     is_built = isinstance(model, keras.Model) and model.built
     shape = getattr(model, "input_shape", None) if is_built else None
     if not isinstance(shape, tuple) or len(shape) != 4 or isinstance(shape[0], tuple):
         return
-    pairs = zip(shape[1:], image_shape, strict=True)
+    if not data.train.has_images:
+        return
+    pairs = zip(shape[1:], data.image_shape, strict=True)
     if any(side not in (None, found) for side, found in pairs):
         raise UserError(
             f"the model takes images of {shape_text(shape[1:])}, the data have "
-            f"{shape_text(image_shape)}"
+            f"{shape_text(data.image_shape)}"
         )

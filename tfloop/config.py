@@ -7,6 +7,7 @@ flags from them, and `config.json` is this object. Needs no TensorFlow.
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from tfloop.optimizers import OPTIMIZERS, OptimizerSettings
 from tfloop.registry import Registry, parameters
 from tfloop.schedules import SCHEDULES, ScheduleSettings
 from tfloop.settings import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Field, fields_of, option
+from tfloop.user_code import is_reference
 from tfloop.wording import counted, listed
 
 ACTIVATIONS = ("relu", "sigmoid", "elu", "tanh")
@@ -33,7 +35,10 @@ class DataSettings:
 
     dataset: str = option(
         "mnist",
-        "mnist, digits, or a path: a folder of IDX files or TFRecord shards, or an .npz file",
+        "mnist, digits, a folder of IDX files or shards, an .npz file, or FILE.py:function",
+    )
+    data_options: tuple[str, ...] = option(
+        (), "with --dataset=FILE.py:function, arguments of the function: name=value,name=value"
     )
     on_bad_record: str = option(
         "stop",
@@ -101,6 +106,13 @@ class AugmentationSettings:
 class ModelSettings:
     HEADING: ClassVar[str] = "model"
 
+    model: str = option(
+        "",
+        "FILE.py:function that gives a Keras model or tf.Module, in place of the CNN that follows",
+    )
+    model_options: tuple[str, ...] = option(
+        (), "with --model, arguments of the function: name=value,name=value"
+    )
     conv: tuple[int, ...] = option((32, 64, 64), "filters of each convolution", within=COUNT)
     kernel: tuple[int, ...] = option(
         (3,), "kernel size of each convolution, or one for all", within=COUNT
@@ -135,6 +147,16 @@ class ModelSettings:
 class LossSettings:
     HEADING: ClassVar[str] = "loss"
 
+    loss: str = option(
+        "",
+        "the name of a Keras loss, or FILE.py:function (targets, outputs); unset: by the targets",
+        retrace="value",
+    )
+    metrics: tuple[str, ...] = option(
+        (),
+        "names of scikit-learn's and Keras's metrics, and FILE.py:function (targets, outputs)",
+        retrace="value",
+    )
     l1: float = option(0.0, "coefficient of the sum of |w|", within=NOT_NEGATIVE)
     l2: float = option(0.0, "coefficient of the sum of w²", within=NOT_NEGATIVE)
     penalize: str = option(
@@ -485,6 +507,7 @@ def _without_replaced(preset: dict[str, Any], values: dict[str, Any]) -> dict[st
 
 def _check_combinations(config: Config) -> None:
     """Raises UserError for combinations that can be judged without looking at the data."""
+    _check_code(config)
     _check_model(config)
     _check_penalties(config)
     _check_schedule(config)
@@ -493,7 +516,34 @@ def _check_combinations(config: Config) -> None:
     _check_seeds(config)
 
 
+CODE = ("model", "dataset", "loss", "metrics")  # the settings that may name functions
+OF_THE_CNN = tuple(
+    name for name in fields_of(ModelSettings) if name not in ("model", "model_options")
+)
+
+
+def _check_code(config: Config) -> None:
+    """Functions of the user's own, and what goes with them alone."""
+    if config.model and not is_reference(config.model):
+        raise UserError(
+            f"--model={config.model}: expected FILE.py:function or package.module:function"
+        )
+    if config.model_options and not config.model:
+        raise UserError("--model_options count with --model only")
+
+
+def check_given(config: Config, given: Collection[str]) -> None:
+    """Raises UserError for settings that were given and that these settings leave unused."""
+    if config.model and (unused := [name for name in given if name in OF_THE_CNN]):
+        raise UserError(
+            f"--{unused[0]} is of the CNN, which --model={config.model} replaces; hand it to your "
+            f"function: --model_options={unused[0]}=…"
+        )
+
+
 def _check_model(config: Config) -> None:
+    if config.model:
+        return
     if not config.conv:
         usual = ((), FIELDS["pool"].default, PRESETS[config.preset].get("pool"))
         if config.pool not in usual:
@@ -525,7 +575,7 @@ def _check_penalties(config: Config) -> None:
     found = f"--{penalty}={getattr(config, penalty)} has no kernels to penalise"
     if config.penalize == "none":
         raise UserError(f"{found}: --penalize=none")
-    if config.penalize == "conv" and not config.conv:
+    if config.penalize == "conv" and not config.conv and not config.model:
         raise UserError(f"{found}: --penalize=conv, and the model has no convolution")
 
 

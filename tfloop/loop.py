@@ -17,23 +17,22 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import models
-from tfloop.compatibility import check_data, check_fit, check_labels, classifies
+from tfloop.compatibility import check_data, check_fit
 from tfloop.config import check_setting
 from tfloop.data import pipelines
 from tfloop.data.dataset import Dataset, Split
 from tfloop.data.pipelines import Batch
 from tfloop.errors import DivergenceError, UserError, WithoutGradient
+from tfloop.evaluator import Evaluator
 from tfloop.keras_optimizers import KerasOptimizer
 from tfloop.metrics import Metrics, means
+from tfloop.nests import leaves, map_leaves
+from tfloop.scores import scores
 from tfloop.state import TrainState
 from tfloop.step import (
     Step,
     accumulated,
-    example_losses,
     forward_and_backward,
-    is_correct,
-    losses,
-    model_losses,
     no_step,
     rows_of,
     train_step,
@@ -42,8 +41,6 @@ from tfloop.step import (
 from tfloop.tracing import Traced
 from tfloop.vectors import Vector
 
-EVALUATIONS_KEPT = 8  # traces of evaluations, for as many sizes of the last batch
-READ_AT_ONCE = 4096  # images that evaluation reads from disk, where they do not lie in memory
 # Chosen so that a call lasts about half a second: Ctrl-C waits for its end.
 STEPS_PER_CALL = {"CPU": 50, "GPU": 500}
 
@@ -76,8 +73,8 @@ class Epoch:
     learning_rate: float
     seconds: float  # of training alone, for `steps` steps
     steps: int  # fewer than the epoch has where the state came from a checkpoint inside it
-    # [test images, classes], the logits
-    outputs: np.ndarray | None = dataclasses.field(compare=False, repr=False)
+    # A nest of [test examples, …]: what the loss is given, such as logits [examples, classes].
+    outputs: Any = dataclasses.field(compare=False, repr=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -183,8 +180,8 @@ class Loop:
             raise UserError(f"--accumulate={accumulate} does not divide --batch_size={batch_size}")
         check_setting("evaluation_batch_size", evaluation_batch_size)
         self.evaluation_batch_size = evaluation_batch_size or batch_size // accumulate
-        self._output_shape = check_fit(state, data, batch_size // accumulate)
-        self.classifies = classifies(state, self._output_shape, data.classes)
+        outputs = check_fit(state, data, batch_size // accumulate)
+        self.classifies = state.objective.classifies
         _check_replicas(state, replicas, accumulate)
         self.state, self.data = state, data
         self.graph: tf.Graph | None = None
@@ -218,10 +215,12 @@ class Loop:
         if replicas:
             grad_fn = replicas.grad_fn(grad_fn)
         self._grad_fn = grad_fn
+        self._evaluator = Evaluator(
+            state, data, self.evaluation_batch_size, self.forward, outputs, self._timed, eager
+        )
         self._compiles_steps = jit_compile and not compiles_whole
         self._make_step()
         self.compiled = Traced(self.train_steps, "the training step", eager, **self.options)
-        self._evaluations: dict[tuple[bool, int], Traced] = {}
         state.follow_model()
         self._changes = state.changes
 
@@ -232,8 +231,7 @@ class Loop:
         An evaluation is traced once for each number of images that its last batch has.
         """
         train = (self.beside or self).compiled.traces
-        evaluate = max((made.traces for made in self._evaluations.values()), default=0)
-        return {"train": train, "evaluate": evaluate}
+        return {"train": train, "evaluate": self._evaluator.traces}
 
     def train_steps(self, source: Any, steps: tf.Tensor) -> tuple[Step, tf.Tensor]:
         """`steps` steps in one call: (the last step, with the sums of all; seconds of waiting).
@@ -273,7 +271,7 @@ class Loop:
         started = tf.timestamp()
         with tf.control_dependencies([started]):
             batch = self.pipeline.take(source, index, rows)
-        with tf.control_dependencies(batch):
+        with tf.control_dependencies(leaves(batch)):
             return batch, tf.timestamp() - started
 
     def batch(self, index: int) -> Batch:
@@ -377,7 +375,7 @@ class Loop:
         self._make_step()
         (self.beside or self).compiled.renew(reason)
         (self.beside or self).is_warm = False
-        self._evaluations.clear()
+        self._evaluator.forget()
 
     def warm_up(self) -> None:
         """Trace and compile, without a step.
@@ -419,7 +417,7 @@ class Loop:
     def leave_out(self, names: list[str]) -> None:
         """Go on without weights that have no gradient, and say so."""
         self.state.leave_out(names)
-        self._evaluations.clear()
+        self._evaluator.forget()
         self._changes = self.state.changes
         self._make_step()
         (self.beside or self).compiled.renew()
@@ -449,115 +447,30 @@ class Loop:
         """
         return self.evaluate_with_outputs(split)[0]
 
-    def evaluate_with_outputs(self, split: Split) -> tuple[Metrics, np.ndarray]:
-        """As `evaluate`, and the logits [examples, classes].
+    def evaluate_with_outputs(self, split: Split) -> tuple[Metrics, Any]:
+        """As `evaluate`, and the outputs [examples, …]: what the loss is given, logits of classes.
 
         Raises:
           DivergenceError: the loss is not finite.
-          UserError: there are no images, or their pixels are of another type than in training.
+          UserError: there are no examples, or they are of other types than in training.
         """
-        if not len(split):
-            raise UserError("there are no images to evaluate")
-        trained_on = self.data.train.images.dtype
-        if split.images.dtype != trained_on:
-            raise UserError(
-                f"images to evaluate are {split.images.dtype}, those of the training {trained_on}"
-            )
-        check_labels(split, "labels to evaluate")
         self._follow_model()
-        in_memory, size = isinstance(split.images, np.ndarray), self.evaluation_batch_size
-        at_once = len(split) if in_memory else max(READ_AT_ONCE // size, 1) * size
-        results = []
-        with self.state.using_ema():
-            for first in range(0, len(split), at_once):
-                results.append(self._evaluate_rows(split, slice(first, first + at_once)))
-        sums = tf.add_n([sums for sums, _ in results])
+        sums, outputs = self._evaluator(split)
         metrics = self._means(sums)._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
             raise self._held_out_divergence()
-        return metrics, np.concatenate([outputs.numpy() for _, outputs in results])
+        if objective := self.state.objective if self.state.objective.whole_metrics else None:
+            shares = map_leaves(
+                np.asarray, self.state.probabilities(map_leaves(tf.constant, outputs))
+            )
+            more = {**metrics.more, **scores(objective, split.targets, shares)}
+            metrics = metrics._replace(more=more)
+        return metrics, outputs
 
     def _means(self, sums: tf.Tensor) -> Metrics:
         """The metrics whose sums these are; without accuracy where there are no classes."""
-        metrics = means(sums)
+        metrics = means(sums, self.state.objective.extra)
         return metrics if self.classifies else metrics._replace(accuracy=None)
-
-    def _evaluate_rows(self, split: Split, rows: slice) -> tuple[tf.Tensor, tf.Tensor]:
-        """(sums [SUMS], outputs) of some rows; the time counts without reading them."""
-        images, labels = tf.constant(split.images[rows]), tf.constant(split.labels[rows], tf.int64)
-        evaluation = self._evaluation(len(split.labels[rows]))
-        with self._timed("evaluation"):
-            sums, outputs = evaluation.call(images, labels)
-            sums.numpy()  # waits for the device
-        return sums, outputs
-
-    def _evaluation(self, rows: int) -> Traced:
-        """The compiled evaluation of so many rows: one for each size of a last batch."""
-        full, rest = divmod(rows, self.evaluation_batch_size)
-        key = full > 0, rest
-        if key not in self._evaluations:
-            if len(self._evaluations) == EVALUATIONS_KEPT:
-                del self._evaluations[next(iter(self._evaluations))]
-            data = self.data
-            signature = [
-                tf.TensorSpec([None, *data.image_shape], data.train.images.dtype),
-                tf.TensorSpec([None], tf.int64),
-            ]
-            function = functools.partial(self._evaluate_all, full=full > 0, rest=rest)
-            self._evaluations[key] = Traced(
-                function, "the evaluation", self._eager, input_signature=signature
-            )
-        made = self._evaluations[key]
-        if not self._eager and not made.traces:
-            with self._timed("tracing"):
-                made.call.get_concrete_function()
-        return made
-
-    def _evaluate_all(
-        self, images: tf.Tensor, labels: tf.Tensor, full: bool, rest: int
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """The sums of train_step over all images, and the outputs.
-
-        Args:
-          images, labels: of all rows.
-          full: are there full batches?
-          rest: rows of the last batch, behind those; 0 for none.
-        """
-        state, size, rows = self.state, self.evaluation_batch_size, tf.shape(labels)[0]
-        batches = (rows - rest) // size
-        everything = Batch(images, labels, tf.ones([rows]))
-
-        def of_batch(first: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-            """(Σ over its examples of data loss, accuracy and model loss, outputs)"""
-            batch = rows_of(everything, first, size)
-            outputs = tf.cast(state.predict(batch.images, self.forward), tf.float32)
-            each = example_losses(state, batch.labels, outputs)
-            correct = is_correct(outputs, batch.labels) if self.classifies else [0.0]
-            sums = [tf.reduce_sum(each), tf.reduce_sum(correct), size * model_losses(state)]
-            return tf.cast(tf.stack(sums), tf.float64), outputs
-
-        def body(i: tf.Tensor, sums: tf.Tensor, outputs: tf.TensorArray) -> tuple:
-            new, found = of_batch(i * size, size)
-            return i + 1, sums + new, outputs.write(i, found)
-
-        sums, found = tf.zeros([3], tf.float64), []
-        if full:
-            shape = [size, *self._output_shape]
-            outputs = tf.TensorArray(tf.float32, batches, element_shape=shape)
-            begin = tf.constant(0), sums, outputs
-            _, sums, outputs = tf.while_loop(
-                lambda i, *_: i < batches, body, begin, parallel_iterations=1
-            )
-            found.append(outputs.concat())
-        if rest:
-            new, last = of_batch(batches * size, rest)
-            sums, found = sums + new, [*found, last]
-        examples = tf.cast(rows, tf.float64)
-        data, accuracy, model = tf.unstack(sums / examples)
-        loss = losses(state, tf.cast(data, tf.float32), tf.cast(model, tf.float32))
-        metrics = tf.concat([tf.cast(tf.stack(loss), tf.float64), [accuracy, 0.0]], axis=0)
-        sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
-        return sums, tf.concat(found, axis=0) if len(found) > 1 else found[0]
 
     def run(self, epochs: int) -> Iterator[Call | Epoch]:
         """Train until `epochs` epochs are done: a Call per compiled call, an Epoch per epoch.
@@ -641,7 +554,7 @@ class Loop:
     def _held_out_divergence(self, operation: str = "") -> DivergenceError:
         step = int(self.state.global_step)
         message = (
-            f"step {step}: the loss on the images held out is NaN or infinite{operation}; try a "
+            f"step {step}: the loss on the examples held out is NaN or infinite{operation}; try a "
             "lower --learning_rate"
         )
         return DivergenceError(message, step, "loss")
@@ -671,15 +584,15 @@ class Loop:
     def _first_not_finite(self, batch: Batch) -> tuple[str, str]:
         """(what, layer): the first of the step's values, in their order, that is not finite."""
         state, key = self.state, self.state.key()
-        images = state.inputs(batch.images, key)
-        as_logits = state.loss is None
+        images = state.prepared(batch.inputs, key)
+        as_logits = state.objective.as_logits
         activations = list(models.activations(state.model, images, True, key, as_logits))
         result = forward_and_backward(state, batch)
         for name, weight in state.weights.items():
             if not _is_finite(weight):
                 return "weights", name.split("/")[0]
         for layer, _, activation in activations:
-            if not _is_finite(activation):
+            if not all(map(_is_finite, leaves(activation))):
                 return "activations", layer
         if not _is_finite(result.loss.total):
             return "loss", "loss"
@@ -700,7 +613,7 @@ class _Timer:
 
 
 def _is_finite(values: tf.Tensor) -> bool:
-    return bool(tf.reduce_all(tf.math.is_finite(values)))
+    return not values.dtype.is_floating or bool(tf.reduce_all(tf.math.is_finite(values)))
 
 
 def _check_replicas(state: TrainState, replicas: Any, accumulate: int) -> None:

@@ -18,10 +18,13 @@ import tensorflow as tf
 from tfloop import models
 from tfloop.config import check_setting
 from tfloop.data.augmentation import Augmentation, shifted
-from tfloop.data.dataset import Standardizer
+from tfloop.data.dataset import Standardizer, is_scaled
+from tfloop.data.targets import Target
 from tfloop.errors import UserError, WithoutGradient
 from tfloop.keras_optimizers import KerasOptimizer
 from tfloop.metrics import SUMS
+from tfloop.nests import is_leaf, map_leaves, named_leaves
+from tfloop.objective import Objective, check_loss, check_outputs
 from tfloop.optimizers import Optimizer, f32
 from tfloop.randomness import Key, Part, seed_of
 from tfloop.schedules import Schedule
@@ -58,7 +61,8 @@ class TrainState(tf.Module):
       seed, epoch, batch_index: the position in the data; with them the order of examples and all
         dropout is determined.
       initial_hyper: what `hyper` held at first, and `reset(hyper=True)` sets back.
-      totals: [SUMS] float64, sums of the epoch's metrics so far.
+      totals: [SUMS + more] float64, sums of the epoch's metrics so far.
+      objective: the loss and the metrics, by output; a Loop makes it fit its data.
       diverged: true once a loss or gradient was not finite; from then on no step changes anything.
     """
 
@@ -73,7 +77,8 @@ class TrainState(tf.Module):
         penalize: "models.Penalize" = "all",
         penalties: Sequence[Callable] = (),
         label_smoothing: float = 0.0,
-        loss: Callable | None = None,
+        loss: Any = None,
+        metrics: Mapping[str, Callable] | Sequence | None = None,
         standardizer: Standardizer | None = None,
         augmentation: Augmentation | None = None,
         ema: float | None = None,
@@ -98,10 +103,18 @@ class TrainState(tf.Module):
           penalties: functions kernel → scalar, each added to the loss for every penalised kernel
             as it is.
           label_smoothing: share of each label spread over all classes.
-          loss: function (labels [batch] int64, outputs) → [batch], in place of cross-entropy from
-            logits. `outputs` are what the model gives when it is called, a last softmax included.
-          standardizer: of the pixels; belongs to the trained model.
-          augmentation: of the images, in training alone.
+          loss: a function (targets, outputs) → [batch], a keras.losses.Loss or the name of one; or
+            a dict of those by output, or of (loss, weight). `outputs` are what the model gives when
+            it is called, a last softmax included. None: it follows from the targets of the data
+            (`objective.text` names it): class numbers and shares: cross-entropy; 0 and 1 in several
+            columns: binary cross-entropy; others: squared error. The first two take logits.
+          metrics: name → function (targets, outputs), or a list of them. One that gives a value
+            for each example of a batch of tensors is summed up in every step. Any other is asked
+            after each evaluation, with all targets and outputs as NumPy arrays, so that
+            scikit-learn's work as they are; or a keras.metrics.Metric. `outputs` are what the model
+            gives.
+          standardizer: of the inputs; belongs to the trained model.
+          augmentation: of images, in training alone.
           ema: decay of the moving average of the weights, which is then what is evaluated; None
             keeps none.
           average_shifts: where not 0, `predict` takes the mean over each image and its four
@@ -135,7 +148,8 @@ class TrainState(tf.Module):
         _check_model(model)
         _check_loss(loss, label_smoothing)
         models.check_training(model)
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.metrics = model, loss, metrics
+        self.objective = Objective(model, loss if not isinstance(loss, Mapping) else None, metrics)
         self.without_gradient: tuple[str, ...] = ()
         self.changes: tuple[str, ...] = ()
         self._looks = False
@@ -158,8 +172,8 @@ class TrainState(tf.Module):
         self.good_steps = _counter("good_steps") if scale_loss else None
         if standardizer is None:
             standardizer = Standardizer(np.zeros([], np.float32), np.ones([], np.float32))
-        self.mean = tf.Variable(standardizer.mean, trainable=False, name="mean")
-        self.scale = tf.Variable(standardizer.scale, trainable=False, name="scale")
+        self.mean = map_leaves(_scaling("mean"), standardizer.mean)
+        self.scale = map_leaves(_scaling("scale"), standardizer.scale)
         present = {name: variable.numpy() for name, variable in self._model_variables().items()}
         self._initial = initial_weights or (lambda seed: present)
         self.initial_hyper = {name: variable.numpy() for name, variable in self.hyper.items()}
@@ -280,8 +294,38 @@ class TrainState(tf.Module):
         self.global_step, self.schedule_step = _counter("global_step"), _counter("schedule_step")
         self.epoch, self.batch_index = _counter("epoch"), _counter("batch_index")
         self.seed = tf.Variable(seed, dtype=tf.int64, trainable=False, name="seed")
-        self.totals = tf.Variable(tf.zeros([SUMS], tf.float64), trainable=False, name="totals")
+        self.totals = self._no_totals()
         self.diverged = tf.Variable(False, trainable=False, name="diverged")
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Does one number standardise all inputs, as without a standardiser?"""
+        return is_leaf(self.mean) and self.mean is not None and not self.mean.shape.rank
+
+    def _no_totals(self) -> tf.Variable:
+        size = SUMS + len(self.objective.extra)
+        return tf.Variable(tf.zeros([size], tf.float64), trainable=False, name="totals")
+
+    def settle(self, kinds: Mapping[str, Target], targets: Any, outputs: Any) -> None:
+        """Make the objective fit the targets of the data and what the model gives for them.
+
+        Args:
+          kinds: what the targets are, by name.
+          targets, outputs: nests of tensors or of their specs.
+
+        Raises:
+          UserError: they do not belong together.
+        """
+        self.objective = Objective(self.model, self.loss, self.metrics, kinds, outputs, targets)
+        if float(self.hyper["label_smoothing"]) and not self.objective.smooths:
+            raise UserError(
+                f"label_smoothing={float(self.hyper['label_smoothing']):g} belongs to the "
+                f"cross-entropy; the loss is {self.objective.text}"
+            )
+        check_outputs(self.objective, outputs)
+        if self.totals.shape != [SUMS + len(self.objective.extra)]:
+            self.totals = self._no_totals()
+            self._tracked = self.named()
 
     @property
     def hyper(self) -> Mapping[str, tf.Variable]:
@@ -289,53 +333,54 @@ class TrainState(tf.Module):
         numbers = {name: variable for part in parts for name, variable in part.hyper.items()}
         return MappingProxyType({**numbers, **self._own_hyper})
 
-    def standardize(self, images: tf.Tensor) -> tf.Tensor:
-        """(x - mean) / scale, float32."""
-        return (tf.cast(images, tf.float32) - self.mean) / self.scale
+    def standardize(self, inputs: Any) -> Any:
+        """(x - mean) / scale, float32, of what is scaled; other inputs as they are."""
 
-    def inputs(self, images: tf.Tensor, key: Key) -> tf.Tensor:
-        """What the model is trained on: images augmented and standardised, float32."""
-        augmented = self.augmentation(tf.cast(images, tf.float32), key.fold_in(-1))
-        return self.standardize(augmented)
+        def scaled(x: Any, mean: Any, scale: Any) -> Any:
+            if mean is None or not is_scaled(x):
+                return x
+            return (tf.cast(x, tf.float32) - mean) / scale
+
+        if is_leaf(self.mean):  # one for all
+            return map_leaves(lambda x: scaled(x, self.mean, self.scale), inputs)
+        return map_leaves(scaled, inputs, self.mean, self.scale)
+
+    def prepared(self, inputs: Any, key: Key) -> Any:
+        """What the model is trained on: inputs standardised, of images augmented before."""
+        if self.augmentation.hyper:
+            inputs = self.augmentation(tf.cast(inputs, tf.float32), key.fold_in(-1))
+        return self.standardize(inputs)
 
     def forward(
         self,
-        images: tf.Tensor,
+        inputs: Any,
         forward: Callable = models.outputs,
         training: bool = False,
         key: Key | None = None,
-    ) -> tf.Tensor:
-        """[batch, outputs] of standardised images: what the loss is handed, logits or outputs."""
-        if self.loss:
-            return forward(self.model, images, training, key, as_logits=False)
-        outputs = forward(self.model, images, training, key)
-        return tf.cast(outputs, tf.float32) if tf.is_tensor(outputs) else outputs
+    ) -> Any:
+        """[batch, …] of standardised inputs: what the loss is handed, logits or outputs."""
+        outputs = forward(self.model, inputs, training, key, as_logits=self.objective.as_logits)
+        return map_leaves(_as_float32, outputs) if self.objective.is_default else outputs
 
-    def predict(self, images: tf.Tensor, forward: Callable = models.outputs) -> tf.Tensor:
-        """[batch, outputs] of images as they lie in the data: logits, or with a loss of one's own
-        what the model gives.
+    def predict(self, inputs: Any, forward: Callable = models.outputs) -> Any:
+        """[batch, …] of inputs as they lie in the data: what the loss is handed, as by `forward`.
 
-        With `average_shifts` they are the logarithm of the mean of five predictions' probabilities:
-        of the image, and of it shifted up, down, left and right; with a loss of one's own the mean
-        of the five.
+        With `average_shifts` they are the mean of five predictions, of their probabilities where
+        they are logits: of the image, and of it shifted up, down, left and right.
         """
         key = Key(seed_of(self.seed, 2))  # for what draws in evaluation, too
         if not self._average_shifts:
-            return self.forward(self.standardize(images), forward, key=key)
+            return self.forward(self.standardize(inputs), forward, key=key)
         predictions = [
             self.probabilities(self.forward(self.standardize(view), forward, key=key))
-            for view in shifted(tf.cast(images, tf.float32), self._average_shifts)
+            for view in shifted(tf.cast(inputs, tf.float32), self._average_shifts)
         ]
-        if self.loss:
-            return tf.add_n(predictions) / len(predictions)
-        mean = tf.clip_by_value(tf.add_n(predictions) / len(predictions), 1e-30, 1.0 - 2.0**-24)
-        if models.output_activation(self.model) == "sigmoid":
-            return tf.math.log(mean) - tf.math.log1p(-mean)
-        return tf.math.log(mean)
+        mean = map_leaves(lambda *views: tf.add_n(views) / len(views), *predictions)
+        return self.objective.unsquash(mean)
 
-    def probabilities(self, outputs: tf.Tensor) -> tf.Tensor:
-        """What `predict` gives, as probabilities; outputs of a loss of one's own as they are."""
-        return outputs if self.loss else models.probabilities(self.model, outputs)
+    def probabilities(self, outputs: Any) -> Any:
+        """What `predict` gives, with probabilities in the place of logits."""
+        return self.objective.squash(outputs)
 
     def key(self, part: Part | None = None) -> Key:
         """The key of this step's randomness, for one part of its batch; None for all of it.
@@ -490,8 +535,8 @@ class TrainState(tf.Module):
             "batch": self.batch_index,
             "totals": self.totals,
             "diverged": self.diverged,
-            "mean": self.mean,
-            "scale": self.scale,
+            **_named_scaling("mean", self.mean),
+            **_named_scaling("scale", self.scale),
             "averages": self.ema_weights,
             "loss_scale": self.loss_scale,
             "good_steps": self.good_steps,
@@ -533,6 +578,27 @@ def _counter(name: str) -> tf.Variable:
     return tf.Variable(0, dtype=tf.int64, trainable=False, name=name)
 
 
+def _scaling(name: str) -> Callable:
+    """A variable of one array of the standardiser; None of what is not scaled."""
+
+    def variable(values: Any) -> tf.Variable | None:
+        return None if values is None else tf.Variable(values, trainable=False, name=name)
+
+    return variable
+
+
+def _named_scaling(name: str, nest: Any) -> dict[str, tf.Variable]:
+    return {
+        f"{name}/{leaf}" if leaf else name: variable
+        for leaf, variable in named_leaves(nest)
+        if variable is not None
+    }
+
+
+def _as_float32(x: Any) -> Any:
+    return tf.cast(x, tf.float32) if tf.is_tensor(x) and x.dtype.is_floating else x
+
+
 def _check_model(model: Any) -> None:
     if isinstance(model, (keras.Model, tf.Module)) and callable(model):
         return
@@ -546,13 +612,8 @@ def _check_model(model: Any) -> None:
 def _check_loss(loss: Any, label_smoothing: float) -> None:
     if loss is None:
         return
-    if not callable(loss) or isinstance(loss, type):
-        raise UserError(
-            f"loss: expected a function (labels, outputs) that gives a value for each example, "
-            f"found {_shown(loss)}; Keras's are functions such as "
-            "keras.losses.sparse_categorical_crossentropy"
-        )
-    if label_smoothing:
+    check_loss(loss)
+    if label_smoothing and not isinstance(loss, Mapping):
         raise UserError(
             f"label_smoothing={label_smoothing} belongs to the cross-entropy; a loss of your "
             "own has to do it itself"

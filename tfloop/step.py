@@ -12,48 +12,25 @@ import tensorflow as tf
 from tfloop import models, penalties
 from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError
-from tfloop.metrics import SUMS, Loss
+from tfloop.metrics import Loss
+from tfloop.nests import map_leaves
 from tfloop.randomness import Part
 from tfloop.state import TrainState
-from tfloop.user_code import told_in_one_line
 from tfloop.vectors import Vector, count_elements, select
 
 
-def example_losses(state: TrainState, labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+def example_losses(state: TrainState, targets: Any, outputs: Any) -> tf.Tensor:
     """[batch] float32: the loss of each example, from the model's outputs."""
-    if state.loss is not None:
-        meaning = "a value for each example of the batch"
-        what = f"the loss function fails on labels int64 {labels.shape} and outputs {outputs.shape}"
-        with told_in_one_line(what):
-            found = state.loss(labels, outputs)
-        return _check_shape(found, labels.shape, "the loss function", meaning)
-    sigmoid = models.output_activation(state.model) == "sigmoid"
-    smoothing = tf.convert_to_tensor(state.hyper["label_smoothing"])
-    return cross_entropy(labels, outputs, smoothing, sigmoid)
+    return judged(state, targets, outputs)[0]
 
 
-def cross_entropy(
-    labels: tf.Tensor, logits: tf.Tensor, smoothing: tf.Tensor | float, sigmoid: bool = False
-) -> tf.Tensor:
-    """[batch]: the cross-entropy of each example.
+def judged(state: TrainState, targets: Any, outputs: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What each example is judged by: its loss [batch], its accuracy [batch], more [batch, n].
 
-    Softmax: -Σ_k t_k · log p_k. Sigmoid: the mean over k of the binary cross-entropy, as Keras has
-    it. The target t is one-hot, smoothed to (1 - s) · t + s / classes, or with sigmoid to
-    (1 - s) · t + s / 2.
-
-    Args:
-      labels: [batch] int64.
-      logits: [batch, classes].
-      smoothing: s, the share of each label spread over all classes.
-      sigmoid: one sigmoid for each class, in place of a softmax over all.
+    All float32; `state.objective.extra` names the columns of the last.
     """
-    classes = logits.shape[-1]
-    targets = tf.one_hot(labels, classes, dtype=logits.dtype) * (1.0 - smoothing)
-    if sigmoid:
-        targets = targets + smoothing / 2.0
-        binary = tf.nn.sigmoid_cross_entropy_with_logits(targets, logits)
-        return tf.reduce_mean(binary, axis=-1)
-    return tf.nn.softmax_cross_entropy_with_logits(targets + smoothing / classes, logits)
+    smoothing = tf.convert_to_tensor(state.hyper["label_smoothing"])
+    return state.objective.with_extra(targets, outputs, smoothing)
 
 
 def _check_shape(tensor: Any, shape: Any, what: str, meaning: str) -> tf.Tensor:
@@ -101,10 +78,11 @@ class Pass(NamedTuple):
     """One way forward through the model and back."""
 
     loss: Loss
-    accuracy: tf.Tensor
-    examples: tf.Tensor  # float32, Σ sample_weight: how many the means are over
+    accuracy: tf.Tensor  # 0 where there are no classes
+    examples: tf.Tensor  # float32, how many the means are over
     gradients: Vector  # of loss.total, by weight: "conv1/kernel"
-    logits: tf.Tensor | None = None  # [batch, classes]; None where it was put together from parts
+    more: tf.Tensor  # [n], means of what else is summed up
+    outputs: Any = None  # what the loss is given; None where it was put together from parts
 
 
 def forward_and_backward(
@@ -122,14 +100,14 @@ def forward_and_backward(
       forward: `models.outputs`, or with `fast=True` its fast twin.
     """
     key = state.key(part)
-    images = state.inputs(batch.images, key)
-    examples = tf.reduce_sum(batch.sample_weight)
+    inputs = state.prepared(batch.inputs, key)
+    examples = tf.reduce_sum(batch.counts)
     with models.counting(examples):
         with tf.GradientTape() as tape:
             tape.watch(list(state.weights.values()))  # one that was made frozen, too
-            logits = state.forward(images, forward, training=True, key=key)
-            each = example_losses(state, batch.labels, logits)
-            data, model = weighted_mean(each, batch.sample_weight), model_losses(state)
+            outputs = state.forward(inputs, forward, training=True, key=key)
+            each, correct, more = judged(state, batch.targets, outputs)
+            data, model = data_loss(batch, each), model_losses(state)
             scaled = data + model
             if state.loss_scale is not None:
                 scaled = state.loss_scale * scaled
@@ -140,7 +118,8 @@ def forward_and_backward(
     for name, gradient in of_penalties.items():
         found[name] = found[name] + gradient
     gradients = Vector.of(found)
-    return Pass(loss, accuracy(batch, logits), examples, gradients, logits)
+    accuracy, more = mean_over(batch, correct), mean_over(batch, more)
+    return Pass(loss, accuracy, examples, gradients, more, outputs)
 
 
 def _divided(gradient: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
@@ -159,42 +138,41 @@ def with_penalties(
     return loss, {name: g for name, g in gradients.items() if g is not None}
 
 
-def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
-    """Σ w · x / Σ w, from two vectors [batch]; 0 where all weights are 0."""
-    total = tf.reduce_sum(sample_weight * values)
-    return tf.math.divide_no_nan(total, tf.reduce_sum(sample_weight))
+def data_loss(batch: Batch, each: tf.Tensor) -> tf.Tensor:
+    """Σ w · loss / N, over the N examples of the batch that count: as Keras's fit has it.
 
-
-def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """[batch] float32: 1 for each example whose largest output is that of its class, else 0."""
-    guesses = tf.argmax(logits, axis=-1)
-    return tf.cast(tf.equal(guesses, tf.cast(labels, tf.int64)), tf.float32)
-
-
-def accuracy(batch: Batch, logits: tf.Tensor) -> tf.Tensor:
-    """The share of the batch's examples whose largest output is that of their class.
-
-    0 where the outputs are none of classes; the loop then leaves it out of what it tells.
+    Args:
+      batch: has the weights w.
+      each: [batch] the loss of each example.
     """
-    if len(logits.shape) != 2 or logits.shape[1] < 2:
-        return tf.constant(0.0)
-    return weighted_mean(is_correct(logits, batch.labels), batch.sample_weight)
+    weight = tf.maximum(batch.sample_weight, 0.0)
+    return tf.math.divide_no_nan(tf.reduce_sum(weight * each), tf.reduce_sum(batch.counts))
+
+
+def mean_over(batch: Batch, values: tf.Tensor) -> tf.Tensor:
+    """The mean over the examples that count, of [batch] or [batch, n], whatever they weigh."""
+    counts = batch.counts if len(values.shape) == 1 else batch.counts[:, None]
+    total = tf.reduce_sum(counts * values, axis=0)
+    return tf.math.divide_no_nan(total, tf.reduce_sum(batch.counts))
 
 
 def to_sums(result: Pass) -> tf.Tensor:
-    """[n + 8] float32: the examples, and the examples times all else that a pass tells.
+    """[n + 8 + more] float32: the examples, and the examples times all else that a pass tells.
 
     Such vectors of several parts of a batch can be added up.
     """
     terms = tf.stack([*result.loss, result.accuracy])
-    return result.examples * tf.concat([[1.0], terms, result.gradients.flat], axis=0)
+    parts = [[1.0], terms, result.more, result.gradients.flat]
+    return result.examples * tf.concat(parts, axis=0)
 
 
 def no_pass(state: TrainState) -> Pass:
     """The pass over no rows, which adds nothing to the others'."""
     zero = tf.constant(0.0)
     gradients = tf.zeros([count_elements(state.weights.values())])
-    return Pass(Loss(*[zero] * len(Loss._fields)), zero, zero, Vector(gradients, state.weights))
+    more = tf.zeros([len(state.objective.extra)])
+    loss = Loss(*[zero] * len(Loss._fields))
+    return Pass(loss, zero, zero, Vector(gradients, state.weights), more)
 
 
 def from_sums(sums: tf.Tensor, state: TrainState) -> Pass:
@@ -204,9 +182,10 @@ def from_sums(sums: tf.Tensor, state: TrainState) -> Pass:
     once.
     """
     means = tf.math.divide_no_nan(sums[1:], sums[0])
-    terms = len(Loss._fields)
-    loss = Loss(*tf.unstack(means[:terms]))
-    return Pass(loss, means[terms], sums[0], Vector(means[terms + 1 :], state.weights))
+    terms, extra = len(Loss._fields), len(state.objective.extra)
+    loss, first = Loss(*tf.unstack(means[:terms])), terms + 1 + extra
+    more = means[terms + 1 : first]
+    return Pass(loss, means[terms], sums[0], Vector(means[first:], state.weights), more)
 
 
 def rows_of(batch: Batch, first: tf.Tensor | int, size: int) -> Batch:
@@ -216,7 +195,7 @@ def rows_of(batch: Batch, first: tf.Tensor | int, size: int) -> Batch:
         start = [first] + [0] * (len(tensor.shape) - 1)
         return tf.slice(tensor, start, [size, *tensor.shape[1:]])
 
-    return Batch(*(cut(tensor) for tensor in batch))
+    return map_leaves(cut, batch)
 
 
 def accumulated(grad_fn: Callable, parts: int) -> Callable:
@@ -232,7 +211,7 @@ def accumulated(grad_fn: Callable, parts: int) -> Callable:
     """
 
     def in_parts(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
-        rows = batch.labels.shape[0]
+        rows = batch.rows
         whole = part or Part(0, rows, rows)
         small, longer = divmod(rows, parts)
 
@@ -240,20 +219,23 @@ def accumulated(grad_fn: Callable, parts: int) -> Callable:
             """The sums with those of `count` parts of one size, which are traced once."""
             if not count or not size:
                 return sums
-            cut = [
-                tf.reshape(tensor[start : start + count * size], [count, size, *tensor.shape[1:]])
-                for tensor in batch
-            ]
+
+            def in_rows(tensor: tf.Tensor) -> tf.Tensor:
+                own = tensor[start : start + count * size]
+                return tf.reshape(own, [count, size, *tensor.shape[1:]])
+
+            cut = map_leaves(in_rows, batch)
 
             def body(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 own = Part(whole.first + start + i * size, size, whole.total)
-                result = grad_fn(state, Batch(*(tensor[i] for tensor in cut)), own)
+                result = grad_fn(state, map_leaves(lambda tensor: tensor[i], cut), own)
                 return i + 1, sums + to_sums(result)
 
             begin = tf.constant(0), sums
             return tf.while_loop(lambda i, _: i < count, body, begin, parallel_iterations=1)[1]
 
-        sums = tf.zeros([count_elements(state.weights.values()) + len(Loss._fields) + 2])
+        size = count_elements(state.weights.values()) + len(state.objective.extra)
+        sums = tf.zeros([size + len(Loss._fields) + 2])
         sums = add_all(0, longer, small + 1, sums)
         sums = add_all(longer * (small + 1), parts - longer, small, sums)
         return from_sums(sums, state)
@@ -264,7 +246,8 @@ def accumulated(grad_fn: Callable, parts: int) -> Callable:
 class Step(NamedTuple):
     """What one step tells; all tensors."""
 
-    sums: tf.Tensor  # float64 [SUMS]: steps, examples, Σ over the examples of each of Metrics
+    # float64 [SUMS + more]: steps, examples, Σ over the examples of each of Metrics
+    sums: tf.Tensor
     learning_rate: tf.Tensor
     gradient: tf.Tensor  # float32 [n], over all weights
     update: tf.Tensor  # float32 [n], what was added to the weights
@@ -273,7 +256,7 @@ class Step(NamedTuple):
 def no_step(state: TrainState) -> Step:
     """What is told before the first step: zeros, with sums that many steps can be added to."""
     size = count_elements(state.weights.values())
-    sums = tf.zeros([SUMS], tf.float64)
+    sums = tf.zeros(state.totals.shape, tf.float64)
     return Step(sums, tf.constant(0.0), tf.zeros([size]), tf.zeros([size]))
 
 
@@ -295,10 +278,10 @@ def train_step(
         by layer, or either on parts of the batch (`accumulated`, `Replicas.grad_fn`).
       part: which rows of the step's batch these are, where it lies on several workers.
     """
-    images, labels, sample_weight = batch
+    inputs, targets, sample_weight = batch
     learning_rate = state.schedule(state.schedule_step)
     non_trainable = [tf.identity(variable) for variable in state.non_trainable.values()]
-    loss, accuracy, examples, gradients, logits = grad_fn(state, batch, part)
+    loss, accuracy, examples, gradients, more, outputs = grad_fn(state, batch, part)
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
 
     # One test for all the values that the three hold.
@@ -311,7 +294,7 @@ def train_step(
     state.update_ema(valid)
     state.advance(valid, overflowed)
 
-    metrics = tf.stack([*loss, accuracy, gradients.norm])
+    metrics = tf.concat([tf.stack([*loss, accuracy, gradients.norm]), more], axis=0)
     sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
     sums = tf.cast(select(valid, sums, tf.zeros_like(sums)), tf.float64)
     state.totals.assign_add(sums)

@@ -9,13 +9,16 @@ from tfloop.config import Config
 def check_gradients(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     start(config)
     from tfloop import assembly
+    from tfloop.data.spec import of_data
     from tfloop.inspection import checks
 
     data = assembly.load_data(config.replace(standardize=False))
     header = f"{'weight':22} {'worst entry':>16} {'GradientTape':>15} {'difference':>15}"
     print(f"{'':28} {header}  error")
     results = []
-    for check in checks.check_gradients(config, data.image_shape, data.classes, config.seed):
+    target: Any = config if not config.model else assembly.make_model(config, of_data(data))[0]
+    shape = () if config.model else data.image_shape
+    for check in checks.check_gradients(target, shape, data.classes, config.seed):
         results.append(check)
         verdict = "" if check.passed else "  WRONG"
         print(

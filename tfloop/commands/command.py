@@ -53,6 +53,11 @@ _NOT_HOW = {*GROUPS["looking inside"], *GROUPS["what is written"], *SEVERAL}
 HOW = tuple(name for name in FIELDS if name not in _NOT_HOW)
 ALONE = tuple(name for name in HOW if name != "ensemble")
 MODEL = tuple(name for group in ("start from", "data", "model") for name in GROUPS[group])
+CODE_OPTIONS = {
+    "model": ("", "FILE.py:function, where the run's own file is no longer where it was"),
+    "loss": ("", "the same of its loss"),
+    "metrics": ("", "the same of its metrics"),
+}
 BEST = (False, "the checkpoint that did best on the validation images, not the newest")
 
 

@@ -1,9 +1,9 @@
-"""What a trained model gets right and wrong on its test images."""
+"""What a trained model gets right and wrong on its test examples."""
 
 from pathlib import Path
 from typing import Any
 
-from tfloop.commands.command import BEST, WHERE, Command, start, warn
+from tfloop.commands.command import BEST, CODE_OPTIONS, WHERE, Command, start, warn
 from tfloop.config import Config
 from tfloop.errors import UserError
 
@@ -15,10 +15,9 @@ def evaluate(config: Config, options: dict[str, Any], arguments: list[str]) -> i
             "averaged; found none"
         )
     config, _ = start(config)
-    import numpy as np
-
+    from tfloop.inspection import reports
     from tfloop.training import folders
-    from tfloop.training.ensemble import mean_probabilities
+    from tfloop.training.ensemble import judge_together
 
     for folder in arguments:
         folders.settings(Path(folder))
@@ -28,101 +27,88 @@ def evaluate(config: Config, options: dict[str, Any], arguments: list[str]) -> i
         name, loop = _open(folder, options, config)
         if loops and not _has_same_test(loop.data, loops[0].data):
             raise UserError(
-                f"{folder}: has other test images than {arguments[0]}; name runs of the same data, "
-                "or give --dataset"
+                f"{folder}: has other test {loop.data.noun} than {arguments[0]}; name runs of the "
+                "same data, or give --dataset"
             )
         loops.append(loop)
-        metrics, logits = loop.evaluate_with_outputs(loop.data.test)
-        outputs.append(logits)
+        metrics, given = loop.evaluate_with_outputs(loop.data.test)
+        outputs.append(given)
         prefix = f"{folder}: " if len(arguments) > 1 else ""
-        print(
-            f"{prefix}{len(loop.data.test)} test images of {name}: loss {metrics.total:.4f} (data "
-            f"{metrics.data:.4f}, l1 {metrics.l1:.4f}, l2 {metrics.l2:.4f})  accuracy "
-            f"{100 * metrics.accuracy:.2f} %"
+        accuracy = "" if metrics.accuracy is None else f"  accuracy {100 * metrics.accuracy:.2f} %"
+        more = "".join(
+            f"  {name} {'missing' if value is None else f'{value:.4f}'}"
+            for name, value in metrics.more.items()
         )
-    test, probabilities = loops[0].data.test, mean_probabilities(loops, outputs)
+        print(
+            f"{prefix}{len(loop.data.test)} test {loop.data.noun} of {name}: loss "
+            f"{metrics.total:.4f} (data {metrics.data:.4f}, l1 {metrics.l1:.4f}, l2 "
+            f"{metrics.l2:.4f}){accuracy}{more}"
+        )
+    found = judge_together(loops, outputs, loops[0].data.test)
     if len(loops) > 1:
-        accuracy = np.mean(probabilities.argmax(axis=1) == test.labels)
-        print(
-            f"{len(loops)} together, by the mean of their probabilities: accuracy "
-            f"{100 * accuracy:.2f} %"
-        )
-    _print_classes(test, probabilities)
-    _print_mistakes(test, probabilities, options["plot"])
+        print(f"{len(loops)} together, by the mean of {found.of}: {found.text('')}")
+    for line in reports.lines(loops[0], found.outputs):
+        print(line)
+    if options["plot"]:
+        reports.draw(loops[0], found.outputs, options["plot"])
+        print(options["plot"])
     return 0
 
 
 def _open(folder: str, options: dict[str, Any], config: Config) -> tuple[str, Any]:
     """(the data set's name, a loop on a run's data with its weights)."""
     from tfloop import assembly
+    from tfloop.data import spec
     from tfloop.loop import Loop
     from tfloop.training import saved_run
 
-    trained, state, manifest = saved_run.open_run(folder, options["best"], warn)
+    trained, state, manifest = saved_run.open_run(folder, options["best"], warn, options)
     if options["dataset"]:
-        trained = trained.replace(dataset=options["dataset"], cache="", split="standard")
+        trained = trained.replace(
+            dataset=options["dataset"], cache="", split="standard", validation_size=0
+        )
     data = assembly.load_data(trained)
-    saved_run.check_fit(data.test.images, state, manifest, f"--dataset={trained.dataset}")
+    where = f"--dataset={trained.dataset}"
+    if not len(data.test):
+        raise UserError(f"{where}: has no test {data.noun} to evaluate")
+    spec.check_inputs(saved_run.spec_of(manifest), data.test.inputs, where)
     batch_size = min(trained.batch_size, len(data.train))
     return trained.dataset, Loop(state, data, batch_size=batch_size, shards=config.shards)
 
 
 def _has_same_test(one: Any, other: Any) -> bool:
-    """Are the test images of two data sets the same, and their classes?"""
+    """Are the test examples of two data sets the same, and what their targets are?"""
     import numpy as np
 
-    if one.classes != other.classes or not np.array_equal(one.test.labels, other.test.labels):
+    from tfloop.nests import leaves
+
+    if one.kinds != other.kinds or one.digest != other.digest:
         return False
-    if one.digest or other.digest:
-        return one.digest == other.digest
-    return np.array_equal(one.test.images, other.test.images)
-
-
-def _print_classes(test: Any, probabilities: Any) -> None:
-    from tfloop.inspection import evaluation
-
-    print(f"\n{'class':>7}  precision     recall  images")
-    by_class = evaluation.by_class(test.labels, probabilities)
-    for label, (precision, recall, images) in enumerate(zip(*by_class, strict=True)):
-        print(f"{label:7d}  {100 * precision:7.2f} %  {100 * recall:7.2f} %  {images:6d}")
-
-
-def _print_mistakes(test: Any, probabilities: Any, path: str) -> None:
-    """Calibration and the most confident mistakes; draw them, too, where a path is given."""
-    import numpy as np
-
-    from tfloop.inspection import evaluation, plots
-
-    labels = test.labels
-    calibration = evaluation.calibration(labels, probabilities)
-    bins = len(calibration.images)
-    print(f"\nexpected calibration error {100 * calibration.error:.2f} %, over {bins} bins")
-    rows = evaluation.confident_mistakes(labels, probabilities)
-    guesses, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    print("\nmost confident mistakes" if len(rows) else "\nno mistakes")
-    for row in rows:
-        share = f"{100 * confidence[row]:.1f} %"
-        print(f"image {row:6d}: is {labels[row]}, taken for {guesses[row]} with {share}")
-    if not path:
-        return
-    pictures = test.images[:0]
-    if len(rows):  # one by one: images on disk are read in order only
-        pictures = np.stack([test.images[row : row + 1][0] for row in rows])
-    figure = plots.evaluation(calibration, pictures, labels[rows], guesses[rows], confidence[rows])
-    plots.save(figure, path)
-    print(path)
+    pairs = [(one.test.targets, other.test.targets)]
+    if not one.digest:
+        pairs.append((one.test.inputs, other.test.inputs))
+    return all(
+        np.array_equal(a, b)
+        for first, second in pairs
+        for a, b in zip(leaves(first), leaves(second), strict=True)
+    )
 
 
 COMMAND = Command(
     evaluate,
-    "a run on its test images: loss, accuracy, by class, calibration, mistakes; several runs: "
+    "a run on its test data: loss and metrics, by class or by error, mistakes; several runs: "
     "averaged",
     topic="use",
     arguments="RUN…",
     settings=WHERE,
     options={
-        "plot": ("", "draw calibration and the ten most confident mistakes into this PNG file"),
-        "dataset": ("", "other data than the run's own: its test images"),
+        "plot": (
+            "",
+            "draw calibration and the ten most confident mistakes, or predicted against true "
+            "values, into this PNG file",
+        ),
+        "dataset": ("", "other data than the run's own: its test examples"),
         "best": BEST,
+        **CODE_OPTIONS,
     },
 )

@@ -3,7 +3,16 @@
 import os
 from typing import Any
 
-from tfloop.commands.command import BEST, WHERE, Command, one_argument, one_of, start, warn
+from tfloop.commands.command import (
+    BEST,
+    CODE_OPTIONS,
+    WHERE,
+    Command,
+    one_argument,
+    one_of,
+    start,
+    warn,
+)
 from tfloop.config import Config
 
 
@@ -13,7 +22,7 @@ def export(config: Config, options: dict[str, Any], arguments: list[str]) -> int
     start(config)
     from tfloop.training import export, saved_run
 
-    _, state, _ = saved_run.open_run(folder, options["best"], warn)
+    _, state, _ = saved_run.open_run(folder, options["best"], warn, options)
     name = os.path.basename(os.path.abspath(folder))
     path = options["out"] or f"{name}{export.FORMATS[format] or '-saved_model'}"
     export.export(state, format, path)
@@ -31,5 +40,6 @@ COMMAND = Command(
         "format": ("keras", "keras, saved_model, tflite, or weights: the layers' weights alone"),
         "out": ("", "the file, or the folder of a saved_model; unset: named after the run"),
         "best": BEST,
+        **CODE_OPTIONS,
     },
 )

@@ -20,7 +20,7 @@ def pack(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
 
     source, folder = arguments
     data = pack.pack(source, folder, format, int(size))
-    shards = len(data.train.images.files) + len(data.test.images.files)
+    shards = len(data.train.inputs.files) + len(data.test.inputs.files)
     print(
         f"{len(data.train)} training and {len(data.test)} test images of "
         f"{shape_text(data.image_shape)}, {data.classes} classes, in {shards} shards: {folder}"

@@ -1,9 +1,10 @@
-"""Class and probabilities of new images."""
+"""What a trained model gives for new inputs."""
 
 import csv
+from collections.abc import Iterator
 from typing import Any
 
-from tfloop.commands.command import BEST, WHERE, Command, output, start, warn
+from tfloop.commands.command import BEST, CODE_OPTIONS, WHERE, Command, output, start, warn
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.wording import counted
@@ -13,30 +14,60 @@ def predict(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     if len(arguments) != 2:
         found = counted(len(arguments), "argument")
         raise UserError(
-            f"predict: expected RUN and IMAGES (a folder or an .npz file), found {found}"
+            f"predict: expected RUN and INPUTS (a folder or an .npz file), found {found}"
         )
     start(config)
+    from tfloop.data import spec
     from tfloop.training import predictions, saved_run
 
     folder, source = arguments
-    _, state, manifest = saved_run.open_run(folder, options["best"], warn)
-    names, images = predictions.read_images(source, state.model.input_shape[1:])
-    saved_run.check_fit(images, state, manifest, source)
-    probabilities = predictions.predict(state, images)
+    _, state, manifest = saved_run.open_run(folder, options["best"], warn, options)
+    of_data = saved_run.spec_of(manifest)
+    names, inputs = predictions.read_inputs(source, of_data)
+    spec.check_inputs(of_data, inputs, source)
+    outputs = predictions.predict(state, inputs)
+    columns = list(_columns(state.objective, outputs))
     with output(options["out"]) as file:
         writer = csv.writer(file, lineterminator="\n")
-        columns = [f"p{k}" for k in range(probabilities.shape[1])]
-        writer.writerow(["image", "class", *columns])
-        for name, row in zip(names, probabilities, strict=True):
-            writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row)])
+        first = "image" if of_data.has_images else "row"
+        writer.writerow([first, *(title for title, _ in columns)])
+        for row, name in enumerate(names):
+            writer.writerow([name, *(values[row] for _, values in columns)])
     return 0
+
+
+def _columns(objective: Any, outputs: Any) -> Iterator[tuple[str, list]]:
+    """(title, a value for each example): of classes the class, then its numbers one by one."""
+    from tfloop.nests import leaves
+
+    terms = {term.places[1]: term for term in objective.terms}
+    for place, values in enumerate(leaves(outputs)):
+        name, term = objective.names[place], terms.get(place)
+        target = term.target if term and term.accuracy else None
+        flat, prefix = values.reshape(len(values), -1), f"{name}/" if name else ""
+        if target and target.is_one_class:
+            guesses = flat.argmax(axis=1) if flat.shape[1] > 1 else (flat[:, 0] > 0.5).astype(int)
+            title = f"{prefix}class"
+            yield title, [target.name_of(int(guess)) for guess in guesses]
+        letter = "p" if target else "y"
+        numbers = [""] if flat.shape[1] == 1 else range(flat.shape[1])
+        for column, number in enumerate(numbers):
+            yield f"{prefix}{letter}{number}", [_number(x, letter) for x in flat[:, column]]
+
+
+def _number(value: Any, letter: str) -> str:
+    return f"{value:.6f}" if letter == "p" else f"{value:.7g}"
 
 
 COMMAND = Command(
     predict,
-    "class and probabilities of each image, as CSV",
+    "class and probabilities of each image, or what else the model gives, as CSV",
     topic="use",
-    arguments="RUN IMAGES",
+    arguments="RUN INPUTS",
     settings=WHERE,
-    options={"out": ("", "the CSV file; unset: standard output"), "best": BEST},
+    options={
+        "out": ("", "the CSV file; unset: standard output"),
+        "best": BEST,
+        **CODE_OPTIONS,
+    },
 )

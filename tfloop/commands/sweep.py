@@ -116,7 +116,8 @@ def _check_trials(trials: list[sweeps.Trial], data: Any) -> None:
     from tfloop import assembly, models
 
     for trial in trials:
-        models.check_sizes(trial.config, data.image_shape)
+        if not trial.config.model:
+            models.check_sizes(trial.config, data.image_shape)
         assembly.make_schedule(trial.config, 1)  # does it have what is searched?
         assembly.make_optimizer(trial.config)
         if trial.config.batch_size > len(data.train):

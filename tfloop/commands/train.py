@@ -7,7 +7,7 @@ from tfloop.commands.command import STARTED, TERMINATED, Command, Stop
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.machine import cluster
-from tfloop.training import folders
+from tfloop.training import code, folders
 from tfloop.wording import counted
 
 
@@ -65,13 +65,16 @@ def _resumed(config: Config, options: dict[str, Any]) -> tuple[Config, list[Path
                 "(or --ensemble=1), or go on with all that were begun together: --resume=auto"
             )
         folder = Path(resume)
-        return folders.resumed(folder, config, given, override), [folder]
+        config = folders.resumed(folder, config, given, override)
+        return code.trusted(folder, config, given, override, goes_on=True), [folder]
     group, ensemble = folders.newest_unfinished(config)
     if not group or (several and len(group) == 1):
         return config, []
     if len(group) == 1:
-        return folders.resumed(group[0], config, given, override), group
-    return folders.resumed_group(group, ensemble, config, given, override), group
+        config = folders.resumed(group[0], config, given, override)
+    else:
+        config = folders.resumed_group(group, ensemble, config, given, override)
+    return code.trusted(group[0], config, given, override, goes_on=True), group
 
 
 def _finished(config: Config, resume: list[Path]) -> str:

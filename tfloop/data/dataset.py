@@ -1,118 +1,261 @@
-"""What a data set is: images, labels and a standardiser, checked. NumPy and scikit-learn only.
+"""What a data set is: inputs, targets and a standardiser, checked. NumPy and scikit-learn only.
 
-Everything a model must know of its data (image shape, number of classes, the standardiser) follows
-from the images and labels. Where they come from is in `sources`, how they reach the step in
+Everything a model must know of its data (the shapes, what the targets are, the standardiser)
+follows from the arrays. Where they come from is in `sources`, how they reach the step in
 `pipelines`.
 """
 
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from tfloop.data.targets import Target, class_numbers
 from tfloop.errors import UserError
+from tfloop.nests import filled, is_leaf, leaves, map_leaves, named_leaves
 from tfloop.wording import shape_text
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images [N, height, width, channels], uint8 or float32, and class numbers [N], int32.
+    """A part of a data set: examples that lie in arrays, a row each.
 
-    The images of a data set that stays on disk are `shards.Records`.
+    Attributes:
+      inputs: a nest of arrays [N, …]; `shards.Records` of a data set that stays on disk.
+      targets: a nest of arrays [N, …].
+      sample_weight: [N] float32, how much the loss of each example counts; None: each counts 1.
     """
 
-    images: Any
-    labels: np.ndarray
+    inputs: Any
+    targets: Any
+    sample_weight: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(leaves(self.targets)[0])
+
+    @property
+    def is_in_memory(self) -> bool:
+        return all(isinstance(leaf, np.ndarray) for leaf in leaves(self.inputs))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in leaves(self.inputs))
+
+    @property
+    def has_images(self) -> bool:
+        """Is the only input images [N, height, width, channels]?"""
+        return is_leaf(self.inputs) and len(self.inputs.shape) == 4
 
     @functools.cached_property
     def tensors(self) -> tuple:
-        """(images, labels) as variables on the device, one copy for all who ask.
+        """(inputs, targets, sample_weight) as variables on the device, one copy for all who ask.
 
-        Of a variable a GPU gathers uint8, too; of a constant the CPU would, for it. Labels are
-        int64, since TensorFlow keeps int32 on the CPU.
+        Of a variable a GPU gathers uint8, too; of a constant the CPU would, for it.
         """
         import tensorflow as tf
 
-        images = tf.Variable(self.images[:], trainable=False)
-        return images, tf.Variable(self.labels.astype("int64"), trainable=False)
+        def variable(array: np.ndarray) -> tf.Variable:
+            return tf.Variable(array, trainable=False)
+
+        parts = (self.inputs, self.targets)
+        inputs, targets = (map_leaves(variable, part) for part in parts)
+        weight = None if self.sample_weight is None else variable(self.sample_weight)
+        return inputs, targets, weight
 
     def take(self, rows: np.ndarray | slice) -> "Split":
-        """Some of the examples, in this order; of images on disk nothing is read for it."""
-        select = getattr(self.images, "select", self.images.__getitem__)
-        return Split(select(rows), self.labels[rows])
+        """Some of the examples, in this order; of inputs on disk nothing is read for it."""
+
+        def select(array: Any) -> Any:
+            return getattr(array, "select", array.__getitem__)(rows)
+
+        weight = None if self.sample_weight is None else self.sample_weight[rows]
+        return Split(map_leaves(select, self.inputs), map_leaves(select, self.targets), weight)
+
+    def rows(self, rows: np.ndarray | slice) -> Any:
+        """The inputs of some of the examples, as they lie in the data."""
+        return map_leaves(lambda array: array[rows], self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Standardizer:
-    """x → (x - mean) / scale, by pixel. Shapes [height, width, channels], float32."""
+    """x → (x - mean) / scale: float32 arrays that fit one example, or nests of them.
 
-    mean: np.ndarray
-    scale: np.ndarray
+    What is not scaled has None.
+    """
+
+    mean: Any
+    scale: Any
 
     @classmethod
-    def fit(cls, images: np.ndarray) -> "Standardizer":
-        """scikit-learn's StandardScaler over `images`; a pixel that never varies keeps scale 1."""
-        from sklearn.preprocessing import StandardScaler
+    def fit(cls, inputs: Any) -> "Standardizer":
+        """scikit-learn's StandardScaler over each array of numbers that can be scaled.
 
-        pixels = images[0].size
-        scaler, rows = StandardScaler(), cls.at_once(pixels)
-        for first in range(0, len(images), rows):
-            scaler.partial_fit(images[first : first + rows].reshape(-1, pixels))
-        return cls.of_scaler(scaler, images.shape[1:])
+        Images and tables by pixel and column, series and the like by the last axis, over all
+        places. What never varies keeps scale 1; whole numbers, such as tokens, are left as they
+        are.
+        """
+        return cls._by_leaf(inputs, _fit)
 
     @classmethod
     def of_scaler(cls, scaler: Any, shape: tuple[int, ...]) -> "Standardizer":
-        """That of a fitted StandardScaler, for images of this shape."""
+        """That of a fitted StandardScaler, for arrays of this shape."""
         mean, scale = scaler.mean_.reshape(shape), scaler.scale_.reshape(shape)
         return cls(mean.astype(np.float32), scale.astype(np.float32))
 
     @staticmethod
-    def at_once(pixels: int) -> int:
-        """How many images of N pixels are fitted at once: the scaler works in float64."""
-        return min(8192, max(1, 2**23 // pixels))
+    def at_once(numbers: int) -> int:
+        """How many rows of N numbers are fitted at once: the scaler works in float64."""
+        return min(8192, max(1, 2**23 // max(numbers, 1)))
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> "Standardizer":
         return cls(np.zeros(shape, np.float32), np.ones(shape, np.float32))
 
+    @classmethod
+    def identities(cls, inputs: Any) -> "Standardizer":
+        """That which changes nothing of inputs like these."""
+        return cls._by_leaf(inputs, lambda array: cls.identity(_scaled_shape(array)))
+
+    @classmethod
+    def _by_leaf(cls, inputs: Any, make: Callable) -> "Standardizer":
+        made = [make(array) if is_scaled(array) else cls(None, None) for array in leaves(inputs)]
+        return cls(
+            filled(inputs, [one.mean for one in made]), filled(inputs, [one.scale for one in made])
+        )
+
+
+def is_scaled(array: Any) -> bool:
+    """Do the numbers of such an array measure something, so that they can be scaled?
+
+    Floats do, and the pixels of images (uint8 of three axes or more). Other whole numbers name
+    something: tokens, categories.
+    """
+    kind = np.dtype(getattr(array.dtype, "as_numpy_dtype", array.dtype))
+    return kind.kind == "f" or (kind == np.uint8 and len(array.shape) > 2)
+
+
+def _scaled_shape(array: np.ndarray) -> tuple[int, ...]:
+    """The shape of mean and scale: one example's, or its last axis."""
+    by_last = array.ndim == 3 or array.ndim > 4
+    return array.shape[-1:] if by_last else array.shape[1:]
+
+
+def _fit(array: np.ndarray) -> Standardizer:
+    from sklearn.preprocessing import StandardScaler
+
+    shape = _scaled_shape(array)
+    numbers = int(np.prod(shape))
+    scaler, rows = StandardScaler(), Standardizer.at_once(int(np.prod(array.shape[1:])))
+    for first in range(0, len(array), rows):
+        scaler.partial_fit(array[first : first + rows].reshape(-1, numbers))
+    return Standardizer.of_scaler(scaler, shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Training, validation (maybe empty) and test images of one source."""
+    """Training, validation (maybe empty) and test examples (maybe none) of one source.
+
+    Attributes:
+      kinds: what the targets are, by the names of `nests.named_leaves`: "" where there is one.
+    """
 
     name: str
     train: Split
     validation: Split
     test: Split
-    classes: int
+    kinds: Mapping[str, Target]
     standardizer: Standardizer
     left_out: tuple[str, ...] = ()  # damaged records, where they are left out
     digest: str = ""  # of what is on disk, where the images stay there
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.train.images.shape[1:]
+        """(height, width, channels).
+
+        Raises:
+          UserError: the inputs are no images.
+        """
+        if not self.train.has_images:
+            raise UserError(
+                f"{self.name}: the inputs are {self.inputs_text}, and this needs images [N, "
+                "height, width, channels]; give a --model of your own"
+            )
+        return self.train.inputs.shape[1:]
+
+    def as_images(self) -> "Dataset":
+        """The same, with one channel where the inputs are images [N, height, width] without."""
+        inputs = self.train.inputs
+        if not is_leaf(inputs) or len(inputs.shape) != 3 or inputs.dtype.kind != "f":
+            return self
+
+        def with_channel(split: Split) -> Split:
+            return dataclasses.replace(split, inputs=split.inputs[..., np.newaxis])
+
+        train, validation, test = map(with_channel, (self.train, self.validation, self.test))
+        is_fitted = bool(np.any(self.standardizer.mean))
+        fit = Standardizer.fit if is_fitted else Standardizer.identities
+        return dataclasses.replace(
+            self,
+            train=train,
+            validation=validation,
+            test=test,
+            standardizer=fit(train.inputs),
+        )
+
+    @property
+    def target(self) -> Target | None:
+        """What the targets are, where there is one array of them."""
+        return self.kinds.get("")
+
+    @property
+    def classes(self) -> int:
+        """How many classes or labels the only target has; 0 where there are none."""
+        return self.target.classes if self.target else 0
+
+    @property
+    def inputs_text(self) -> str:
+        """ "28×28×1 uint8", or "age 4 float32, words 20 int64" """
+        return described(self.train.inputs)
+
+    @property
+    def targets_text(self) -> str:
+        """ "10 classes", or "price: values; kind: 3 classes" """
+        return targets_text(self.kinds)
+
+    @property
+    def noun(self) -> str:
+        """What the examples are called: "images" or "examples"."""
+        return "images" if self.train.has_images else "examples"
+
+    def class_numbers(self, targets: np.ndarray) -> np.ndarray:
+        """[N] the class of each example of the only target."""
+        assert self.target is not None
+        return class_numbers(self.target, targets)
 
     @property
     def fingerprint(self) -> int:
         """A number below 2**31 that differs, all but surely, for other training data or order."""
-        if self.digest:
-            pixels = zlib.crc32(self.train.images.index["crc"].tobytes())
-        else:
-            pixels = zlib.crc32(np.ascontiguousarray(self.train.images).data)
-        return zlib.crc32(self.train.labels.tobytes(), pixels) >> 1
+        crc = 0
+        for array in leaves(self.train.inputs):
+            on_disk = getattr(array, "index", None)
+            array = array if on_disk is None else on_disk["crc"]
+            content = np.ascontiguousarray(array)
+            crc = zlib.crc32(content.tobytes() if content.dtype == object else content.data, crc)
+        for array in leaves(self.train.targets):
+            crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
+        if self.train.sample_weight is not None:
+            crc = zlib.crc32(self.train.sample_weight.data, crc)
+        return crc >> 1
 
     def without_test(self) -> "Dataset":
-        """The same without test images, for choices that are not to be made on them."""
+        """The same without test examples, for choices that are not to be made on them."""
         return dataclasses.replace(self, test=self.test.take(slice(0)))
 
     def head(self, size: int) -> "Dataset":
-        """The first `size` images of each part."""
+        """The first `size` examples of each part."""
         rows = slice(size)
         return dataclasses.replace(
             self,
@@ -122,167 +265,31 @@ class Dataset:
         )
 
 
-def from_arrays(
-    x_train: Any,
-    y_train: Any,
-    x_test: Any,
-    y_test: Any,
-    name: str = "arrays",
-    split: str = "standard",
-    validation_size: int = 0,
-    standardize: bool = True,
-    seed: int = 0,
-) -> Dataset:
-    """A data set of NumPy arrays, or of what NumPy makes arrays of.
-
-    Args:
-      x_train: training images [N, height, width] or [N, height, width, channels].
-      y_train: their labels, class numbers [N] or one-hot rows [N, classes].
-      x_test: test images.
-      y_test: their labels.
-      name: what error messages call them.
-      split, validation_size, standardize, seed: as in `sources.load`.
-
-    Raises:
-      UserError: arrays that do not fit each other, or sizes that leave nothing to train on.
-    """
-    parts = [(np.asarray(x), np.asarray(y)) for x, y in ((x_train, y_train), (x_test, y_test))]
-    train, test, classes = _check(name, *parts)
-    if split not in ("standard", "shuffled"):
-        raise UserError(f"--split={split} is unknown; choose from standard, shuffled")
-    if split == "shuffled":
-        images = np.concatenate([train.images, test.images])
-        joined = Split(images, np.concatenate([train.labels, test.labels]))
-        order = np.random.default_rng(seed).permutation(len(joined))
-        train, test = joined.take(order[len(test) :]), joined.take(order[: len(test)])
-    train, validation = hold_out(train, validation_size, seed)
-    if standardize:
-        fit = Standardizer.fit(train.images)
-    else:
-        fit = Standardizer.identity(train.images.shape[1:])
-    return Dataset(name, train, validation, test, classes, fit)
-
-
-def hold_out(train: Split, size: int, seed: int) -> tuple[Split, Split]:
-    """(the rest, `size` images in the proportions of the classes)."""
-    if not size:
-        return train, train.take(np.arange(0))
-    if size >= len(train):
-        raise UserError(
-            f"--validation_size={size} leaves nothing to train on: there are {len(train)} training "
-            "images"
-        )
-    from sklearn.model_selection import train_test_split
-
-    rows = np.arange(len(train))
-    try:
-        rest, held_out = train_test_split(
-            rows, test_size=size, random_state=seed, stratify=train.labels
-        )
-    except ValueError as error:
-        raise UserError(
-            f"--validation_size={size}: cannot be cut in the proportions of the classes: {error}"
-        ) from None
-    return train.take(np.sort(rest)), train.take(np.sort(held_out))
-
-
-# --- checks
-
-
-def _check(name: str, train: tuple, test: tuple) -> tuple[Split, Split, int]:
-    """Both parts as Splits and the number of classes, or a UserError that says what is wrong."""
-    splits = {part: _split(name, part, *given) for part, given in _named(train, test)}
-    training, tested = splits["training"], splits["test"]
-    if _describe(training.images) != _describe(tested.images):
-        raise UserError(
-            f"{name}: training images are {_describe(training.images)}, test images "
-            f"{_describe(tested.images)}"
-        )
-    widths = [labels.shape[1] for _, labels in (train, test) if _is_one_hot(labels)]
-    if len(set(widths)) > 1:
-        raise UserError(
-            f"{name}: one-hot labels have {widths[0]} columns for training and {widths[1]} for the "
-            "test"
-        )
-    classes = widths[0] if widths else int(training.labels.max()) + 1
-    if classes < 2:
-        raise UserError(f"{name}: all training labels are {classes - 1}: nothing to tell apart")
-    if classes > len(training):
-        raise UserError(
-            f"{name}: label {classes - 1} is out of range for {len(training)} training images"
-        )
-    if tested.labels.max() >= classes:
-        raise UserError(
-            f"{name}: test label {tested.labels.max()} is out of range: training labels go from 0 "
-            f"to {classes - 1}"
-        )
-    return training, tested, classes
-
-
-def _named(train: tuple, test: tuple) -> list[tuple[str, tuple]]:
-    return [("training", train), ("test", test)]
-
-
-def _split(name: str, part: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    checked = Split(
-        check_images(images, f"{name}: {part} images"),
-        _class_numbers(labels, f"{name}: {part} labels"),
+def targets_text(kinds: Mapping[str, Target]) -> str:
+    """ "10 classes", or "kind: 3 classes; price: values" """
+    return "; ".join(
+        f"{name}: {target_text(target)}" if name else target_text(target)
+        for name, target in kinds.items()
     )
-    if len(checked.images) != len(checked.labels):
-        raise UserError(
-            f"{name}: {len(checked.images)} {part} images but {len(checked.labels)} labels"
-        )
-    if not len(checked):
-        raise UserError(f"{name}: there are no {part} images")
-    return checked
 
 
-def check_images(images: np.ndarray, where: str) -> np.ndarray:
-    """[N, height, width, channels], uint8 or float32, all finite.
-
-    Raises:
-      UserError: an array of another kind, or a pixel that is not finite; `where` names it.
-    """
-    if images.ndim == 3:
-        images = images[..., np.newaxis]
-    if images.ndim != 4 or images.dtype.kind not in "uif" or 0 in images.shape[1:]:
-        raise UserError(
-            f"{where}: expected numbers of shape (N, height, width) or (N, height, width, "
-            f"channels), found {images.dtype} {images.shape}"
-        )
-    if images.dtype == np.uint8:
-        return images
-    with np.errstate(over="ignore"):
-        images = images.astype(np.float32)
-    bad = ~np.isfinite(images)
-    if bad.any():
-        row = int(np.argwhere(bad)[0][0])
-        raise UserError(f"{where}: image {row} has a pixel that is NaN or infinite")
-    return images
+def target_text(target: Target) -> str:
+    """ "10 classes", "5 labels", "values", "3×3 of 2 classes" """
+    of_each = target.kind in ("shares", "labels")
+    places = f"{shape_text(target.shape)} of " if target.shape and not of_each else ""
+    if target.kind == "values":
+        return f"{shape_text(target.shape)} values" if target.shape else "values"
+    noun = {"classes": "classes", "shares": "classes as shares", "labels": "labels"}[target.kind]
+    return f"{places}{target.classes} {noun}"
 
 
-def _is_one_hot(labels: np.ndarray) -> bool:
-    return labels.ndim == 2 and labels.shape[1] > 1
+def described(inputs: Any) -> str:
+    return ", ".join(
+        f"{name} {_array_text(array)}" if name else _array_text(array)
+        for name, array in named_leaves(inputs)
+    )
 
 
-def _class_numbers(labels: np.ndarray, where: str) -> np.ndarray:
-    """[N] int32 from integers [N] or [N, 1], or from one-hot rows [N, classes]."""
-    if labels.dtype.kind not in "uifb" or labels.ndim not in (1, 2):
-        raise UserError(
-            f"{where}: expected integers or one-hot rows, found {labels.dtype} {labels.shape}"
-        )
-    if _is_one_hot(labels):
-        are_bits = ((labels == 0) | (labels == 1)).all()
-        if not (are_bits and (labels.sum(axis=1) == 1).all()):
-            raise UserError(f"{where}: the rows of {labels.shape} are not one-hot")
-        return labels.argmax(axis=1).astype(np.int32)
-    labels = labels.reshape(-1)
-    bad = ~((labels >= 0) & (labels < 2**31 - 1) & (labels == np.floor(labels)))
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise UserError(f"{where}: label {labels[row]} in row {row} is not a class number")
-    return labels.astype(np.int32)
-
-
-def _describe(images: np.ndarray) -> str:
-    return f"{shape_text(images.shape[1:])} {images.dtype}"
+def _array_text(array: Any) -> str:
+    kind = "text" if array.dtype == object else str(array.dtype)
+    return f"{shape_text(array.shape[1:])} {kind}" if array.shape[1:] else kind

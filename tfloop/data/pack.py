@@ -93,7 +93,7 @@ def _make(folder: Path, contents: _Contents, format: str, shard_mib: int) -> Non
 
 
 def _arrays(dataset: Dataset, source: str) -> _Contents:
-    dtype = dataset.train.images.dtype
+    dtype = dataset.train.inputs.dtype
     if dtype != np.uint8:
         raise UserError(f"{source}: pixels are {dtype}; only bytes, uint8, can be packed")
     return _Contents({"train": _rows(dataset.train), "test": _rows(dataset.test)}, [])
@@ -102,7 +102,7 @@ def _arrays(dataset: Dataset, source: str) -> _Contents:
 def _rows(split: Split) -> Iterator[tuple[np.ndarray, int]]:
     for first in range(0, len(split), shards.CHUNK):
         rows = slice(first, first + shards.CHUNK)
-        yield from zip(split.images[rows], split.labels[rows].tolist(), strict=True)
+        yield from zip(split.inputs[rows], split.targets[rows].tolist(), strict=True)
 
 
 def _is_picture(path: Path) -> bool:

@@ -2,8 +2,8 @@
 
 A pipeline has `begin(seed, epoch, first)`, which returns a source for the rest of that epoch, and
 `take(source, index, rows)`, which the compiled step calls for the batch with this index. It has
-`rows` rows, of which a worker gets its part; shapes are static. Images travel as they lie in the
-data set (uint8); they become float32 in the step.
+`rows` rows, of which a worker gets its part; shapes are static. Inputs and targets travel as they
+lie in the data set (images: uint8); what is scaled becomes float32 in the step.
 """
 
 import functools
@@ -18,19 +18,33 @@ from tfloop.data import shards
 from tfloop.data.dataset import Split
 from tfloop.data.tf_data import UNTUNED
 from tfloop.errors import UserError
+from tfloop.nests import map_leaves
 from tfloop.randomness import Part, fold_in, part_of, seed_of
 
 PIPELINES = ("host", "prefetch", "resident")
-SHARE_OF_MEMORY = 0.1  # images that take less than this of the memory are kept resident
+SHARE_OF_MEMORY = 0.1  # inputs that take less than this of the memory are kept resident
 GPU_BYTES = 4 << 30  # and on a GPU, less than this
+
+
+LEFT_OUT = -1.0  # the weight of a damaged record, which counts for nothing at all
 
 
 class Batch(NamedTuple):
     """One batch. The last one of an epoch has the rows that are left."""
 
-    images: tf.Tensor  # [batch, height, width, channels], uint8 or float32
-    labels: tf.Tensor  # [batch] int64
-    sample_weight: tf.Tensor  # [batch] float32: 1, or 0 for a damaged record that is left out
+    inputs: Any  # a nest of tensors [batch, …] in the types of the data: images, tables, tokens
+    targets: Any  # a nest of tensors [batch, …]: class numbers int64, or what else the data have
+    sample_weight: tf.Tensor  # [batch] float32: how much each loss counts; 1 where nothing is said
+
+    @property
+    def rows(self) -> int:
+        """How many examples it has."""
+        return self.sample_weight.shape[0]
+
+    @property
+    def counts(self) -> tf.Tensor:
+        """[batch] float32: 1 for each example, 0 for a damaged record that is left out."""
+        return tf.cast(self.sample_weight >= 0.0, tf.float32)
 
 
 def order(seed: tf.Tensor | int, epoch: tf.Tensor | int, size: int) -> tf.Tensor:
@@ -82,7 +96,7 @@ class _Pipeline:
 
 
 class Resident(_Pipeline):
-    """The images stay in device memory; permuting and gathering happen there."""
+    """The data stay in device memory; permuting and gathering happen there."""
 
     name = "resident"
 
@@ -90,7 +104,7 @@ class Resident(_Pipeline):
         self, split: Split, batch_size: int, worker: int = 0, workers: int = 1, replicas: int = 1
     ) -> None:
         super().__init__(split, batch_size, worker, workers, replicas)
-        self._images, self._labels = split.tensors
+        self._inputs, self._targets, self._weight = split.tensors
         self._order = tf.Variable(tf.zeros([self.size], tf.int64), trainable=False)
 
     def begin(self, seed: tf.Tensor, epoch: tf.Tensor, first: int) -> tuple:
@@ -100,14 +114,19 @@ class Resident(_Pipeline):
     def take(self, source: tuple, index: tf.Tensor, rows: int) -> Batch:
         first, own = self._own(rows)
         places = tf.slice(self._order, [index * self.batch_size + first], [own])
-        images, labels = tf.gather(self._images, places), tf.gather(self._labels, places)
-        return Batch(images, labels, tf.ones([own]))
+
+        def of_batch(variable: tf.Variable) -> tf.Tensor:
+            return tf.gather(variable, places)
+
+        inputs, targets = (map_leaves(of_batch, part) for part in (self._inputs, self._targets))
+        weight = tf.ones([own]) if self._weight is None else of_batch(self._weight)
+        return Batch(inputs, targets, weight)
 
 
 class Streamed(_Pipeline):
     """tf.data makes the batches on the CPU, ahead of the step.
 
-    Images in memory are gathered; those on disk (`shards.Records`) are read and decoded, several
+    What is in memory is gathered; those on disk (`shards.Records`) are read and decoded, several
     batches at once.
     """
 
@@ -134,10 +153,12 @@ class Streamed(_Pipeline):
         self.name = "prefetch" if to_device else "host"
         gpus = tf.config.list_logical_devices("GPU")
         self._device = (gpus or tf.config.list_logical_devices("CPU"))[0].name
-        self._is_on_disk = not isinstance(split.images, np.ndarray)
+        self._is_on_disk, inputs = not split.is_in_memory, split.inputs
         with tf.device("CPU"):
-            self._images = split.images if self._is_on_disk else tf.constant(split.images)
-            self._labels = tf.constant(split.labels, tf.int64)
+            self._inputs = inputs if self._is_on_disk else map_leaves(tf.constant, inputs)
+            self._targets = map_leaves(tf.constant, split.targets)
+            weight = split.sample_weight
+            self._weight = None if weight is None else tf.constant(weight)
 
     def begin(self, seed: tf.Tensor, epoch: tf.Tensor, first: int) -> Any:
         return iter(self.batches(seed, epoch, first))
@@ -164,29 +185,39 @@ class Streamed(_Pipeline):
             first, own = (tf.where(is_full, *pair) for pair in zip(full, rest, strict=True))
         start = index * self.batch_size + tf.cast(first, tf.int64)
         rows = places[start : start + tf.cast(own, tf.int64)]
+
+        def of_batch(tensor: tf.Tensor) -> tf.Tensor:
+            return tf.gather(tensor, rows)
+
+        weight = tf.ones([own]) if self._weight is None else of_batch(self._weight)
         if self._is_on_disk:
-            images, whole = self._read(rows)
+            inputs, whole = self._read(rows)
+            weight = tf.where(whole > 0, weight, LEFT_OUT)
         else:
-            images, whole = tf.gather(self._images, rows), tf.ones([own])
-        return Batch(images, tf.gather(self._labels, rows), whole)
+            inputs = map_leaves(of_batch, self._inputs)
+        return Batch(inputs, map_leaves(of_batch, self._targets), weight)
 
     def _read(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(images, 1 or 0 for each: 0 where its record is damaged and left out)"""
 
         def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             try:
-                return self._images.read(rows)
+                return self._inputs.read(rows)
             except UserError as error:
                 self.error = error
                 raise
 
         found = tf.numpy_function(read, [rows], [tf.string, tf.bool, tf.float32])
         examples, raw, whole = (tf.ensure_shape(part, [None]) for part in found)
-        return shards.decode(examples, raw, self._images.shape[1:]), whole
+        return shards.decode(examples, raw, self._inputs.shape[1:]), whole
 
     def take(self, source: Any, index: tf.Tensor, rows: int) -> Batch:
-        batch, own = next(source), self._own(rows)[1]
-        return Batch(*(tf.ensure_shape(part, [own, *part.shape[1:]]) for part in batch))
+        own = self._own(rows)[1]
+
+        def of_rows(tensor: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(tensor, [own, *tensor.shape[1:]])
+
+        return map_leaves(of_rows, next(source))
 
 
 def batch_at(
@@ -195,13 +226,15 @@ def batch_at(
     """The batch that every pipeline gives at this place, made on its own."""
     first = index * batch_size
     rows = order(seed, epoch, len(split)).numpy()[first : first + batch_size]
-    labels = tf.constant(split.labels[rows], tf.int64)
-    if isinstance(split.images, np.ndarray):
-        return Batch(tf.constant(split.images[rows]), labels, tf.ones([len(rows)]))
-    examples, raw, whole = split.images.read(rows)
+    some = split.take(rows)
+    weight = np.ones(len(rows), np.float32) if some.sample_weight is None else some.sample_weight
+    targets = map_leaves(tf.constant, some.targets)
+    if split.is_in_memory:
+        return Batch(map_leaves(tf.constant, some.inputs), targets, tf.constant(weight))
+    examples, raw, whole = split.inputs.read(rows)
     serialized = tf.constant(examples.tolist())
-    images = shards.decode(serialized, tf.constant(raw), split.images.shape[1:])
-    return Batch(images, labels, tf.constant(whole))
+    images = shards.decode(serialized, tf.constant(raw), split.inputs.shape[1:])
+    return Batch(images, targets, tf.constant(np.where(whole > 0, weight, np.float32(LEFT_OUT))))
 
 
 def make(
@@ -212,14 +245,13 @@ def make(
     workers: int = 1,
     replicas: int = 1,
 ) -> Resident | Streamed:
-    """A pipeline by name; "auto" is resident where the images fit comfortably, else prefetch.
+    """A pipeline by name; "auto" is resident where the data fit comfortably, else prefetch.
 
     It gives one part of every batch, of as many parts as there are workers; of a batch with fewer
     rows than replicas, all.
     """
     if name == "auto":
-        in_memory = isinstance(split.images, np.ndarray)
-        fits = in_memory and split.images.nbytes < comfortable_bytes()
+        fits = split.is_in_memory and split.nbytes < comfortable_bytes()
         name = "resident" if fits else "prefetch"
     if name not in PIPELINES:
         raise UserError(f"--pipeline={name} is unknown; choose from auto, {', '.join(PIPELINES)}")
@@ -229,7 +261,7 @@ def make(
 
 
 def comfortable_bytes() -> int:
-    """How much image data "auto" keeps on the device."""
+    """How much data "auto" keeps on the device."""
     if tf.config.list_physical_devices("GPU"):
         return GPU_BYTES
     return int(SHARE_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfloop.data.dataset import Dataset, Split, Standardizer, hold_out
+from tfloop.data.arrays import hold_out
+from tfloop.data.dataset import Dataset, Split, Standardizer
 from tfloop.data.readers import read_npz
+from tfloop.data.targets import Target
 from tfloop.data.tf_data import UNTUNED
 from tfloop.errors import UserError
 from tfloop.wording import shape_text
@@ -256,29 +258,41 @@ def load(
     folder = Path(folder)
     index = _indexed(folder, skip)
     train, test = (_split(part, index.image_shape, skip) for part in index.parts)
-    classes = int(train.labels.max()) + 1
-    if classes < 2 or int(test.labels.max()) >= classes:
+    classes = int(train.targets.max()) + 1
+    if classes < 2 or int(test.targets.max()) >= classes:
         raise UserError(
             f"--dataset={folder}: training labels go from 0 to {classes - 1}, test labels to "
-            f"{int(test.labels.max())}"
+            f"{int(test.targets.max())}"
         )
     train, validation = hold_out(train, validation_size, seed)
+    names = _class_names(folder, classes)
     fit = index.standardizer if standardize else Standardizer.identity(index.image_shape)
     return Dataset(
         f"--dataset={folder}",
         train,
         validation,
         test,
-        classes,
+        {"": Target("classes", (), classes, names)},
         fit,
         left_out=tuple(index.damaged),
         digest=index.state,
     )
 
 
+def _class_names(folder: Path, classes: int) -> tuple[str, ...]:
+    """The names in classes.txt, a line each; () where it is none of so many classes."""
+    path = folder / "classes.txt"
+    if not path.is_file():
+        return ()
+    names = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return tuple(names) if len(names) == classes else ()
+
+
 def _split(part: _Part, image_shape: tuple[int, int, int], skip: bool) -> Split:
     columns = {name: column for name, column in part.columns.items() if name != "label"}
-    return Split(Records(part.files, columns, image_shape, skip), part.columns["label"])
+    return Split(
+        Records(part.files, columns, image_shape, skip), part.columns["label"].astype(np.int64)
+    )
 
 
 def _indexed(folder: Path, skip: bool) -> _Index:

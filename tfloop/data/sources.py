@@ -3,13 +3,16 @@
 To add a format, register a `Source` here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from tfloop.data.dataset import Dataset, from_arrays
+from tfloop import user_code
+from tfloop.data import user_data
+from tfloop.data.arrays import check_images, from_arrays
+from tfloop.data.dataset import Dataset
 from tfloop.data.readers import read_idx, read_npz
 from tfloop.errors import UserError
 
@@ -25,6 +28,7 @@ class Cut(NamedTuple):
     standardize: bool = True
     seed: int = 0
     on_bad_record: str = "stop"
+    options: Sequence[str] = ()
 
 
 class Source(NamedTuple):
@@ -56,23 +60,31 @@ def load(
     standardize: bool = True,
     seed: int = 0,
     on_bad_record: str = "stop",
+    options: Sequence[str] = (),
 ) -> Dataset:
     """Read a data set, check it, cut it and fit the standardiser on its training images.
 
     Args:
       dataset: "mnist", "digits", or the path of a folder with IDX files or TFRecord shards (see
-        `shards`), or of an .npz with x_train, y_train, x_test and y_test.
+        `shards`), or of an .npz with x_train, y_train, x_test and y_test; or a function of one's
+        own, "FILE.py:function" (see `user_data`).
       split: "standard" keeps the set's own test images; "shuffled" joins all images, shuffles them
         by `seed` and cuts off as many for the test as the set had.
       validation_size: training images to hold out, the same share of every class.
       standardize: fit a `Standardizer`; otherwise it is the identity.
       seed: of the shuffle and of the choice of validation images.
       on_bad_record: "stop", or "skip" to leave out records of shards that are damaged.
+      options: "name=value", arguments of a function of one's own.
 
     Raises:
       UserError: a missing, damaged or mislabelled file, or sizes that leave nothing to train on.
     """
-    cut = Cut(split, validation_size, standardize, seed, on_bad_record)
+    cut = Cut(split, validation_size, standardize, seed, on_bad_record, options)
+    if options and not user_code.is_reference(dataset):
+        raise UserError(
+            f"--data_options: --dataset={dataset} takes none; a function of your own does: "
+            "--dataset=FILE.py:function"
+        )
     for source in SOURCES:
         if source.matches(dataset):
             return source.read(dataset, cut)
@@ -139,7 +151,9 @@ def _read_idx_parts(folder: Path, sums: dict[str, str]) -> tuple[Part, Part]:
         )
 
     def part(name: str) -> Part:
-        return read(f"{name}-images-idx3-ubyte"), read(f"{name}-labels-idx1-ubyte")
+        file = f"{name}-images-idx3-ubyte"
+        images = check_images(read(file), f"--dataset={folder}: {file}")
+        return images, read(f"{name}-labels-idx1-ubyte")
 
     return part("train"), part("t10k")
 
@@ -181,4 +195,5 @@ SOURCES += [
     Source(_FOLDER, _holds_shards, _read_shards),
     Source(_FOLDER, lambda name: Path(name).is_dir(), _from_parts(_read_idx_folder)),
     Source("an .npz file", _is_npz, _from_parts(_read_npz)),
+    Source("FILE.py:function", user_code.is_reference, user_data.read),
 ]

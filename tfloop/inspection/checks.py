@@ -14,12 +14,12 @@ import tensorflow as tf
 
 from tfloop import assembly, models, penalties
 from tfloop.config import Config
+from tfloop.cross_entropy import cross_entropy
 from tfloop.data.dataset import Dataset
 from tfloop.errors import UserError
 from tfloop.loop import Epoch
 from tfloop.models.program import Call, program_of
 from tfloop.randomness import Key, seed_of
-from tfloop.step import cross_entropy
 
 STEP = 1e-6  # of central differences, in float64
 # Relative to the largest entry of the gradient, or to a thousandth of Σ|terms| of the value if that
@@ -128,7 +128,8 @@ def _in_float64(model: keras.Model) -> keras.Model:
     """The same calls in float64, written down flat: models in a model would cast to float32."""
     program, clones = program_of(model), dict[int, Any]()
     assert program is not None
-    values = {0: keras.Input(program.shapes[0][1:], dtype="float64")}
+    inputs = [keras.Input(program.shapes[n][1:], dtype="float64") for n in range(program.inputs)]
+    values = dict(enumerate(inputs))
     for call in program.calls:
         arguments, options = call.arguments([values[value] for value in call.inputs])
         layer = call.operation
@@ -140,7 +141,7 @@ def _in_float64(model: keras.Model) -> keras.Model:
                 layer = clones.setdefault(id(layer), type(layer).from_config(config))
             outputs = keras.tree.flatten(layer(*arguments, **options))
         values.update(zip(call.outputs, outputs, strict=True))
-    return keras.Model(values[0], values[program.output])
+    return keras.Model(inputs, [values[output] for output in program.outputs])
 
 
 def _compare(
@@ -315,9 +316,9 @@ def overfit(config: Config, most: int) -> Iterator[Memorising]:
 def _least_loss(config: Config, data: Dataset) -> float:
     """The loss of outputs that are just the smoothed labels."""
     smoothing, sigmoid = config.label_smoothing, config.output == "sigmoid"
-    one_hot = tf.one_hot(data.train.labels, data.classes)
+    one_hot = tf.one_hot(data.train.targets, data.classes)
     spread = smoothing / (2 if sigmoid else data.classes)
     targets = tf.clip_by_value(one_hot * (1 - smoothing) + spread, 1e-7, 1 - 1e-7)
     perfect = tf.math.log(targets) - (tf.math.log(1 - targets) if sigmoid else 0.0)
-    labels = tf.constant(data.train.labels)
+    labels = tf.constant(data.train.targets)
     return float(tf.reduce_mean(cross_entropy(labels, perfect, smoothing, sigmoid)))

@@ -1,7 +1,7 @@
 """The summaries of a run, dashboard by dashboard: each a function that gives their messages."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 
 from tfloop import models
 from tfloop.config import FIELDS, GROUPS, hyperparameters
+from tfloop.data.dataset import Split
 from tfloop.inspection import pictures, plots
 from tfloop.inspection.moments import Context, summary
 from tfloop.loop import Call
@@ -83,7 +84,8 @@ def validation_curves(context: Context) -> Iterator[Summary]:
 
 
 def _tagged(metrics: Metrics) -> dict[str, float]:
-    return {TAGS[name]: value for name, value in metrics._asdict().items() if value is not None}
+    values = metrics.by_name()
+    return {TAGS.get(name, name): value for name, value in values.items() if value is not None}
 
 
 def _speed(context: Context, call: Call) -> dict[str, float]:
@@ -240,15 +242,27 @@ def classification_report(context: Context) -> Iterator[Summary]:
     outputs = context.outputs()
     if not _classifies(context, outputs):
         return
-    labels, guesses = context.loop.data.test.labels, outputs.argmax(axis=1)
-    text = classification_report(labels, guesses, digits=4, zero_division=0)
+    labels, guesses = _labels(context), outputs.argmax(axis=1)
+    target, known = context.loop.data.target, range(outputs.shape[1])
+    names = (target.names if target else ()) or None
+    text = classification_report(
+        labels, guesses, labels=known, target_names=names, digits=4, zero_division=0
+    )
     indented = "\n".join(f"    {line}" for line in text.splitlines())
     yield text_pb("classification_report", indented)
 
 
-def _classifies(context: Context, outputs: np.ndarray) -> bool:
+def _classifies(context: Context, outputs: Any) -> bool:
     """Is there an output for each class? A model with a loss of its own may do something else."""
-    return context.loop.classifies and outputs.shape[1] == context.loop.data.classes
+    target = context.loop.data.target
+    if target is None or not target.is_one_class or not context.loop.classifies:
+        return False
+    return outputs.shape[1:] == (target.classes,)
+
+
+def _labels(context: Context) -> np.ndarray:
+    """[test examples] their classes."""
+    return context.loop.data.class_numbers(context.loop.data.test.targets)
 
 
 # --- Histograms and Distributions
@@ -265,7 +279,7 @@ def weight_histograms(context: Context) -> Iterator[Summary]:
 
 @summary("epoch", run="test", levels=HISTOGRAMS, needs_test=True)
 def activation_histograms(context: Context) -> Iterator[Summary]:
-    for name, activation in context.activations(context.loop.data.test.images[:PROBED]):
+    for name, activation in context.activations(context.loop.data.test.rows(slice(PROBED))):
         yield histogram_pb(f"activations/{name}", activation.numpy())
 
 
@@ -290,29 +304,43 @@ def mistakes(context: Context) -> Iterator[Summary]:
     test, outputs = context.loop.data.test, context.outputs()
     if not _classifies(context, outputs):
         return
-    guesses = outputs.argmax(axis=1)
-    yield _image("confusion", plots.confusion(test.labels, guesses, outputs.shape[1]))
-    wrong = np.flatnonzero(guesses != test.labels)[:MISCLASSIFIED]
-    if len(wrong):
-        shown = plots.misclassified(test.images[wrong], test.labels[wrong], guesses[wrong])
+    guesses, labels = outputs.argmax(axis=1), _labels(context)
+    yield _image("confusion", plots.confusion(labels, guesses, outputs.shape[1]))
+    wrong = np.flatnonzero(guesses != labels)[:MISCLASSIFIED]
+    if len(wrong) and _shows_pictures(test):
+        shown = plots.misclassified(test.inputs[wrong], labels[wrong], guesses[wrong])
         yield _image("misclassified", shown)
     shares = context.loop.state.probabilities(tf.constant(outputs)).numpy()
     if not models.squashed_values(shares):  # a loss of one's own that takes logits
         shares = tf.nn.softmax(shares).numpy()
     for label in range(shares.shape[1]):
-        yield pr_curve_pb(f"class_{label}", test.labels == label, shares[:, label])
+        yield pr_curve_pb(f"class_{label}", labels == label, shares[:, label])
 
 
 @summary("epoch", run="test", levels=("full",), needs_test=True)
 def feature_maps(context: Context) -> Iterator[Summary]:
     """Of the first image of each class."""
     test = context.loop.data.test
-    if not _classifies(context, context.outputs()):
+    if not _classifies(context, context.outputs()) or not _shows_pictures(test):
         return
-    rows = [np.flatnonzero(test.labels == label)[0] for label in np.unique(test.labels)]
-    for name, activation in context.activations(test.images[rows]):
+    labels = _labels(context)
+    rows = [np.flatnonzero(labels == label)[0] for label in np.unique(labels)]
+    for name, activation in context.activations(test.inputs[rows]):
         if len(activation.shape) == 4:
             yield _image(f"feature_maps/{name}", pictures.feature_maps(activation.numpy()))
+
+
+def _shows_pictures(split: Split) -> bool:
+    """Are the inputs images that a picture can show?"""
+    return split.has_images and split.inputs.shape[-1] in (1, 3)
+
+
+def _point_labels(context: Context, rows: int) -> list[str]:
+    """What the projector calls the first test examples: class, or number."""
+    data = context.loop.data
+    if data.target is None or not data.target.is_one_class:
+        return [str(row) for row in range(rows)]
+    return [data.target.name_of(label) for label in _labels(context)[:rows].tolist()]
 
 
 def _image(tag: str, png: bytes) -> Summary:
@@ -343,7 +371,7 @@ def conceptual_graph(context: Context) -> Iterator[Summary]:
 
 
 @summary("end", run="test", levels=HISTOGRAMS, needs_test=True)
-def embeddings(context: Context) -> Iterator[Any]:
+def embeddings(context: Context) -> Sequence[Any]:
     """What goes into the last layer, for the first test images, with labels and thumbnails.
 
     The projector reads files, not events.
@@ -352,15 +380,18 @@ def embeddings(context: Context) -> Iterator[Any]:
     from tensorboard.plugins.projector import ProjectorConfig
 
     test = context.loop.data.test
-    images, labels = test.images[:EMBEDDED], test.labels[:EMBEDDED]
-    activations = context.activations(images)
+    inputs = test.rows(slice(EMBEDDED))
+    rows = min(len(test), EMBEDDED)
+    activations = [pair for pair in context.activations(inputs) if pair[1].shape[:1] == [rows]]
+    if not activations:
+        return ()
     name, activation = activations[-2] if len(activations) > 1 else activations[-1]
-    vectors = activation.numpy().reshape(len(images), -1)
+    vectors = activation.numpy().reshape(rows, -1)
     folder = context.folder / "test"
     folder.mkdir(parents=True, exist_ok=True)
     vectors.astype("<f4").tofile(folder / "embeddings.bytes")
-    (folder / "labels.tsv").write_text("\n".join(map(str, labels)) + "\n", encoding="utf-8")
-    (folder / "thumbnails.png").write_bytes(pictures.sprite(images))
+    labels = _point_labels(context, rows)
+    (folder / "labels.tsv").write_text("\n".join(labels) + "\n", encoding="utf-8")
     config = ProjectorConfig()
     embedding = config.embeddings.add(
         tensor_name=name,
@@ -368,8 +399,10 @@ def embeddings(context: Context) -> Iterator[Any]:
         tensor_path="embeddings.bytes",
         metadata_path="labels.tsv",
     )
-    embedding.sprite.image_path = "thumbnails.png"
-    embedding.sprite.single_image_dim.extend([images.shape[2], images.shape[1]])
+    if _shows_pictures(test):
+        (folder / "thumbnails.png").write_bytes(pictures.sprite(inputs))
+        embedding.sprite.image_path = "thumbnails.png"
+        embedding.sprite.single_image_dim.extend([inputs.shape[2], inputs.shape[1]])
     text = text_format.MessageToString(config)
     (folder / "projector_config.pbtxt").write_text(text, encoding="utf-8")
-    return iter(())
+    return ()

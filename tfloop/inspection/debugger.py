@@ -24,16 +24,17 @@ from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError
 from tfloop.loop import Loop
 from tfloop.metrics import Loss
+from tfloop.nests import is_leaf, map_leaves
 from tfloop.randomness import Part
 from tfloop.state import TrainState
 from tfloop.step import (
     Pass,
-    accuracy,
-    example_losses,
+    data_loss,
+    judged,
     losses,
+    mean_over,
     model_losses,
     train_step,
-    weighted_mean,
 )
 from tfloop.vectors import Vector
 
@@ -68,29 +69,34 @@ class _Recording(NamedTuple):
     """A forward pass and its loss, on a tape that can be asked more than once."""
 
     activations: list[models.Activation]
+    outputs: Any  # what the loss was given
     loss: Loss
+    accuracy: tf.Tensor
+    more: tf.Tensor  # means of what else is summed up
     tape: tf.GradientTape
-
-    @property
-    def logits(self) -> tf.Tensor:
-        return self.activations[-1].value
 
 
 def record(state: TrainState, batch: Batch, part: Part | None = None) -> _Recording:
     """Forward, layer by layer, and the loss, term by term. Changes nothing but moving averages."""
     key = state.key(part)
-    images, sample_weight = state.inputs(batch.images, key), batch.sample_weight
+    inputs, objective = state.prepared(batch.inputs, key), state.objective
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(list(state.weights.values()))
         activations = []
-        for activation in models.activations(state.model, images, True, key, state.loss is None):
+        for activation in models.activations(state.model, inputs, True, key, objective.as_logits):
             activations.append(activation)
-        if state.loss is None:
-            last = activations.pop()
-            activations.append(last._replace(value=tf.cast(last.value, tf.float32)))
-        each = example_losses(state, batch.labels, activations[-1].value)
-        loss = losses(state, weighted_mean(each, sample_weight), model_losses(state))
-    return _Recording(activations, loss, tape)
+        last = activations.pop()
+        outputs = map_leaves(_as_float32, last.value) if objective.is_default else last.value
+        if is_leaf(outputs):
+            activations.append(last._replace(value=outputs))
+        each, correct, more = judged(state, batch.targets, outputs)
+        loss = losses(state, data_loss(batch, each), model_losses(state))
+    accuracy, more = mean_over(batch, correct), mean_over(batch, more)
+    return _Recording(activations, outputs, loss, accuracy, more, tape)
+
+
+def _as_float32(x: tf.Tensor) -> tf.Tensor:
+    return tf.cast(x, tf.float32)
 
 
 def walk_back(
@@ -100,7 +106,7 @@ def walk_back(
 
     A weight comes with the last layer that uses it.
     """
-    activations, loss, tape = recording
+    activations, loss, tape = recording.activations, recording.loss, recording.tape
     upstreams = tape.gradient(
         loss.data, [activation.value for activation in activations], None, ZERO
     )
@@ -115,13 +121,13 @@ def _owners(state: TrainState, activations: list[models.Activation]) -> dict[str
     names = {id(weight): name for name, weight in _trainable(state).items()}
     owners: dict[str, int] = {}
     # Layers that call others come after those: what is left is theirs.
-    for is_leaf in (True, False):
+    for leaves_first in (True, False):
         for place, (_, layer, _) in enumerate(activations):
-            if models.is_leaf(layer) != is_leaf:
+            if models.is_leaf(layer) != leaves_first:
                 continue
             for variable in getattr(layer, "trainable_variables", ()):
                 name = names.get(id(models.as_tf_variable(variable)))
-                if name and (is_leaf or name not in owners):
+                if name and (leaves_first or name not in owners):
                     owners[name] = place
     last = len(activations) - 1
     return {name: owners.get(name, last) for name in names.values()}
@@ -174,10 +180,11 @@ def forward_and_backward(state: TrainState, batch: Batch, part: Part | None = No
             gradients[name] = gradient
     return Pass(
         recording.loss,
-        accuracy(batch, recording.logits),
-        tf.reduce_sum(batch.sample_weight),
+        recording.accuracy,
+        tf.reduce_sum(batch.counts),
         _vector(state, gradients),
-        recording.logits,
+        recording.more,
+        recording.outputs,
     )
 
 
@@ -257,7 +264,7 @@ def _lines() -> tuple[int, int]:
     def line_of(text: str) -> int:
         return start + next(i for i, line in enumerate(source) if line.strip().startswith(text))
 
-    return line_of("images, labels, sample_weight = batch"), line_of("valid = finite")
+    return line_of("inputs, targets, sample_weight = batch"), line_of("valid = finite")
 
 
 @functools.cache
@@ -306,7 +313,7 @@ def check_condition(condition: str, loop: Loop) -> None:
 
 HELP = """\
 {where}. n: next line, s: step into, c: go on to the update, then to the next stop, q: quit.
-Names: images, labels, sample_weight, learning_rate; after the backward pass: logits, loss.data,
+Names: inputs, targets, sample_weight, learning_rate; after the backward pass: outputs, loss.data,
 loss.l1, loss.l2, gradients["{name}"], gradients.norm; then updates["{name}"], slots."""
 
 

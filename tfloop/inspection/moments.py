@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from tfloop import models
 from tfloop.config import FIELDS
 from tfloop.loop import Call, Epoch, Loop
+from tfloop.nests import is_leaf, map_leaves
 
 LEVELS = tuple(FIELDS["summaries"].choices)
 Moment = Literal["start", "call", "epoch", "end"]
@@ -34,12 +34,12 @@ class Context:
     def __init__(self, loop: Loop, folder: Path, settings: Mapping[str, object]) -> None:
         self.loop, self.folder, self.settings = loop, folder, settings
         self.step = 0
-        self._evaluated: tuple[int, np.ndarray] | None = None  # (step, outputs)
+        self._evaluated: tuple[int, Any] | None = None  # (step, outputs)
         self.call: Call | None = None
         self.epoch: Epoch | None = None
 
-    def outputs(self) -> np.ndarray:
-        """[test images, outputs]: those of the last epoch, or of the present weights."""
+    def outputs(self) -> Any:
+        """[test examples, …]: those of the last epoch, or of the present weights."""
         if self.epoch is not None and self.epoch.outputs is not None:
             return self.epoch.outputs
         if self._evaluated is None or self._evaluated[0] != self.step:
@@ -47,13 +47,12 @@ class Context:
             self._evaluated = self.step, outputs
         return self._evaluated[1]
 
-    def activations(self, images: np.ndarray) -> list[tuple[str, tf.Tensor]]:
-        """(layer, activation) of images as they lie in the data."""
+    def activations(self, inputs: Any) -> list[tuple[str, tf.Tensor]]:
+        """(layer, activation) of inputs as they lie in the data."""
         state = self.loop.state
-        seen = models.activations(
-            state.model, state.standardize(images), as_logits=state.loss is None
-        )
-        return [(name, value) for name, _, value in seen]
+        inputs = state.standardize(map_leaves(tf.constant, inputs))
+        seen = models.activations(state.model, inputs, as_logits=state.objective.as_logits)
+        return [(name, value) for name, _, value in seen if is_leaf(value)]
 
 
 class Registration(NamedTuple):

@@ -234,8 +234,8 @@ class LivePlot:
         """An Epoch is drawn; any other record is let pass."""
         if not hasattr(record, "test"):
             return
-        test = record.test._asdict() if record.test else None
-        self._add(record.epoch, record.train._asdict(), test)
+        test = record.test.by_name() if record.test else None
+        self._add(record.epoch, record.train.by_name(), test)
         figure = curves({"": self._series}, self._reference)
         if self._path:
             save(figure, self._path)
@@ -352,8 +352,8 @@ def _draw_seeds(axes: Any, row: Any, y: int, colour: str) -> None:
 def evaluation(
     calibration: Any,
     images: np.ndarray,
-    labels: np.ndarray,
-    guesses: np.ndarray,
+    labels: Sequence[Any],
+    guesses: Sequence[Any],
     confidence: np.ndarray,
 ) -> Any:
     """Calibration beside the most confident mistakes.
@@ -383,6 +383,30 @@ def evaluation(
         axes.imshow(image, cmap="gray")
         axes.set_title(f"{label}, taken for {guess}\n{100 * share:.1f} % sure", fontsize=8)
     right.suptitle("most confident mistakes", fontsize=11)
+    return figure
+
+
+def predicted(true: np.ndarray, given: np.ndarray) -> Any:
+    """Predicted against true values, and how the errors lie.
+
+    Args:
+      true: [N] the targets.
+      given: [N] what the model gives.
+
+    Returns:
+      A matplotlib Figure.
+    """
+    figure, (left, right) = _figure(2, (11, 4.6))
+    error = given - true
+    ends = [min(true.min(), given.min()), max(true.max(), given.max())]
+    alpha = float(np.clip(300 / len(true), 0.05, 0.7))
+    left.plot(ends, ends, color=GREY, linewidth=1, linestyle=":")
+    left.plot(true, given, "o", color=COLOURS[0], alpha=alpha, markersize=4, markeredgewidth=0)
+    left.set(title="predicted against true", xlabel="true", ylabel="predicted")
+    right.hist(error, bins=min(60, max(10, len(true) // 10)), color=COLOURS[0])
+    right.axvline(0, color=GREY, linewidth=1, linestyle=":")
+    rmse = float(np.sqrt(np.mean(np.square(error))))
+    right.set(title=f"error: RMSE {rmse:.4g}", xlabel="predicted - true", ylabel="examples")
     return figure
 
 

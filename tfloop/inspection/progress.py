@@ -88,6 +88,11 @@ def _accuracy(of: str, metrics: Metrics) -> list[str]:
     return [] if metrics.accuracy is None else [f"{of}accuracy {100 * metrics.accuracy:.2f} %"]
 
 
+def _more(of: str, metrics: Metrics) -> list[str]:
+    """The metrics of several outputs and of the user's own, where they could be computed."""
+    return [f"{of}{name} {value:.4f}" for name, value in metrics.more.items() if value is not None]
+
+
 def epoch_line(record: Epoch, epochs: int) -> str:
     """One epoch in one line."""
     parts = [
@@ -97,9 +102,11 @@ def epoch_line(record: Epoch, epochs: int) -> str:
     ]
     if record.test:
         parts.append(f"test loss {record.test.total:.4f}")
-        parts += _accuracy("test ", record.test)
+        parts += [*_accuracy("test ", record.test), *_more("test ", record.test)]
     if record.validation:
-        parts += _accuracy("validation ", record.validation)
+        found = _accuracy("validation ", record.validation)
+        parts += found or [f"validation loss {record.validation.total:.4f}"]
+        parts += _more("validation ", record.validation)
     parts.append(f"rate {record.learning_rate:.3g}")
     if record.steps:
         parts.append(f"{1000 * record.seconds / record.steps:.1f} ms/step")

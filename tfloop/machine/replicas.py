@@ -73,7 +73,7 @@ class Replicas:
         """
 
         def in_replicas(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
-            rows = batch.labels.shape[0]
+            rows = batch.rows
             whole = part or Part(0, rows, rows)
 
             def in_one() -> tf.Tensor:

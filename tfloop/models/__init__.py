@@ -14,8 +14,11 @@ from tfloop.models.layer_rules import over_parts_of as over_parts_of
 from tfloop.models.names import keras_layers as keras_layers
 from tfloop.models.normalization import counting as counting
 from tfloop.models.output_kind import output_activation as output_activation
+from tfloop.models.output_kind import output_activations as output_activations
+from tfloop.models.output_kind import output_specs as output_specs
 from tfloop.models.output_kind import probabilities as probabilities
 from tfloop.models.output_kind import squashed_values as squashed_values
+from tfloop.models.seeded import seeded as seeded
 from tfloop.models.table import table as table
 from tfloop.models.variables import Penalize as Penalize
 from tfloop.models.variables import as_tf_variable as as_tf_variable

@@ -46,11 +46,12 @@ def used_pixels(program: Program) -> Size | None:
     """
     shapes = program.shapes
     images = [shape for shape in shapes.values() if len(shape) == 4]
-    if len(shapes[0]) != 4 or any(None in shape[1:] for shape in images):
+    if program.inputs != 1 or len(shapes[0]) != 4 or any(None in shape[1:] for shape in images):
         return None
     needed: dict[int, Size] = {}  # by value
-    if len(shapes[program.output]) == 4:
-        needed[program.output] = _size(shapes[program.output])
+    for output in program.outputs:
+        if len(shapes[output]) == 4:
+            needed[output] = _size(shapes[output])
     for call in reversed(program.calls):
         rule, output = rule_of(call.operation), call.outputs[0]
         for value in call.inputs:

@@ -7,8 +7,8 @@ as it is; what its Keras layers give can be seen there, too.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -20,51 +20,57 @@ from tfloop.models.layer_rules import is_by_example, over_parts_of
 from tfloop.models.parts import join, mask_of, split, with_masks_of
 from tfloop.models.program import Call, Program, program_of
 from tfloop.models.variables import Model
+from tfloop.nests import is_leaf, map_leaves
 from tfloop.randomness import Key
+
+AsLogits: TypeAlias = "bool | Sequence[bool]"
+OUTPUTS = "outputs"  # the name of the last activation, where there are several outputs
 
 
 def outputs(
     model: Model,
-    images: tf.Tensor,
+    inputs: Any,
     training: bool = False,
     key: Key | None = None,
-    as_logits: bool = True,
+    as_logits: AsLogits = True,
     *,
     fast: bool = False,
     shards: int = 1,
-) -> tf.Tensor:
-    """[batch, outputs]: what the model gives, in 32 bits or more.
+) -> Any:
+    """[batch, …]: what the model gives, in 32 bits or more; a nest of several outputs.
 
     Args:
       model: is gone through call by call where it shows its graph, and else called whole.
-      images: [batch, height, width, channels].
+      inputs: a nest of tensors [batch, …], as the model takes them.
       training: as Keras's argument.
       key: the seed of this step's randomness; needed in training where the model draws.
-      as_logits: leave out a last softmax or sigmoid that the graph shows (`output_activation`).
+      as_logits: leave out a last softmax or sigmoid that the graph shows (`output_activations`), of
+        all outputs, or a choice for each.
       fast: rearrange what is computed, as `fast` says.
       shards: parts of the batch to compute side by side.
     """
     program, pass_ = program_of(model), Inside(model, training, key)
     with pass_.entered(), _one_call(model, program, training):
         if program is None:
-            return _wide(pass_.call_whole(model, images))
+            return _wide_all(pass_.call_whole(model, inputs))
         walk = _Walk(program, pass_, training, as_logits, fast)
-        for _ in walk.through(images, shards):
+        for _ in walk.through(inputs, shards):
             pass
-        return _wide(walk.result)
+        return _wide_all(walk.result)
 
 
 def activations(
     model: Model,
-    images: tf.Tensor,
+    inputs: Any,
     training: bool = False,
     key: Key | None = None,
-    as_logits: bool = True,
+    as_logits: AsLogits = True,
 ) -> Iterator[Activation]:
-    """Yields what each layer gave, from the first one to what `outputs` gives.
+    """Yields what each layer gave, from the first one on.
 
     A layer that is called again gets a number. Where a model is called whole, its layers come once
-    that is done. Arguments as those of `outputs`.
+    that is done. The last is what `outputs` gives; of several outputs it is their nest, with the
+    model as its layer. Arguments as those of `outputs`.
     """
     taken = set[str]()
 
@@ -79,21 +85,24 @@ def activations(
     pass_ = Inside(model, training, key, seen)
     with pass_.entered(), _one_call(model, program, training):
         if program is None:
-            found = pass_.call_whole(model, images)
+            found = pass_.call_whole(model, inputs)
             if not seen or seen[-1].value is not found:
                 seen.append(Activation(getattr(model, "name", "model"), model, found))
             last = seen.pop()
             yield from map(named, seen)
         else:
             walk = _Walk(program, pass_, training, as_logits)
-            for place, call in walk.through(images):
+            is_one = len(program.outputs) == 1 and is_leaf(program.pack([0]))
+            for place, call in walk.through(inputs):
                 inner, seen[:] = seen[:], []
                 own = [walk.activation(call, number) for number in range(len(call.outputs))]
                 shown = [a for a in (*inner, *own) if a.value.dtype.is_floating]
-                if place == len(program.calls) - 1:
+                if is_one and place == len(program.calls) - 1:
                     last = shown.pop()
                 yield from map(named, shown)
-        yield named(last)._replace(value=_wide(last.value))
+            if not is_one:
+                last = Activation(OUTPUTS, model, walk.result)
+        yield named(last)._replace(value=_wide_all(last.value))
 
 
 def call_alone(model: Model, call: Call, values: list[tf.Tensor], key: Key) -> tf.Tensor:
@@ -102,6 +111,10 @@ def call_alone(model: Model, call: Call, values: list[tf.Tensor], key: Key) -> t
     assert program is not None
     with pass_.entered(), _one_call(model, program, True):
         return _Walk(program, pass_, True, False).alone(call, values)
+
+
+def _wide_all(nest: Any) -> Any:
+    return map_leaves(_wide, nest)
 
 
 def _wide(x: Any) -> Any:
@@ -127,25 +140,33 @@ class _Walk:
         program: Program,
         pass_: Inside,
         training: bool,
-        as_logits: bool,
+        as_logits: AsLogits,
         fast: bool = False,
     ) -> None:
         self._program, self._pass, self._training = program, pass_, training
-        self._left_out = program.squashed[0] if program.squashed and as_logits else None
+        wanted = [as_logits] * len(program.outputs) if isinstance(as_logits, bool) else as_logits
+        self._left_out = {
+            squashed[0]
+            for squashed, is_wanted in zip(program.squashed, wanted, strict=True)
+            if squashed and is_wanted
+        }
         self._fast = fast
         self._values: dict[int, list[tf.Tensor]] = {}
         self._sizes: list[int] = []
 
-    def through(self, images: tf.Tensor, shards: int = 1) -> Iterator[tuple[int, Call]]:
+    def through(self, inputs: Any, shards: int = 1) -> Iterator[tuple[int, Call]]:
         """Makes the calls, one after the other; yields each, with its place, when it was made."""
-        program, rows = self._program, images.shape[0]
+        program = self._program
+        values = program.enter(inputs)
+        rows = values[0].shape[0]
         count = min(shards, rows or 1)
         size = (rows or 1) // count
         self._sizes = [size] * (count - 1) + [(rows or 1) - size * (count - 1)]
         self._rows = rows
         if self._fast and (used := fast_pass.used_pixels(program)):
-            images = images[:, : used[0], : used[1]]
-        self._values[0] = self._split(images)
+            values = [values[0][:, : used[0], : used[1]]]
+        for number, value in enumerate(values):
+            self._values[number] = self._split(value)
         for place, call in enumerate(program.calls):
             if call.outputs[0] not in self._values:  # else it went first
                 with tf.name_scope(call.name):
@@ -158,9 +179,9 @@ class _Walk:
         return self._result(call, values)[0]
 
     @property
-    def result(self) -> tf.Tensor:
+    def result(self) -> Any:
         """What the model gives."""
-        return join(self._values[self._program.output])
+        return self._program.pack([join(self._values[value]) for value in self._program.outputs])
 
     def activation(self, call: Call, number: int) -> Activation:
         """The output of this number of a call that was made."""
@@ -171,7 +192,7 @@ class _Walk:
     def _call(self, place: int, call: Call) -> None:
         self._pass.at = call.order, call.operation
         operation, inputs = call.operation, [self._values[value] for value in call.inputs]
-        if place == self._left_out:
+        if place in self._left_out:
             self._keep(call, [[_without_activation(operation, x) for x in inputs[0]]])
             return
         pool = fast_pass.pool_behind(self._program, call) if self._fast else None

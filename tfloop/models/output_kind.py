@@ -1,5 +1,7 @@
 """What a model's outputs are: logits, or probabilities that it ends in."""
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -10,10 +12,23 @@ from tfloop.models.variables import Model
 def output_activation(model: Model) -> str:
     """The activation that `outputs(…, as_logits=True)` leaves out: "softmax", "sigmoid".
 
-    "" where it gives what the model does.
+    "" where it gives what the model does; of several outputs that of the first.
     """
+    return next(iter(output_activations(model)), "")
+
+
+def output_activations(model: Model) -> list[str]:
+    """As `output_activation`, of each output; [] of a model that shows no graph."""
     program = program_of(model)
-    return program.squashed[1] if program and program.squashed else ""
+    return [squashed[1] if squashed else "" for squashed in program.squashed] if program else []
+
+
+def output_specs(model: Model) -> Any:
+    """A nest of tf.TensorSpec, as the model gives its outputs; None where it shows no graph."""
+    program = program_of(model)
+    if program is None:
+        return None
+    return program.pack([tf.TensorSpec(program.shapes[value]) for value in program.outputs])
 
 
 def probabilities(model: Model, logits: tf.Tensor) -> tf.Tensor:

@@ -6,6 +6,7 @@ that are there already. The forward passes go through that list. What shows no g
 with a `call` of its own, a tf.Module) has no program and is called whole.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,33 +28,33 @@ class Call(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The calls of a model, from value 0, the input, to the output.
+    """The calls of a model, from its inputs, the values from 0 on, to its outputs.
 
     Attributes:
       calls: in their order.
       shapes: of each value, None for the rows of the batch.
-      output: the number of the value that the model gives.
-      readers: by value, the places of the calls that read it; the output is read once more.
-      squashed: (place, activation) of the call whose softmax or sigmoid the model ends in, where
-        nothing else reads it; None where it ends in neither.
+      inputs: how many there are.
+      enter: a nest of inputs → the values from 0 on.
+      outputs: the numbers of the values that the model gives.
+      pack: the values of the outputs → the nest that the model gives.
+      readers: by value, the places of the calls that read it; an output is read once more.
+      squashed: for each output (place, activation) of the call whose softmax or sigmoid it ends in,
+        where nothing else reads it; None where it ends in neither.
     """
 
     calls: tuple[Call, ...]
     shapes: dict[int, tuple]
-    output: int
+    inputs: int
+    enter: Callable
+    outputs: tuple[int, ...]
+    pack: Callable
     readers: dict[int, tuple[int, ...]]
-    squashed: tuple[int, str] | None
+    squashed: tuple[tuple[int, str] | None, ...]
 
 
 def program_of(model: Any) -> Program | None:
-    """The program of a model with one input and one output; None where it shows no graph.
-
-    Nor where either comes in a dict: such a model is called whole, and gives what it gives.
-    """
-    graph = graph_of(model)
-    if graph is None or len(graph.inputs) != 1 or len(graph.outputs) != 1:
-        return None
-    if isinstance(graph._inputs_struct, dict) or isinstance(graph._outputs_struct, dict):
+    """The program of a model, of any number of inputs and outputs; None where it shows no graph."""
+    if graph_of(model) is None:
         return None
     return _write(model)  # anew: a model may have been changed, and one that is kept is never freed
 
@@ -73,26 +74,66 @@ def graph_of(model: Any) -> Functional | None:
 
 
 def _write(model: Any) -> Program:
-    graph, writer = graph_of(model), _Writer()
+    graph = graph_of(model)
     assert graph is not None
-    writer.shapes[0] = graph.inputs[0].shape
-    [output] = writer.inline(model, [0])
+    writer = _Writer([x.shape for x in graph.inputs])
+    outputs = writer.inline(model, list(range(len(graph.inputs))))
     calls = tuple(writer.calls)
-    readers: dict[int, list[int]] = {output: [len(calls)]}
+    readers: dict[int, list[int]] = {}
     for place, call in enumerate(calls):
         for value in call.inputs:
             readers.setdefault(value, []).append(place)
+    for output in outputs:
+        readers.setdefault(output, []).append(len(calls))
     by_value = {value: tuple(places) for value, places in readers.items()}
-    squashed = _find_squashed(calls, output, by_value)
-    return Program(calls, writer.shapes, output, by_value, squashed)
+    squashed = [_find_squashed(calls, output, by_value) for output in outputs]
+    return Program(
+        calls,
+        writer.shapes,
+        len(graph.inputs),
+        _entering(model, graph),
+        tuple(outputs),
+        functools.partial(_packed, graph._outputs_struct),
+        by_value,
+        tuple(squashed),
+    )
+
+
+def _entering(model: Any, graph: Functional) -> Callable:
+    """(a nest of inputs) → a tensor for each of the model's.
+
+    One tensor that goes to one input is left as it is; a call of its own changes it where the model
+    does.
+    """
+
+    def enter(inputs: Any) -> list[tf.Tensor]:
+        if len(graph.inputs) == 1 and tf.is_tensor(inputs):
+            return [inputs]
+        if model._convert_input_args:
+            policy = model.dtype_policy
+            convert = functools.partial(
+                policy.convert_input, autocast=model.autocast, dtype=model.input_dtype
+            )
+            inputs = keras.tree.map_structure(convert, inputs)
+        return list(graph._standardize_inputs(inputs))
+
+    return enter
+
+
+def _packed(struct: Any, values: list[tf.Tensor]) -> Any:
+    """What Keras makes of the outputs: one of one is no list."""
+    packed = keras.tree.pack_sequence_as(struct, values)
+    is_one = isinstance(packed, (list, tuple)) and len(packed) == 1
+    return packed[0] if is_one else packed
 
 
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, shapes: list[tuple]) -> None:
+        """Make one, for a model whose inputs have these shapes."""
         self.calls: list[Call] = []
-        self.shapes: dict[int, tuple] = {}
+        self.shapes: dict[int, tuple] = dict(enumerate(shapes))
         self._taken = set[str]()
-        self._values, self._operations = 1, 0
+        self._values, self._operations = len(shapes), 0
 
     def inline(self, model: Any, values: list[int], given: Any = None) -> list[int]:
         """Write down the calls of a model; the numbers of its outputs, from those of its inputs.
@@ -186,9 +227,11 @@ def _find_squashed(
     calls: tuple[Call, ...], output: int, readers: dict[int, tuple[int, ...]]
 ) -> tuple[int, str] | None:
     """The call that makes probabilities of logits, behind which nothing more is changed."""
-    for place in reversed(range(len(calls))):
+    makers = {value: place for place, call in enumerate(calls) for value in call.outputs}
+    while output in makers:
+        place = makers[output]
         call = calls[place]
-        if call.outputs != (output,) or len(readers[output]) != 1:
+        if len(call.outputs) != 1 or len(readers[output]) != 1:
             return None
         activation = activation_name(call.operation)
         if len(call.inputs) != 1 or getattr(call.operation, "activity_regularizer", None):

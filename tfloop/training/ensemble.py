@@ -9,13 +9,16 @@ parts and no part is waited for (`benchmarks/ensemble.py`).
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from tfloop.data.dataset import Split
 from tfloop.errors import DivergenceError, WithoutGradient
 from tfloop.loop import Loop, PendingCall
+from tfloop.nests import map_leaves
+from tfloop.step import judged
 from tfloop.tracing import Traced
 
 Training = Generator[PendingCall, None, dict]  # as `run.Run.train`
@@ -175,8 +178,46 @@ class Together(Iterator[Calls]):
                 del self._live[index]
 
 
-def mean_probabilities(loops: Sequence[Loop], outputs: Sequence[np.ndarray]) -> np.ndarray:
-    """[examples, classes] the mean of several models' probabilities, from the logits of each."""
-    pairs = zip(loops, outputs, strict=True)
-    shares = [loop.state.probabilities(tf.constant(o)).numpy() for loop, o in pairs]
-    return np.mean(shares, axis=0)
+class Judged(NamedTuple):
+    """How several models do together."""
+
+    outputs: Any  # a nest of [examples, …], their mean
+    accuracy: float | None  # None where there are no classes
+    loss: float  # of the mean outputs, on the data alone
+    of: str  # what the mean is of
+
+    def text(self, part: str) -> str:
+        if self.accuracy is None:
+            return f"{part}loss {self.loss:.4f}"
+        return f"{part}accuracy {100 * self.accuracy:.2f} %"
+
+    def to_json(self, prefix: str) -> dict[str, float]:
+        if self.accuracy is None:
+            return {f"{prefix}loss": self.loss}
+        return {f"{prefix}accuracy": self.accuracy}
+
+
+def judge_together(loops: Sequence[Loop], outputs: Sequence[Any], test: Split) -> Judged:
+    """What the mean of several models' outputs gives for the test examples."""
+    mean, state = mean_probabilities(loops, outputs), loops[0].state
+    targets = map_leaves(tf.constant, test.targets)
+    given = state.objective.unsquash(map_leaves(tf.constant, mean))
+    each, correct, _ = judged(state, targets, given)
+    accuracy = float(np.mean(correct.numpy(), dtype=np.float64)) if loops[0].classifies else None
+    are_shares = any(term.as_logits for term in state.objective.terms)
+    of = "their probabilities" if are_shares else "what they give"
+    return Judged(mean, accuracy, float(np.mean(each.numpy(), dtype=np.float64)), of)
+
+
+def mean_probabilities(loops: Sequence[Loop], outputs: Sequence[Any]) -> Any:
+    """[examples, …] the mean of what several models give, of classes as probabilities.
+
+    Args:
+      loops: of the models.
+      outputs: of each, as `evaluate_with_outputs` gives them.
+    """
+    shares = [
+        loop.state.probabilities(map_leaves(tf.constant, given))
+        for loop, given in zip(loops, outputs, strict=True)
+    ]
+    return map_leaves(lambda *parts: np.mean([part.numpy() for part in parts], axis=0), *shares)

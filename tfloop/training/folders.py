@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tfloop.config import FIELDS, GROUPS, Config
+from tfloop.config import CODE, FIELDS, GROUPS, Config
 from tfloop.errors import UserError
 from tfloop.schedules import needs_length
+from tfloop.user_code import is_reference
 from tfloop.wording import listed
 
 CONFIG = "config.json"
@@ -273,8 +274,17 @@ def changed(old: Config, new: Config) -> list[str]:
     """The settings that differ and change the mathematics of a run."""
     depends_on_epochs = needs_length(old.schedule) and old.decay_steps is None
     free = FREE if depends_on_epochs else FREE | {"epochs"}
-    differ = [name for name in FIELDS if getattr(old, name) != getattr(new, name)]
+    differ = [name for name in FIELDS if _bare(name, old) != _bare(name, new)]
     return [name for name in differ if name not in free]
+
+
+def _bare(name: str, config: Config) -> Any:
+    """A setting; the name of a function of the user's own without its file's folder."""
+    value = getattr(config, name)
+    if name not in CODE:
+        return value
+    values = value if isinstance(value, tuple) else (value,)
+    return tuple(Path(part).name if is_reference(part) else part for part in values)
 
 
 def _text(value: object) -> str:
@@ -335,6 +345,19 @@ def write(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """`write`, as JSON."""
     write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def reached_text(metrics: dict[str, Any]) -> str:
+    """ "accuracy 99.15 %", or "loss 0.1234, r2 0.4521" where there are no classes."""
+    if metrics.get("accuracy") is not None:
+        return f"accuracy {100 * metrics['accuracy']:.2f} %"
+    own = [name for name in metrics if name not in COMMON and metrics[name] is not None]
+    loss = metrics["total"]
+    parts = [f"loss {math.nan if loss is None else loss:.4f}"]
+    return ", ".join(parts + [f"{name} {metrics[name]:.4f}" for name in own])
+
+
+COMMON = ("total", "data", "l1", "l2", "custom", "model", "accuracy", "gradient_norm")
 
 
 def finite(value: float) -> float | None:

@@ -1,47 +1,72 @@
-"""Class probabilities of new images, read from a folder of pictures or an .npz file."""
+"""What a model gives for new inputs, read from a folder of pictures or an .npz file."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfloop.data.dataset import check_images
+from tfloop.data.arrays import as_inputs
 from tfloop.data.readers import read_npz
+from tfloop.data.spec import Array, Spec
 from tfloop.errors import UserError
+from tfloop.nests import is_leaf, leaves, map_leaves, named_leaves
 from tfloop.state import TrainState
 from tfloop.wording import shape_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
-ARRAYS = ("images", "x", "x_test")
+ARRAYS = ("images", "inputs", "x", "x_test")
 BATCH = 256
 
 
-def read_images(path: str | Path, shape: tuple[int, int, int]) -> tuple[list[str], np.ndarray]:
-    """(names, images [N, *shape]) of the pictures in a folder, by name, or in an .npz file.
+def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
+    """(names, inputs) of the pictures in a folder, by name, or of the arrays in an .npz file.
+
+    Args:
+      path: the folder, or the file: with one array for each input, by its name; an array named
+        images, inputs, x or x_test where there is one input.
+      spec: what the model takes.
 
     Raises:
-      UserError: nothing to read, a damaged file, or an image of another shape than the model's.
+      UserError: nothing to read, a damaged file, or other inputs than the model's.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and spec.has_images:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
         if not files:
             raise UserError(f"{path}: holds no pictures ({', '.join(PICTURES)})")
-        images = [_read_picture(file, shape) for file in files]
+        images = [_read_picture(file, spec.image_shape) for file in files]
         return [file.name for file in files], np.stack(images)
     if path.suffix != ".npz" or not path.is_file():
         missing = "" if path.exists() else "does not exist; "
-        raise UserError(f"{path}: {missing}expected a folder of pictures or an .npz file")
+        expected = "a folder of pictures or an .npz file" if spec.has_images else "an .npz file"
+        raise UserError(f"{path}: {missing}expected {expected}")
     arrays = read_npz(path)
-    name = next((name for name in ARRAYS if name in arrays), None)
-    if name is None:
-        found = ", ".join(arrays) or "nothing"
-        raise UserError(f"{path}: expected an array named {' or '.join(ARRAYS)}; found {found}")
-    checked = check_images(arrays[name], f"{path}: {name}")
-    if not len(checked):
-        raise UserError(f"{path}: {name} holds no images")
-    return [str(row) for row in range(len(checked))], checked
+    inputs: Any = {name: arrays[name] for name, _ in _named(spec.inputs) if name in arrays}
+    if isinstance(spec.inputs, Array):
+        name = next((name for name in ARRAYS if name in arrays), None)
+        if name is None:
+            found = ", ".join(arrays) or "nothing"
+            raise UserError(f"{path}: expected an array named {' or '.join(ARRAYS)}; found {found}")
+        inputs = arrays[name]
+    elif missing_names := [name for name, _ in _named(spec.inputs) if name not in arrays]:
+        raise UserError(f"{path}: has no array {missing_names[0]}; found {', '.join(arrays)}")
+    if isinstance(spec.inputs, tuple) and not isinstance(spec.inputs, Array):
+        inputs = tuple(inputs[str(place)] for place in range(len(spec.inputs)))
+    checked = as_inputs(inputs, f"{path}")
+    if not len(leaves(checked)[0]):
+        raise UserError(f"{path}: holds no {'images' if spec.has_images else 'examples'}")
+    return [str(row) for row in range(len(leaves(checked)[0]))], checked
+
+
+def _named(nest: Any) -> list[tuple[str, Array]]:
+    if isinstance(nest, Array):
+        return [("", nest)]
+    return [
+        (str(key), part)
+        for key, part in (nest.items() if isinstance(nest, dict) else enumerate(nest))
+    ]
 
 
 def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
@@ -59,29 +84,40 @@ def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
     return image
 
 
-def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
-    """Probabilities [N, classes] of images [N, height, width, channels] as they lie in the data.
+def predict(state: TrainState, inputs: Any) -> Any:
+    """What the model gives for inputs as they lie in the data, a nest of arrays [N, …].
 
-    They are not standardised. As in evaluation, the weights are their moving average where one is
-    kept. With a loss of one's own it is what the model gives, whatever that is.
+    Classes and labels of the default loss come as probabilities, such as [N, classes]; with a loss
+    of one's own it is what the model gives, whatever that is. Inputs are not standardised before.
+    As in evaluation, the weights are their moving average where one is kept.
 
     Raises:
-      UserError: there are no images, or the model takes others.
+      UserError: there are no inputs, or the model takes others.
     """
     if not isinstance(state, TrainState):
         raise UserError(f"predict: expected a tfloop.TrainState, found {type(state).__name__}")
-    images = check_images(np.asarray(images), "images to predict")
-    if not len(images):
-        raise UserError("there are no images to predict")
-    known = tuple(state.mean.shape)
-    if known and images.shape[1:] != known:
-        raise UserError(
-            f"images to predict are {shape_text(images.shape[1:])}, the model takes "
-            f"{shape_text(known)}"
-        )
+    inputs = as_inputs(inputs, "inputs to predict")
+    is_grey = is_leaf(inputs) and inputs.ndim == 3 and is_leaf(state.mean)
+    if is_grey and state.mean is not None and state.mean.shape.rank == 3:
+        inputs = inputs[..., np.newaxis]  # a grey image without its channel
+    rows = len(leaves(inputs)[0])
+    noun = "images" if is_leaf(inputs) and inputs.ndim == 4 else "examples"
+    if not rows:
+        raise UserError(f"there are no {noun} to predict")
+    if is_leaf(state.mean) is not is_leaf(inputs) and not state.has_one_scale:
+        raise UserError("inputs to predict are not nested as those of the training")
+    for name, known in named_leaves(state.mean):
+        values = dict(named_leaves(inputs)).get(name)
+        shape = () if known is None else tuple(known.shape)
+        if values is not None and shape and values.shape[1:][-len(shape) :] != shape:
+            raise UserError(
+                f"{noun} to predict are {shape_text(values.shape[1:])}, the model takes "
+                f"{shape_text(shape)}"
+            )
     parts = []
     with state.using_ema():
-        for first in range(0, len(images), BATCH):
-            outputs = state.predict(images[first : first + BATCH])
-            parts.append(state.probabilities(outputs).numpy())
-    return np.concatenate(parts)
+        for first in range(0, rows, BATCH):
+            batch = map_leaves(lambda array: tf.constant(array[first : first + BATCH]), inputs)  # noqa: B023
+            outputs = state.probabilities(state.predict(batch))
+            parts.append(map_leaves(lambda x: x.numpy(), outputs))
+    return map_leaves(lambda *arrays: np.concatenate(arrays), *parts)

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.config import Config
+from tfloop.data.spec import of_data
 from tfloop.errors import DivergenceError, UserError
 from tfloop.inspection.event_files import event_paths
 from tfloop.inspection.plots import LivePlot
@@ -27,7 +28,7 @@ from tfloop.inspection.summaries import Summaries
 from tfloop.loop import Call, Epoch, Loop, PendingCall
 from tfloop.machine.replicas import Replicas
 from tfloop.metrics import Metrics
-from tfloop.training import checkpoints, folders
+from tfloop.training import checkpoints, code, folders
 from tfloop.training.profile import Profile
 from tfloop.vectors import count_elements
 from tfloop.version import __version__
@@ -112,6 +113,7 @@ class Run:
             path, _ = checkpoints.newest(self._folder / "checkpoints", self._display.warn)
             checkpoints.restore(self._loop.state, path)
             return folders.result(self._folder)
+        code.store(self._folder, self._config)
         resumed = self._resume()
         self._count("setup", time.perf_counter() - started)
         diverged = yield from self._go_on(stop, resumed)
@@ -185,7 +187,7 @@ class Run:
 
     def _left_out(self) -> list[str]:
         """The damaged records that were left out: from the start, and those found on the way."""
-        skipped = getattr(self._loop.data.train.images, "skipped", ())
+        skipped = getattr(self._loop.data.train.inputs, "skipped", ())
         return [*self._loop.data.left_out, *skipped]
 
     def _warn_of_skipped(self) -> None:
@@ -301,9 +303,7 @@ class Run:
         manifest = {
             "tfloop": __version__,
             "config": dataclasses.asdict(self._config),
-            "image_shape": loop.data.image_shape,
-            "pixels": loop.data.train.images.dtype.name,
-            "classes": loop.data.classes,
+            "data": of_data(loop.data).to_json(),
             "steps_per_epoch": loop.steps,
             "reached": {**dataclasses.asdict(self._reached), "seconds": self._seconds()},
             "best": best,
@@ -420,6 +420,6 @@ def _epoch_json(epoch: Epoch) -> dict[str, Any]:
         if metrics:
             entry[part] = {
                 name: None if value is None else folders.finite(value)
-                for name, value in metrics._asdict().items()
+                for name, value in metrics.by_name().items()
             }
     return entry

@@ -1,23 +1,22 @@
-"""A run on disk as objects: its settings, its state, and whether images fit it."""
+"""A run on disk as objects: its settings, its state, and what its data are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tfloop.assembly import make_state
-from tfloop.config import Config
+from tfloop.config import CODE, Config
+from tfloop.data import spec
 from tfloop.errors import UserError
 from tfloop.state import TrainState
-from tfloop.training import checkpoints, folders
-from tfloop.wording import shape_text
+from tfloop.training import checkpoints, code, folders
 
 
 def open_run(
     folder: str | Path,
     best: bool = False,
     warn: Callable[[str], None] = lambda message: None,
+    named: Mapping[str, Any] | None = None,
 ) -> tuple[Config, TrainState, dict[str, Any]]:
     """(settings, state, manifest) of a run, from its newest checkpoint that is whole.
 
@@ -27,6 +26,8 @@ def open_run(
       folder: the run's.
       best: take the checkpoint that did best on the validation images.
       warn: is told of checkpoints that are not whole.
+      named: "model", "loss", "metrics" or "dataset" → what stands in the place of the run's own
+        where it is not empty. Otherwise the user's own files are taken, as `code.trusted` has it.
 
     Raises:
       UserError: not a run's folder, or no checkpoint in it is whole.
@@ -42,23 +43,23 @@ def open_run(
             )
         path = folder / "checkpoints" / manifest["best"]["checkpoint"]
         manifest = checkpoints.read_manifest(path)
-    config = Config.make(**manifest["config"])
-    shape, classes = tuple(manifest["image_shape"]), manifest["classes"]
-    state = make_state(config, shape, classes, manifest["steps_per_epoch"])
+    config = _own_code(folder, Config.make(**manifest["config"]), named or {})
+    state = make_state(config, spec_of(manifest), manifest["steps_per_epoch"])
     checkpoints.restore(state, path)
     state.adopt_ema()
     return config, state, manifest
 
 
-def check_fit(images: np.ndarray, state: TrainState, manifest: dict, where: str) -> None:
-    """Raises UserError for images of another shape or pixel type than the model was trained on."""
-    shape, pixels = tuple(state.model.input_shape[1:]), manifest["pixels"]
-    if images.shape[1:] != shape:
-        raise UserError(
-            f"{where}: images are {shape_text(images.shape[1:])}, the model takes "
-            f"{shape_text(shape)}"
-        )
-    if images.dtype.name != pixels:
-        raise UserError(
-            f"{where}: pixels are {images.dtype.name}, the model was trained on {pixels}"
-        )
+def _own_code(folder: Path, config: Config, named: Mapping[str, Any]) -> Config:
+    """The settings, with the code that is to be run."""
+    given = {name: named[name] for name in CODE if named.get(name)}
+    replaced = {name: value for name, value in given.items() if name != "dataset"}
+    config = config.replace(**replaced) if replaced else config
+    return code.trusted(folder, config, given)
+
+
+def spec_of(manifest: dict[str, Any]) -> spec.Spec:
+    """What the run's data are, from the manifest of a checkpoint."""
+    if "data" in manifest:
+        return spec.from_json(manifest["data"])
+    return spec.of_images(manifest["image_shape"], manifest["classes"], manifest["pixels"])

@@ -16,13 +16,16 @@ import numpy as np
 
 from tfloop.assembly import load_data, make_loop
 from tfloop.config import Config
+from tfloop.data.dataset import Dataset
 from tfloop.errors import DivergenceError
 from tfloop.inspection.progress import Display
 from tfloop.loop import Epoch, Loop
 from tfloop.machine.replicas import Replicas
+from tfloop.nests import leaves, named_leaves
 from tfloop.state import TrainState
 from tfloop.training import folders, keras_import
-from tfloop.training.ensemble import Calls, End, SideBySide, Together, mean_probabilities
+from tfloop.training.ensemble import Calls, End, SideBySide, Together, judge_together
+from tfloop.training.folders import reached_text
 from tfloop.training.run import Run, may_end
 from tfloop.vectors import count_elements
 from tfloop.wording import counted, listed, names_text, plural, shape_text
@@ -198,7 +201,7 @@ class Session:
                 self.results.append({**end, "folder": str(folder)})
                 self._display.say(f"{_closing_line(end)}\n{folder}{_not_all(end, folder)}")
         is_complete = all(isinstance(end, dict) and end["finished"] for end in ends)
-        if is_complete and len(runs) > 1:
+        if is_complete and len(runs) > 1 and len(self._loops[0].data.test):
             self._judge(runs, places, ends)
         for end in ends:
             if isinstance(end, DivergenceError):
@@ -212,14 +215,10 @@ class Session:
             loop.evaluate_with_outputs(test)[1] if run.outputs is None else run.outputs
             for loop, run in zip(loops, runs, strict=True)
         ]
-        guesses = mean_probabilities(loops, outputs).argmax(axis=1)
-        accuracy = float(np.mean(guesses == test.labels))
-        self._display.say(
-            f"{len(runs)} together: test accuracy {100 * accuracy:.2f} %, by the mean of their "
-            "probabilities"
-        )
+        found = judge_together(loops, outputs, test)
+        self._display.say(f"{len(runs)} together: {found.text('test ')}, by the mean of {found.of}")
         names = [path.name for path in places]
-        judged = {"together": {"test_accuracy": accuracy, "folders": names}}
+        judged = {"together": {**found.to_json("test_"), "folders": names}}
         # The first comes last: it is the one that is looked at.
         for folder, end in reversed(list(zip(places, ends, strict=True))):
             assert isinstance(end, dict)
@@ -230,11 +229,13 @@ class Session:
         data, auto = loop.data, " (auto)" if config.pipeline == "auto" else ""
         weights = count_elements(loop.state.weights.values())
         self._display.say(
-            f"{len(data.train)} training and {len(data.test)} test images of "
-            f"{shape_text(data.image_shape)}, {data.classes} classes; {weights:,} weights; "
+            f"{len(data.train)} training and {len(data.test)} test {data.noun} of "
+            f"{_of_data(data)}; {weights:,} weights; "
             f"{self._device or 'default device'}, {loop.pipeline.name} pipeline{auto}"
         )
         self._display.say(_settings_line(config, loop.state))
+        if not data.train.has_images or data.target is None or data.target.kind != "classes":
+            self._display.say(f"{_scaled_text(data)}; loss: {loop.state.objective.text}")
         if count := len(data.left_out):
             records = f"{counted(count, 'damaged record')} {'is' if count == 1 else 'are'}"
             self._display.warn(f"{records} left out; the first: {data.left_out[0]}")
@@ -243,12 +244,19 @@ class Session:
         results = self.results
         if len(results) < 2 or not all(result["epochs"] for result in results):
             return
-        final = [100 * result["epochs"][-1]["test"]["accuracy"] for result in results]
+        last = [result["epochs"][-1] for result in results]
+        part = next(part for part in ("test", "validation", "train") if part in last[0])
+        name = "total" if last[0][part].get("accuracy") is None else "accuracy"
+        found = [
+            100 * entry[part][name] if name == "accuracy" else entry[part][name] for entry in last
+        ]
+        what, digits = (f"{part} accuracy", 2) if name == "accuracy" else (f"{part} loss", 4)
+        percent = " %" if name == "accuracy" else ""
         traces = self._loops[0].traces["train"]
         self._display.say(
-            f"{len(results)} runs: test accuracy {np.mean(final):.2f} % on average, standard "
-            f"deviation {np.std(final, ddof=1):.2f}, from {min(final):.2f} to {max(final):.2f}; "
-            f"the step was traced {traces} {plural('time', traces)}"
+            f"{len(results)} runs: {what} {np.mean(found):.{digits}f}{percent} on average, "
+            f"standard deviation {np.std(found, ddof=1):.{digits}f}, from {min(found):.{digits}f} "
+            f"to {max(found):.{digits}f}; the step was traced {traces} {plural('time', traces)}"
         )
 
 
@@ -281,7 +289,7 @@ def _follow_once(
     try:
         for record in loop.run(config.epochs):
             if isinstance(record, Epoch):
-                for name in getattr(loop.data.train.images, "skipped", ()):
+                for name in getattr(loop.data.train.inputs, "skipped", ()):
                     if name not in warned:
                         warned.add(name)
                         print(f"tfloop: {name} is damaged: left out", file=sys.stderr)
@@ -301,7 +309,7 @@ def adopt(config: Config, path: str | Path) -> Path:
     config = config.replace(ensemble=1)
     folders.check_writable(Path(config.logdir))
     loop = make_loop(config)
-    keras_import.import_weights(loop.state, path, loop.data.test.images[:64])
+    keras_import.import_weights(loop.state, path, loop.data.test.inputs[:64])
     folder = folders.create(config)
     display = Display(config.epochs, loop.steps, config.quiet)
     with folders.locked(folder), display:
@@ -342,6 +350,27 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
     finally:
         if is_new:
             logdir.rmdir()
+
+
+def _of_data(data: Dataset) -> str:
+    """ "28×28×1, 10 classes": of images the shape alone, since the type is known."""
+    inputs = shape_text(data.image_shape) if data.train.has_images else data.inputs_text
+    return f"{inputs}, {data.targets_text}"
+
+
+def _scaled_text(data: Dataset) -> str:
+    """What of the inputs is standardised."""
+    is_changed = [
+        name or "inputs"
+        for (name, mean), scale in zip(
+            named_leaves(data.standardizer.mean), leaves(data.standardizer.scale), strict=True
+        )
+        if mean is not None and (np.any(mean) or np.any(scale != 1))
+    ]
+    rest = [name or "inputs" for name, _ in named_leaves(data.train.inputs)]
+    left = [name for name in rest if name not in is_changed]
+    parts = [f"standardised: {', '.join(is_changed)}"] if is_changed else []
+    return "; ".join(parts + ([f"as they are: {', '.join(left)}"] if left else []))
 
 
 def _settings_line(config: Config, state: TrainState) -> str:
@@ -385,7 +414,7 @@ def _closing_line(result: dict[str, Any]) -> str:
     reached = "no epoch finished"
     if final:
         part = next(part for part in ("test", "validation", "train") if part in final)
-        reached = f"{part} accuracy {100 * final[part]['accuracy']:.2f} %"
+        reached = f"{part} {reached_text(final[part])}"
     summaries = seconds["summaries"] + seconds["pictures"]
     return (
         f"{reached} after {result['steps']} steps: {seconds['training']:.1f} s of training "

@@ -1,0 +1,166 @@
+"""What a model must know of its data, without the data: kept in checkpoints, read from there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfloop.data.dataset import Dataset
+from tfloop.data.targets import Target
+from tfloop.errors import UserError
+from tfloop.nests import is_leaf, leaves, map_leaves
+from tfloop.wording import shape_text
+
+
+class Array(NamedTuple):
+    """The shape and the type of one example's array; "text" is a type, too."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Spec(NamedTuple):
+    """Shapes and types of one example.
+
+    Attributes:
+      inputs, targets: nests of Array, leaves all.
+      kinds: what the targets are, by name.
+    """
+
+    inputs: Any
+    targets: Any
+    kinds: Mapping[str, Target]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels).
+
+        Raises:
+          UserError: the inputs are no images.
+        """
+        if not self.has_images:
+            raise UserError(
+                f"the inputs are {self.text}, and the article's CNN takes images [N, height, "
+                "width, channels]; give a --model of your own"
+            )
+        height, width, channels = self.inputs.shape
+        return height, width, channels
+
+    @property
+    def has_images(self) -> bool:
+        return isinstance(self.inputs, Array) and len(self.inputs.shape) == 3
+
+    @property
+    def target(self) -> Target | None:
+        return self.kinds.get("")
+
+    @property
+    def classes(self) -> int:
+        """How many classes or labels the only target has; 0 where there are none."""
+        return self.target.classes if self.target else 0
+
+    @property
+    def text(self) -> str:
+        """ "28×28×1 uint8" """
+        return ", ".join(
+            f"{shape_text(array.shape)} {array.dtype}".strip() for array in arrays(self.inputs)
+        )
+
+    def examples(self, rows: int) -> tuple[Any, Any]:
+        """(inputs, targets) of so many examples of zeros and empty texts."""
+
+        def zeros(array: Array) -> np.ndarray:
+            if array.dtype == "text":
+                return np.full((rows, *array.shape), b"", object)
+            return np.zeros((rows, *array.shape), array.dtype)
+
+        return tuple(_map(zeros, part) for part in (self.inputs, self.targets))
+
+    def to_json(self) -> dict[str, Any]:
+        kinds = {name: target._asdict() for name, target in self.kinds.items()}
+        return {"inputs": _to_json(self.inputs), "targets": _to_json(self.targets), "kinds": kinds}
+
+
+def of_data(data: Dataset) -> Spec:
+    """That of a data set's examples."""
+
+    def array(values: Any) -> Array:
+        return Array(
+            tuple(values.shape[1:]), "text" if values.dtype == object else str(values.dtype)
+        )
+
+    train = data.train
+    return Spec(map_leaves(array, train.inputs), map_leaves(array, train.targets), data.kinds)
+
+
+def of_images(shape: Sequence[int], classes: int, pixels: str = "uint8") -> Spec:
+    """That of images with class numbers."""
+    height, width, channels = shape
+    inputs = Array((height, width, channels), pixels)
+    return Spec(inputs, Array((), "int64"), {"": Target("classes", (), classes)})
+
+
+def from_json(content: Mapping[str, Any]) -> Spec:
+    """As `to_json` wrote it."""
+    kinds = {
+        name: Target(
+            target["kind"], tuple(target["shape"]), target["classes"], tuple(target["names"])
+        )
+        for name, target in content["kinds"].items()
+    }
+    return Spec(_from_json(content["inputs"]), _from_json(content["targets"]), kinds)
+
+
+def arrays(nest: Any) -> list[Array]:
+    """The arrays of a nest of them, in their order."""
+    found: list[Array] = []
+    _map(found.append, nest)
+    return found
+
+
+def _map(function: Any, nest: Any) -> Any:
+    """`map_leaves`, for which an Array is a leaf."""
+    if isinstance(nest, Array):
+        return function(nest)
+    if isinstance(nest, dict):
+        return {key: _map(function, nest[key]) for key in sorted(nest)}
+    return tuple(_map(function, part) for part in nest)
+
+
+def _to_json(nest: Any) -> Any:
+    if isinstance(nest, Array):
+        return {"shape": list(nest.shape), "dtype": nest.dtype}
+    if isinstance(nest, dict):
+        return {"dict": {key: _to_json(part) for key, part in nest.items()}}
+    return {"tuple": [_to_json(part) for part in nest]}
+
+
+def _from_json(content: Any) -> Any:
+    if "dict" in content:
+        return {key: _from_json(part) for key, part in content["dict"].items()}
+    if "tuple" in content:
+        return tuple(_from_json(part) for part in content["tuple"])
+    return Array(tuple(content["shape"]), content["dtype"])
+
+
+def check_inputs(spec: Spec, inputs: Any, where: str) -> None:
+    """Raises UserError for inputs of other shapes or types than the model was trained on.
+
+    Args:
+      spec: of the training data.
+      inputs: a nest of arrays [N, …].
+      where: names them.
+    """
+    expected, found = arrays(spec.inputs), leaves(inputs)
+    if len(expected) != len(found) or is_leaf(inputs) != isinstance(spec.inputs, Array):
+        raise UserError(f"{where}: holds {len(found)} inputs, the model takes {len(expected)}")
+    noun, of = ("images", "pixels") if spec.has_images else ("inputs", "inputs")
+    for array, values in zip(expected, found, strict=True):
+        if values.shape[1:] != array.shape:
+            raise UserError(
+                f"{where}: {noun} are {shape_text(values.shape[1:])}, the model takes "
+                f"{shape_text(array.shape)}"
+            )
+        dtype = "text" if values.dtype == object else values.dtype.name
+        if dtype != array.dtype:
+            raise UserError(f"{where}: {of} are {dtype}, the model was trained on {array.dtype}")

@@ -1,0 +1,93 @@
+"""A data set from a function of the user's own, whatever of the usual things it gives."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tfloop import user_code
+from tfloop.data.arrays import from_arrays, hold_out
+from tfloop.data.dataset import Dataset, Standardizer
+from tfloop.errors import UserError
+from tfloop.wording import listed
+
+EXPECTED = (
+    "expected (x_train, y_train, x_test, y_test), ((x_train, y_train), (x_test, y_test)), "
+    "(x_train, y_train), a dict of from_arrays's arguments, a Bunch of scikit-learn's, or a "
+    "tfloop.Dataset"
+)
+
+
+def options_of(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    """{name: text} of "name=text" pairs.
+
+    Raises:
+      UserError: one that is no such pair; `flag` names it.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--{flag}: {pair!r}: expected NAME=VALUE, several with commas between")
+        found[name] = value
+    return found
+
+
+def read(reference: str, cut: Any) -> Dataset:
+    """The data set that a function gives.
+
+    Args:
+      reference: names the function.
+      cut: a sources.Cut; its options and its seed go to the function, by name.
+
+    Raises:
+      UserError: what `user_code` raises, or something that is no data.
+    """
+    code = user_code.load(reference, "dataset")
+    options = options_of(cut.options, "data_options")
+    made = code.call("dataset", {"seed": cut.seed}, options)
+    name = f"--dataset={reference}"
+    if isinstance(made, Dataset):
+        return _cut(made, cut, name)
+    arguments = _arguments(made, name)
+    for setting in ("split", "validation_size", "standardize", "seed"):
+        arguments.setdefault(setting, getattr(cut, setting))
+    with code.told("dataset"):
+        return from_arrays(**{"name": name, **arguments})
+
+
+def _arguments(made: Any, name: str) -> dict[str, Any]:
+    """The arguments of from_arrays, from what a function gave."""
+    if hasattr(made, "data") and hasattr(made, "target"):
+        return {"x_train": made}
+    if isinstance(made, Mapping):
+        if "x_train" in made and all(isinstance(key, str) for key in made):
+            return dict(made)
+        raise UserError(f"{name}: gives a dict of {listed(made) or 'nothing'}; {EXPECTED}")
+    if isinstance(made, (tuple, list)):
+        is_pairs = len(made) in (2, 3) and all(
+            isinstance(part, (tuple, list)) and len(part) == 2 for part in made
+        )
+        if is_pairs:
+            (x_train, y_train), (x_test, y_test), *validation = made
+            found = dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+            return {**found, **({"validation": tuple(validation[0])} if validation else {})}
+        if len(made) in (2, 4):
+            return dict(zip(("x_train", "y_train", "x_test", "y_test"), made, strict=False))
+        raise UserError(f"{name}: gives {len(made)} things; {EXPECTED}")
+    raise UserError(f"{name}: gives {type(made).__name__}; {EXPECTED}")
+
+
+def _cut(made: Dataset, cut: Any, name: str) -> Dataset:
+    """A data set as it is, with what the settings ask for."""
+    if cut.split != "standard":
+        raise UserError(f"--split={cut.split}: {name} gives a tfloop.Dataset, which is cut already")
+    if cut.validation_size:
+        if len(made.validation):
+            raise UserError(
+                f"--validation_size={cut.validation_size}: {name} has validation examples already"
+            )
+        train, held_out = hold_out(made.train, cut.validation_size, cut.seed, made.kinds)
+        made = dataclasses.replace(made, train=train, validation=held_out)
+    if not cut.standardize:
+        made = dataclasses.replace(made, standardizer=Standardizer.identities(made.train.inputs))
+    return made

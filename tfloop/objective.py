@@ -1,0 +1,538 @@
+"""What a state is trained on and judged by: a loss and metrics for each output of its model.
+
+An `Objective` joins what the user asked for, what the targets are and what the model gives. The
+step asks it for the loss of each example, and for what it counts beside it.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfloop import models
+from tfloop.cross_entropy import binary_cross_entropy, cross_entropy, over_places, squared_error
+from tfloop.data.targets import Target
+from tfloop.errors import UserError
+from tfloop.nests import filled, leaves, named_leaves
+from tfloop.user_code import told_in_one_line
+from tfloop.wording import names_text, shape_text
+
+ONE_CLASS = {"": Target("classes", (), 0)}  # what targets are where nobody has said
+
+
+class Term(NamedTuple):
+    """The part of the loss that one output has.
+
+    Attributes:
+      name: of the output; "" where there is one.
+      text: what the loss is called.
+      loss: (targets, outputs, smoothing) → [batch].
+      weight: what it is multiplied by in the loss.
+      as_logits: is a last softmax or sigmoid left out of the output?
+      activation: what makes probabilities of the output: "softmax", "sigmoid", or "" for nothing.
+      accuracy: (targets, outputs) → [batch]; None where there are no classes.
+      target: what its targets are.
+      places: of its targets and of its output among the leaves of theirs.
+      is_default: does the loss follow from the targets?
+    """
+
+    name: str
+    text: str
+    loss: Callable
+    weight: float
+    as_logits: bool
+    activation: str
+    accuracy: Callable | None
+    target: Target
+    places: tuple[int, int]
+    is_default: bool = True
+
+
+class Objective:
+    """The loss and the metrics of one model on one kind of targets.
+
+    Attributes:
+      terms: by output.
+      names: of the outputs.
+      is_default: did nobody ask for a loss, so that it follows from the targets?
+      extra: the names of what is summed up beside the loss and the accuracy.
+      whole_metrics: name → function of all targets and outputs of an evaluation, as NumPy.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Any = None,
+        metrics: Any = None,
+        kinds: Mapping[str, Target] | None = None,
+        outputs: Any = None,
+        targets: Any = None,
+    ) -> None:
+        """Make one.
+
+        Args:
+          model: whose outputs.
+          loss: None, a function (targets, outputs) → [batch], a Keras loss or its name, or a dict
+            of those by output, or of (loss, weight).
+          metrics: as of TrainState.
+          kinds: what the targets are, by name; None: one class number for each example.
+          outputs: a nest of tensors or specs, as the model gives them; None: one row of logits.
+          targets: a nest of tensors or specs of the targets.
+
+        Raises:
+          UserError: targets and outputs that do not belong together.
+        """
+        kinds = dict(kinds or ONE_CLASS)
+        self._model, self._kinds = model, kinds
+        shapes = None if outputs is None else [tuple(leaf.shape) for leaf in leaves(outputs)]
+        self.names = [""] if outputs is None else output_names(model, outputs)
+        self._whole = loss if _takes_nests(loss, self.names) else None
+        self.is_default = loss is None
+        self.terms: list[Term] = []
+        if self._whole is None or len(self.names) == len(kinds) == 1:
+            by_output = _by_output(loss, self.names)
+            for name, target, places in _pairs(self.names, kinds):
+                shape = None if shapes is None else shapes[places[1]]
+                own, weight = by_output.get(name, (None, 1.0))
+                self.terms.append(self._term(name, own, weight, target, shape, places))
+        self.extra: list[str] = []
+        self._batch_metrics: dict[str, Callable] = {}
+        self.whole_metrics: dict[str, Any] = {}
+        if len(self.terms) > 1:
+            self.extra = [f"{term.name}/loss" for term in self.terms]
+            self.extra += [f"{term.name}/accuracy" for term in self.terms if term.accuracy]
+        for name, metric in _named_metrics(metrics).items():
+            taken = {"accuracy", "loss", *self.extra}
+            if name in taken:
+                raise UserError(f"metrics: {name} is there already; give yours another name")
+            if targets is not None and self._is_by_example(metric, targets, outputs):
+                self._batch_metrics[name] = metric
+                self.extra.append(name)
+            else:
+                self.whole_metrics[name] = metric
+
+    def _term(
+        self,
+        name: str,
+        loss: Any,
+        weight: float,
+        target: Target,
+        shape: tuple | None,
+        places: tuple[int, int],
+    ) -> Term:
+        activations = models.output_activations(self._model)
+        squashed = activations[places[1]] if places[1] < len(activations) else ""
+        if loss is not None:
+            found = as_function(loss)
+            if target.kind == "classes" and shape is not None and shape[-1] == target.classes:
+                accuracy: Callable | None = class_accuracy
+            else:
+                accuracy = _accuracy_of_own(loss, target, shape, squashed)
+            return Term(
+                name, text_of(loss), found, weight, False, "", accuracy, target, places, False
+            )
+        if target.kind == "values":
+            return Term(
+                name,
+                "squared error",
+                lambda targets, outputs, _: squared_error(targets, outputs),
+                weight,
+                False,
+                "",
+                None,
+                target,
+                places,
+            )
+        is_binary = target.kind == "classes" and target.classes == 2 and _is_one(shape, target)
+        if target.kind == "labels" or is_binary:
+            return Term(
+                name,
+                "binary cross-entropy",
+                binary_cross_entropy,
+                weight,
+                squashed != "softmax",
+                "sigmoid",
+                binary_accuracy,
+                target,
+                places,
+            )
+        is_sigmoid = squashed == "sigmoid"
+        found = functools.partial(cross_entropy, sigmoid=is_sigmoid)
+        text = "binary cross-entropy of each class" if is_sigmoid else "cross-entropy"
+        activation, accuracy = squashed or "softmax", class_accuracy
+        return Term(name, text, found, weight, True, activation, accuracy, target, places)
+
+    @property
+    def text(self) -> str:
+        """ "cross-entropy", or "price: squared error, kind: 0.5 · cross-entropy" """
+        if self._whole is not None and not self.terms:
+            return text_of(self._whole)
+        shown = []
+        for term in self.terms:
+            weight = "" if term.weight == 1 else f"{term.weight:g} · "
+            shown.append(f"{term.name}: {weight}{term.text}" if term.name else weight + term.text)
+        return ", ".join(shown)
+
+    @property
+    def smooths(self) -> bool:
+        """Is there a cross-entropy, which alone smooths labels?"""
+        return any(term.is_default and term.target.kind != "values" for term in self.terms)
+
+    @property
+    def as_logits(self) -> tuple[bool, ...] | bool:
+        """Of each output: is a last softmax or sigmoid left out of it?"""
+        if not self.terms:
+            return False
+        by_place = {term.places[1]: term.as_logits for term in self.terms}
+        return tuple(by_place.get(place, False) for place in range(len(self.names)))
+
+    @property
+    def term(self) -> Term | None:
+        """That of the only output; None where there are several."""
+        return self.terms[0] if len(self.terms) == 1 else None
+
+    @property
+    def classifies(self) -> bool:
+        """Does the only output tell classes, so that accuracy means something?"""
+        return self.term is not None and self.term.accuracy is not None
+
+    def losses(self, targets: Any, outputs: Any, smoothing: Any) -> tf.Tensor:
+        """[batch] float32: the loss of each example, all outputs together."""
+        return self.with_extra(targets, outputs, smoothing)[0]
+
+    def with_extra(
+        self, targets: Any, outputs: Any, smoothing: Any
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """(losses [batch], accuracies [batch], [batch, extra]), all float32."""
+        rows = leaves(targets)[0].shape[0]
+        losses, accuracies = [], []
+        for term in self.terms:
+            pair = leaves(targets)[term.places[0]], leaves(outputs)[term.places[1]]
+            losses.append(self._loss_of(term, *pair, smoothing))
+            if term.accuracy:
+                accuracies.append(tf.cast(term.accuracy(*pair), tf.float32))
+        if self.terms:
+            weights = [term.weight for term in self.terms]
+            total = tf.add_n(
+                [x if w == 1.0 else w * x for w, x in zip(weights, losses, strict=True)]
+            )
+        else:
+            total = _check_shape(
+                _called(self._whole, targets, outputs, "the loss function"), [rows]
+            )
+        extra = [*losses, *accuracies] if len(self.terms) > 1 else []
+        given = self.squash(outputs) if self._batch_metrics else None
+        for name, metric in self._batch_metrics.items():
+            found = _called(metric, targets, given, f"the metric {name}")
+            extra.append(tf.cast(found, tf.float32))
+        columns = tf.stack(extra, axis=1) if extra else tf.zeros([rows, 0])
+        accuracy = accuracies[0] if self.classifies else tf.zeros([rows])
+        return total, accuracy, columns
+
+    def _loss_of(
+        self, term: Term, targets: tf.Tensor, outputs: tf.Tensor, smoothing: Any
+    ) -> tf.Tensor:
+        return _check_shape(term.loss(targets, outputs, smoothing), [targets.shape[0]])
+
+    def squash(self, outputs: Any) -> Any:
+        """The outputs with probabilities in the place of logits."""
+        values = leaves(outputs)
+        for term in self.terms:
+            place = term.places[1]
+            if term.as_logits:
+                is_sigmoid = term.activation == "sigmoid"
+                values[place] = (tf.sigmoid if is_sigmoid else tf.nn.softmax)(values[place])
+        return filled(outputs, values)
+
+    def unsquash(self, shares: Any) -> Any:
+        """The logits of probabilities, as the loss takes them."""
+        values = leaves(shares)
+        for term in self.terms:
+            if term.as_logits:
+                place = term.places[1]
+                values[place] = logits_of(values[place], term.activation)
+        return filled(shares, values)
+
+    def _is_by_example(self, metric: Any, targets: Any, outputs: Any) -> bool:
+        """Does a metric give a value for each example, from tensors?"""
+        if not _may_be_traced(metric):
+            return False
+
+        def spec(leaf: Any) -> tf.TensorSpec:
+            return tf.TensorSpec([PROBED, *leaf.shape[1:]], leaf.dtype)
+
+        nests = [filled(nest, [spec(leaf) for leaf in leaves(nest)]) for nest in (targets, outputs)]
+        try:
+            made = tf.function(metric, autograph=False).get_concrete_function(*nests)
+            shapes = [tuple(leaf.shape) for leaf in leaves(made.structured_outputs)]
+        except Exception:  # whatever a function of NumPy's does with a tensor
+            return False
+        return shapes == [(PROBED,)]
+
+
+PROBED = 3  # rows that a metric is tried on
+
+
+def logits_of(shares: tf.Tensor, activation: str) -> tf.Tensor:
+    """The logits that the activation makes these probabilities of."""
+    shares = tf.clip_by_value(shares, 1e-30, 1.0 - 2.0**-24)
+    if activation == "sigmoid":
+        return tf.math.log(shares) - tf.math.log1p(-shares)
+    return tf.math.log(shares)
+
+
+def class_accuracy(labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """[batch]: 1 where the largest output is that of the class, else 0; the mean over places."""
+    guesses = tf.argmax(outputs, axis=-1)
+    if len(labels.shape) == len(outputs.shape) and labels.shape[-1] == outputs.shape[-1]:
+        labels = tf.argmax(labels, axis=-1)
+    labels = tf.reshape(tf.cast(labels, tf.int64), tf.shape(guesses))
+    return over_places(tf.cast(tf.equal(guesses, labels), tf.float32))
+
+
+def binary_accuracy(labels: tf.Tensor, outputs: tf.Tensor, threshold: float = 0.0) -> tf.Tensor:
+    """[batch]: the share of an example's labels that lie on the output's side of the threshold."""
+    labels = tf.reshape(labels, tf.shape(outputs))
+    is_right = tf.equal(outputs > threshold, tf.cast(labels, tf.float32) > 0.5)
+    return over_places(tf.cast(is_right, tf.float32))
+
+
+def output_names(model: Any, outputs: Any) -> list[str]:
+    """The names of the outputs, in the order of their leaves."""
+    names = [name for name, _ in named_leaves(outputs)]
+    given = list(getattr(model, "output_names", None) or [])
+    is_flat = isinstance(outputs, (list, tuple)) and len(given) == len(names) > 1
+    return given if is_flat else names
+
+
+def _pairs(
+    outputs: Sequence[str], kinds: Mapping[str, Target]
+) -> list[tuple[str, Target, tuple[int, int]]]:
+    """(output, target, (place of the target, of the output)), in the order of the outputs."""
+    targets = list(kinds)
+    if len(outputs) == len(targets) == 1:
+        return [(outputs[0], kinds[targets[0]], (0, 0))]
+    if set(outputs) == set(targets):
+        pairs = [(name, name) for name in outputs]
+    elif len(outputs) == len(targets) and all(name.isdecimal() for name in targets):
+        pairs = list(zip(outputs, targets, strict=True))
+    else:
+        raise UserError(
+            f"the model gives {_names(outputs)}, the data have {_names(targets, 'targets')}; give "
+            "a dict of targets by the names of the outputs, or a loss that takes both as they are"
+        )
+    return [
+        (output, kinds[target], (targets.index(target), outputs.index(output)))
+        for output, target in pairs
+    ]
+
+
+def _names(names: Sequence[str], noun: str = "outputs") -> str:
+    if len(names) == 1 and not names[0]:
+        return f"one array of {noun}" if noun == "targets" else "one output"
+    return f"the {noun} {names_text(names)}"
+
+
+def _is_one(shape: tuple | None, target: Target) -> bool:
+    """Is there one output for each place of the target?"""
+    return shape is not None and shape[1:] in (target.shape, (*target.shape, 1))
+
+
+# --- what a user may give
+
+
+def _takes_nests(loss: Any, names: Sequence[str]) -> bool:
+    """Is the loss a function of all targets and outputs together?"""
+    is_function = callable(loss) and not isinstance(loss, keras.losses.Loss)
+    return is_function and len(names) > 1 and not _is_keras_function(loss)
+
+
+def _is_keras_function(loss: Any) -> bool:
+    return getattr(loss, "__module__", "").startswith("keras.")
+
+
+def _by_output(loss: Any, names: Sequence[str]) -> dict[str, tuple[Any, float]]:
+    """output → (its loss, or None for that which follows from its targets; its weight)."""
+    if not isinstance(loss, Mapping):
+        return dict.fromkeys(names, (loss, 1.0))
+    unknown = [name for name in loss if name not in names]
+    if unknown:
+        raise UserError(f"loss: there is no output {unknown[0]!r}; there is {names_text(names)}")
+    found: dict[str, tuple[Any, float]] = {}
+    for name, given in loss.items():
+        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        pair = given if isinstance(given, tuple) else (None, given) if is_number else (given, 1.0)
+        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], (int, float)):
+            raise UserError(f"loss: {name}: expected a loss, a weight, or (loss, weight)")
+        found[name] = pair[0], float(pair[1])
+    return found
+
+
+def check_loss(loss: Any) -> None:
+    """Raises UserError for what is no loss, whatever the outputs are."""
+    if isinstance(loss, Mapping):
+        for part in loss.values():
+            own = part[0] if isinstance(part, tuple) and part else part
+            if own is not None and not isinstance(own, (int, float)):
+                check_loss(own)
+        return
+    if loss is not None:
+        as_function(loss)
+
+
+def as_function(loss: Any) -> Callable:
+    """(targets, outputs, smoothing) → [batch], of a function, a Keras loss or the name of one.
+
+    Raises:
+      UserError: none of these, or a Keras loss with a reduction that is not the mean.
+    """
+    if isinstance(loss, str):
+        loss = _keras_named(loss)
+    if isinstance(loss, keras.losses.Loss):
+        if loss.reduction not in ("sum_over_batch_size", "mean", "none", None):
+            raise UserError(
+                f"loss: {type(loss).__name__} has reduction={loss.reduction!r}; the step takes the "
+                "mean over the batch: leave it out"
+            )
+        return functools.partial(_of_keras, loss.call)
+    if not callable(loss) or isinstance(loss, type):
+        shown = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
+        raise UserError(
+            "loss: expected a function (targets, outputs) that gives a value for each example, a "
+            f"Keras loss or the name of one, found {shown}; Keras's are functions such as "
+            "keras.losses.sparse_categorical_crossentropy"
+        )
+    if _is_keras_function(loss):
+        return functools.partial(_of_keras, loss)
+    return functools.partial(_of_own, loss)
+
+
+def _keras_named(name: str) -> Any:
+    try:
+        found = keras.losses.get(name)
+    except ValueError:
+        found = None
+    if found is None:
+        raise UserError(
+            f"loss: Keras has no loss named {name!r}; names are such as mse, huber, "
+            "binary_crossentropy, or FILE.py:function"
+        )
+    return found() if isinstance(found, type) else found
+
+
+def _of_keras(loss: Callable, targets: Any, outputs: Any, _: Any) -> tf.Tensor:
+    found = _called(loss, targets, outputs, f"the loss {text_of(loss)}")
+    rank = getattr(getattr(found, "shape", None), "rank", None)
+    return over_places(tf.convert_to_tensor(found)) if rank else found
+
+
+def _of_own(loss: Callable, targets: Any, outputs: Any, _: Any) -> tf.Tensor:
+    return _called(loss, targets, outputs, "the loss function")
+
+
+def text_of(loss: Any) -> str:
+    """What a loss or metric is called in messages."""
+    if isinstance(loss, str):
+        return loss
+    if isinstance(loss, functools.partial):
+        return text_of(loss.func)
+    if inspect.ismethod(loss):
+        loss = loss.__self__
+    return getattr(loss, "__name__", None) or getattr(loss, "name", None) or type(loss).__name__
+
+
+def _called(function: Any, targets: Any, outputs: Any, what: str) -> Any:
+    described = f"targets {_described(targets)} and outputs {_described(outputs)}"
+    with told_in_one_line(f"{what} fails on {described}"):
+        return function(targets, outputs)
+
+
+def _described(nest: Any) -> str:
+    return ", ".join(
+        f"{name} {leaf.dtype.name} {leaf.shape}" if name else f"{leaf.dtype.name} {leaf.shape}"
+        for name, leaf in named_leaves(nest)
+    )
+
+
+def _check_shape(found: Any, shape: list[int | None]) -> tf.Tensor:
+    expected = f"expected {tf.TensorShape(shape)}: a value for each example of the batch"
+    if found is None:
+        raise UserError(f"the loss function gives None, {expected}")
+    found = tf.convert_to_tensor(found)
+    if not found.shape.is_compatible_with(shape):
+        raise UserError(f"the loss function gives {found.shape}, {expected}")
+    return tf.cast(found, tf.float32)
+
+
+def _accuracy_of_own(
+    loss: Any, target: Target, shape: tuple | None, squashed: str
+) -> Callable | None:
+    """The accuracy with a loss of one's own, where its outputs tell classes as others do."""
+    if shape is None or target.kind == "values":
+        return None
+    if target.kind == "shares" and shape[1:] == target.shape:
+        return class_accuracy
+    is_binary = target.kind == "classes" and target.classes == 2 and _is_one(shape, target)
+    if is_binary or (target.kind == "labels" and shape[1:] == target.shape):
+        own = getattr(loss, "_fn_kwargs", None) or {}
+        from_logits = own.get("from_logits", False) or (not squashed and not own)
+        return functools.partial(binary_accuracy, threshold=0.0 if from_logits else 0.5)
+    return None
+
+
+def check_outputs(objective: Objective, outputs: Any) -> None:
+    """Raises UserError where the default loss cannot compare an output with its targets."""
+    for term in objective.terms:
+        shape = tuple(leaves(outputs)[term.places[1]].shape[1:])
+        target, name = term.target, f" {term.name}" if term.name else ""
+        if not term.is_default:
+            continue
+        per_place = (*target.shape, target.classes)
+        if target.kind in ("shares", "labels"):
+            fits = shape == target.shape
+        elif target.kind == "values":
+            fits = shape in (target.shape, (*target.shape, 1)) or (*shape, 1) == target.shape
+        else:
+            is_binary = target.classes == 2 and _is_one((None, *shape), target)
+            is_wide = shape[:-1] == target.shape and shape[-1:] >= (target.classes,)
+            fits = is_binary or is_wide
+        if fits:
+            continue
+        found = f"the model gives outputs{name} of shape {shape}"
+        if target.kind == "classes" and not target.shape:
+            raise UserError(f"{found} for an example; the data have {target.classes} classes")
+        expected = per_place if target.kind == "classes" else target.shape
+        raise UserError(
+            f"{found} for an example; the targets{name} are {shape_text(target.shape) or 'one'} "
+            f"{target.kind}, which take {expected}"
+        )
+
+
+# --- metrics
+
+
+def _named_metrics(metrics: Any) -> dict[str, Any]:
+    """name → metric, of a dict or a list of functions and names."""
+    if not metrics:
+        return {}
+    if not isinstance(metrics, Mapping):
+        if not isinstance(metrics, (list, tuple)):
+            metrics = [metrics]
+        metrics = {text_of(metric): metric for metric in metrics}
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise UserError(
+                f"metrics: {name}: expected a function (targets, outputs) or a keras.metrics.Metric"
+                f", found {metric!r}"
+            )
+    return dict(metrics)
+
+
+def _may_be_traced(metric: Any) -> bool:
+    """Not Keras's, which keep sums, nor scikit-learn's, which take NumPy."""
+    inner = metric.func if isinstance(metric, functools.partial) else metric
+    is_sklearn = (getattr(inner, "__module__", None) or "").startswith("sklearn.")
+    return not is_sklearn and not isinstance(metric, keras.metrics.Metric)
