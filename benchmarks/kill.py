@@ -172,7 +172,7 @@ def outcome(folder: Path) -> dict:
     return {
         "state": result["state_sha256"],
         "epochs": epochs,
-        "best": result["best_by_validation"]["epoch"],
+        "best": result["best"]["epoch"],
         "finished": result["finished"],
         "scalars": sorted(scalars, key=lambda s: (s[0], s[1])),
         "order": {

@@ -158,7 +158,7 @@ def test_validation_chooses_the_best_epoch(train, tmp_path):
     assert train("--validation_size=100", "--quiet") == 0
     found = result(tmp_path / "digits-001")
     accuracy = [epoch["validation"]["accuracy"] for epoch in found["epochs"]]
-    assert found["best_by_validation"]["epoch"] == 1 + int(np.argmax(accuracy))
+    assert found["best"]["epoch"] == 1 + int(np.argmax(accuracy))
 
 
 @pytest.mark.quick

@@ -427,9 +427,9 @@ def test_the_best_checkpoint_by_validation_is_kept(config):
     done = session.train(
         config(epochs=6, keep=1, checkpoint_every="epoch", learning_rate=0.05, schedule="constant")
     )[0]
-    best = done["best_by_validation"]
+    best = done["best"]
     accuracies = [epoch["validation"]["accuracy"] for epoch in done["epochs"]]
-    assert best["accuracy"] == max(accuracies) and best["epoch"] == 1 + accuracies.index(
+    assert best["value"] == max(accuracies) and best["epoch"] == 1 + accuracies.index(
         max(accuracies)
     )
     from tfloop.training import saved_run

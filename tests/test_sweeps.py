@@ -114,17 +114,18 @@ def test_the_ranking_is_by_validation_over_seeds_and_only_the_chosen_sees_the_te
 ):
     code, folder = sweep("--epochs=2", "--grid=learning_rate=0.0001,0.003,0.01 seed=0,1")
     ranking = json.loads((folder / "ranking.json").read_text())
-    accuracies = [row["validation_accuracy"] for row in ranking["ranking"]]
+    accuracies = [row["value"] for row in ranking["ranking"]]
     assert code == 0 and accuracies == sorted(accuracies, reverse=True)
     for row in ranking["ranking"]:
         own = [result(folder / trial)["final"]["validation"]["accuracy"] for trial in row["trials"]]
-        assert len(own) == 2 and row["validation_accuracy"] == np.mean(own)
+        assert len(own) == 2 and row["value"] == np.mean(own)
     said = capsys.readouterr().out
-    assert said.count("test accuracy") == 1 and len(ranking["chosen"]["test_accuracy"]) == 2
+    assert said.count("test accuracy") == 1 and len(ranking["chosen"]["test"]) == 2
     assert not any(scalar.run.startswith("test") for scalar in read_scalars(folder / "trial-001"))
     main(["evaluate", str(folder / ranking["ranking"][0]["trials"][0])])
     assert (
-        f"accuracy {100 * ranking['chosen']['test_accuracy'][0]:.2f} %" in capsys.readouterr().out
+        f"accuracy {100 * ranking['chosen']['test'][0]['accuracy']:.2f} %"
+        in capsys.readouterr().out
     )
 
 
@@ -146,9 +147,7 @@ def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(sweep, capsys):
         and result(folder / "trial-002")["finished"]
     )
     ranking = json.loads((folder / "ranking.json").read_text())["ranking"]
-    assert [row["diverged"] for row in ranking] == [False, True] and ranking[1][
-        "validation_accuracy"
-    ] is None
+    assert [row["diverged"] for row in ranking] == [False, True] and ranking[1]["value"] is None
     assert "diverged at step 0" in capsys.readouterr().out
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tfloop.data.dataset import Standardizer as Standardizer
     from tfloop.data.pipelines import Batch as Batch
     from tfloop.data.sources import load as load
+    from tfloop.data.stream import from_dataset as from_dataset
     from tfloop.errors import DivergenceError as DivergenceError
     from tfloop.errors import UserError as UserError
     from tfloop.inspection import checks as checks
@@ -77,6 +78,7 @@ _HOME = {
     "example_losses": "step",
     "forward_and_backward": "step",
     "from_arrays": "data.arrays",
+    "from_dataset": "data.stream",
     "load": "data.sources",
     "losses": "step",
     "make_loop": "assembly",

@@ -10,17 +10,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop import models, scores, user_code
+from tfloop import criterion, models, scores, user_code
+from tfloop.compatibility import batch_size_of
 from tfloop.config import FIELDS, Config, hyperparameters
 from tfloop.data import pack, sources
 from tfloop.data.augmentation import Augmentation
 from tfloop.data.dataset import Dataset, Standardizer, is_scaled, targets_text
 from tfloop.data.spec import Array, Spec, of_data
-from tfloop.data.user_data import options_of
 from tfloop.errors import UserError
 from tfloop.loop import Loop
 from tfloop.nests import map_leaves
-from tfloop.optimizers import CLIPS, Optimizer
+from tfloop.optimizers import CLIPS, Optimizer, parsed_rates
 from tfloop.schedules import Schedule, needs_length
 from tfloop.state import TrainState
 from tfloop.wording import shape_text
@@ -59,7 +59,7 @@ def _load(config: Config, dataset: str, validation_size: int) -> Dataset:
 
 
 def steps_per_epoch(config: Config, dataset: Dataset) -> int:
-    return -(-len(dataset.train) // config.batch_size)
+    return -(-len(dataset.train) // batch_size_of(dataset, config.batch_size))
 
 
 def make_schedule(config: Config, steps: int) -> Schedule:
@@ -81,7 +81,12 @@ def make_schedule(config: Config, steps: int) -> Schedule:
 def make_optimizer(config: Config) -> Optimizer:
     """The optimizer that `config` names."""
     names = [*hyperparameters("optimizer"), *CLIPS]
-    return Optimizer(config.optimizer, **_chosen(config, names))
+    return Optimizer(
+        config.optimizer,
+        rate_of=parsed_rates(config.rate_of),
+        exclude_from_weight_decay=config.exclude_from_weight_decay,
+        **_chosen(config, names),
+    )
 
 
 def make_augmentation(config: Config) -> Augmentation:
@@ -154,7 +159,7 @@ def make_model(config: Config, spec: Spec) -> tuple[Any, Callable[[int], dict[st
     }
     if isinstance(spec.inputs, Array):
         known["input_shape"] = spec.inputs.shape
-    options = options_of(config.model_options, "model_options")
+    options = user_code.options_of(config.model_options, "model_options")
 
     def build(seed: int) -> Any:
         with models.seeded(seed, config.precision), code.told("model"):
@@ -168,17 +173,17 @@ def make_model(config: Config, spec: Spec) -> tuple[Any, Callable[[int], dict[st
     first = {config.seed: _values(made)}
 
     def initial_weights(seed: int) -> dict[str, np.ndarray]:
-        values = first.get(seed)
-        if values is None:
-            values = _values(build(seed))
-        names = [name for group in models.named_variables(made) for name in group]
-        return dict(zip(names, values, strict=True))
+        values = first.get(seed) or _values(build(seed))
+        return dict(zip(models.stable_names(made), values, strict=True))  # in the model's order
 
     return made, initial_weights
 
 
 def _values(model: Any) -> list[np.ndarray]:
-    return [v.numpy() for group in models.named_variables(model) for v in group.values()]
+    """The values of all variables, in the model's order, whether they are trained or not."""
+    trainable, other = models.named_variables(model)
+    by_name = {**trainable, **other}
+    return [by_name[name].numpy() for name in models.stable_names(model)]
 
 
 def _check_made(code: user_code.Code, model: Any) -> None:
@@ -236,6 +241,8 @@ def make_state(
     schedule, optimizer = make_schedule(config, steps), make_optimizer(config)
     with replicas.strategy.scope() if replicas else contextlib.nullcontext():
         model, initial_weights = make_model(config, spec)
+    if config.freeze:
+        models.freeze(model, config.freeze)
     state = TrainState(
         model,
         optimizer,
@@ -306,6 +313,8 @@ def make_loop(
         replicas=replicas,
         **options,
     )
+    loop.evaluate_every = criterion.every(config.evaluate_every)
+    loop.criterion = criterion.parse(config.choose_by) if config.choose_by else None
     loop.single = config.profile_steps
     loop.stop_every = int(config.checkpoint_every) if config.checkpoint_every.isdecimal() else 0
     return loop

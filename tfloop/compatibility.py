@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import models
-from tfloop.config import check_setting
+from tfloop.config import FIELDS, check_setting
 from tfloop.data import pipelines
 from tfloop.data.dataset import Dataset
 from tfloop.errors import UserError
@@ -16,6 +16,23 @@ from tfloop.state import TrainState
 from tfloop.wording import counted, first_sentence, names_text, shape_text
 
 LOOKED_AT = 8  # training examples whose outputs tell whether a model gives probabilities
+
+
+def batch_size_of(data: Any, asked: int) -> int:
+    """The rows of a batch: those of a tf.data.Dataset that gives batches, else what is asked for.
+
+    Raises:
+      UserError: another size is asked for than such a dataset has; the default counts as none.
+    """
+    own = getattr(getattr(data, "train", None), "batch_size", None)
+    if own is None or asked == own:
+        return asked
+    if asked != FIELDS["batch_size"].default:
+        raise UserError(
+            f"--batch_size={asked}: {data.name} gives batches of {own}; leave it out, or unbatch "
+            "the dataset"
+        )
+    return own
 
 
 def check_data(data: Dataset, sizes: dict[str, int]) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tfloop import criterion
 from tfloop.errors import UserError
-from tfloop.optimizers import OPTIMIZERS, OptimizerSettings
+from tfloop.optimizers import OPTIMIZERS, OptimizerSettings, check_pattern, parsed_rates
 from tfloop.registry import Registry, parameters
 from tfloop.schedules import SCHEDULES, ScheduleSettings
 from tfloop.settings import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Field, fields_of, option
@@ -180,7 +181,20 @@ class RunSettings:
         choices=("stop", "rewind"),
     )
     early_stopping: int = option(
-        0, "stop after N epochs without a better validation accuracy; 0: never", within=WHOLE
+        0, "stop after N epochs that were no better, by --choose_by; 0: never", within=WHOLE
+    )
+    choose_by: str = option(
+        "",
+        'what "better" goes by: "validation accuracy", "min test my_metric"; unset: the validation '
+        "accuracy, or loss",
+    )
+    until: str = option("", 'stop as soon as an evaluation says so: "test accuracy > 0.993"')
+    max_time: str = option("", "stop after this time, with a checkpoint: 90s, 10m, 1.5h")
+    evaluate_every: str = option("1epoch", "evaluate after so many steps, 500, or epochs, 2epochs")
+    freeze: str = option(
+        "",
+        "a pattern (regular expression) of weights' names: those are not trained",
+        retrace="value",
     )
     epochs: int = option(5, "passes over the training images", within=COUNT)
     batch_size: int = option(64, "images per step", within=COUNT, retrace="value")
@@ -594,6 +608,16 @@ def _check_schedule(config: Config) -> None:
 
 
 def _check_formats(config: Config) -> None:
+    criterion.every(config.evaluate_every)
+    if config.choose_by:
+        criterion.parse(config.choose_by)
+    if config.until:
+        criterion.parse_goal(config.until)
+    if config.max_time:
+        criterion.seconds(config.max_time)
+    for pattern in (config.freeze, config.exclude_from_weight_decay or ""):
+        check_pattern(pattern)
+    parsed_rates(config.rate_of)
     first, _, last = config.profile.partition(":")
     if config.profile:
         are_numbers = first.isdecimal() and last.isdecimal()
@@ -643,7 +667,9 @@ def _check_modes(config: Config) -> None:
         raise UserError(
             "--clip_value, --clip_norm and --clip_global_norm exclude each other: choose one"
         )
-    if config.early_stopping and not config.validation_size:
+    by_validation = not config.choose_by or criterion.parse(config.choose_by).part == "validation"
+    is_users = is_reference(config.dataset)  # which may have validation examples of its own
+    if config.early_stopping and by_validation and not config.validation_size and not is_users:
         raise UserError(
             f"--early_stopping={config.early_stopping} looks at validation images, and there are "
             "none; set --validation_size"

@@ -68,7 +68,7 @@ class KerasOptimizer:
         self.shares_rate = False
         self.hyper: dict[str, tf.Variable] = {}
 
-    def build(self, weights: dict[str, tf.Variable]) -> None:
+    def build(self, weights: dict[str, tf.Variable], names: Any = None) -> None:
         """Make the slots for these weights, which are those of the variables given."""
         self._variables = self._variables_of(weights)
         self.inner.build(self._variables)
@@ -95,7 +95,9 @@ class KerasOptimizer:
         ]
         self.note_rate()
 
-    def rebuild(self, before: dict[str, tf.Variable], weights: dict[str, tf.Variable]) -> None:
+    def rebuild(
+        self, before: dict[str, tf.Variable], weights: dict[str, tf.Variable], names: Any = None
+    ) -> None:
         """Make the slots anew for other weights of the same model; those that stay keep theirs."""
         inner, old = self.inner, self._by_weight()
         initial = {id(variable): value for variable, value in self._initial}

@@ -11,14 +11,15 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from tfloop import models
-from tfloop.compatibility import check_data, check_fit
+from tfloop.compatibility import batch_size_of, check_data, check_fit
 from tfloop.config import check_setting
+from tfloop.criterion import Criterion, Every, default, given
 from tfloop.data import pipelines
 from tfloop.data.dataset import Dataset, Split
 from tfloop.data.pipelines import Batch
@@ -40,6 +41,7 @@ from tfloop.step import (
 )
 from tfloop.tracing import Traced
 from tfloop.vectors import Vector
+from tfloop.wording import names_text
 
 # Chosen so that a call lasts about half a second: Ctrl-C waits for its end.
 STEPS_PER_CALL = {"CPU": 50, "GPU": 500}
@@ -77,6 +79,20 @@ class Epoch:
     outputs: Any = dataclasses.field(compare=False, repr=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation within an epoch found."""
+
+    epoch: int  # counted from 1
+    step: int
+    batch_index: int  # of the epoch's next batch
+    train: Metrics  # of the epoch so far
+    test: Metrics | None
+    validation: Metrics | None
+    # As of Epoch.
+    outputs: Any = dataclasses.field(compare=False, repr=False)
+
+
 @dataclasses.dataclass(eq=False)
 class PendingCall:
     """Steps that a loop is ready to make in one compiled call.
@@ -90,6 +106,9 @@ class PendingCall:
     last: Step | None = None  # of the steps made, with the sums of all
     waited: float = 0.0  # seconds, of these
     seconds: float = 0.0
+
+
+Record: TypeAlias = Call | Evaluation | Epoch
 
 
 class Loop:
@@ -108,6 +127,9 @@ class Loop:
         ever.
       single: steps, by the global_step before each, that get a compiled call of their own.
       stop_every: calls end at every multiple of this global_step, for a checkpoint; 0: at none.
+      evaluate_every: how often is evaluated.
+      criterion: what a schedule that looks at evaluations goes by; None: the validation accuracy,
+        or loss.
       beside: ensemble.SideBySide, where this loop's calls are made together with those of others.
       options: tf.function's, for what makes a whole call.
       is_warm: is the step traced and compiled?
@@ -167,6 +189,7 @@ class Loop:
                 f"expected a tfloop.TrainState, found {type(state).__name__}; "
                 "tfloop.TrainState(model) makes one"
             )
+        batch_size = batch_size_of(data, batch_size)
         sizes = {
             "batch_size": batch_size,
             "steps_per_call": steps_per_call,
@@ -186,6 +209,8 @@ class Loop:
         self.state, self.data = state, data
         self.graph: tf.Graph | None = None
         self.single, self.stop_every = range(0), 0
+        self.evaluate_every = Every(1, 0)
+        self.criterion: Criterion | None = None
         self.beside: Any = None
         self._place: tuple[int, int, int] | None = None
         self._source: Any = None
@@ -336,17 +361,20 @@ class Loop:
         """Steps in the call that begins here. Calls end at fixed places, resumed or not."""
         count = min(self.steps_per_call - index % self.steps_per_call, self.steps - index)
         step = int(self.state.global_step)
-        if self.stop_every:
-            count = min(count, self.stop_every - step % self.stop_every)
+        for every in (self.stop_every, self.evaluate_every.steps):
+            if every:
+                count = min(count, every - step % every)
         if step in self.single:
             return 1
         return min(count, self.single.start - step) if step < self.single.start else count
 
     def _source_at(self, index: int) -> Any:
         """What the pipeline takes batches from: the last one, unless the state was moved."""
-        if self._place != self._position():
+        seed, epoch, _ = position = self._position()
+        goes_on = self.pipeline.goes_on and self._place == (seed, epoch - 1, self.steps)
+        if self._place != position and not (goes_on and index == 0):
             self._source = self.pipeline.begin(self.state.seed, self.state.epoch, index)
-            self._place = self._position()
+        self._place = position
         return self._source
 
     def _position(self) -> tuple[int, int, int]:
@@ -472,8 +500,10 @@ class Loop:
         metrics = means(sums, self.state.objective.extra)
         return metrics if self.classifies else metrics._replace(accuracy=None)
 
-    def run(self, epochs: int) -> Iterator[Call | Epoch]:
+    def run(self, epochs: int) -> Iterator[Record]:
         """Train until `epochs` epochs are done: a Call per compiled call, an Epoch per epoch.
+
+        Where `evaluate_every` counts steps, there is an Evaluation within an epoch, too.
 
         The state moves on only as records are taken, so code between them sees it as the record
         says, and may change it: any variable of `state.hyper`, or `state.reset(...)`.
@@ -484,7 +514,7 @@ class Loop:
         """
         yield from self._alone(self.pending(epochs))
 
-    def pending(self, epochs: int) -> Iterator[PendingCall | Call | Epoch]:
+    def pending(self, epochs: int) -> Iterator[PendingCall | Record]:
         """`run`, where whoever takes a PendingCall makes it before taking more."""
         if isinstance(epochs, bool) or not isinstance(epochs, (int, np.integer)) or epochs < 0:
             raise UserError(f"epochs={epochs!r}: expected a whole number, from 0 on")
@@ -497,12 +527,13 @@ class Loop:
                 if isinstance(item, Call):
                     learning_rate = item.learning_rate
                 yield item
+                if isinstance(item, Call) and self.evaluates_after(item):
+                    yield self._evaluation(item)
             train = self._means(state.totals)
-            test, outputs, validation = None, None, None
-            if len(self.data.test):
-                test, outputs = self.evaluate_with_outputs(self.data.test)
-            if len(self.data.validation):
-                validation = self.evaluate(self.data.validation)
+            is_due = (int(state.epoch) + 1) % self.evaluate_every.epochs == 0
+            test, validation, outputs = None, None, None
+            if is_due or int(state.epoch) + 1 == epochs:
+                test, validation, outputs = self._evaluate_both(train)
             state.epoch.assign_add(1)
             state.batch_index.assign(0)
             state.totals.assign(tf.zeros_like(state.totals))
@@ -517,6 +548,40 @@ class Loop:
                 self.steps - first,
                 outputs,
             )
+
+    def evaluates_after(self, call: Call) -> bool:
+        """Is it time for an evaluation within the epoch?"""
+        steps = self.evaluate_every.steps
+        return bool(steps) and call.step % steps == 0 and call.batch_index < self.steps
+
+    def _evaluation(self, call: Call) -> Evaluation:
+        train = self._means(self.state.totals)
+        found = self._evaluate_both(train)
+        return Evaluation(call.epoch, call.step, call.batch_index, train, *found)
+
+    def _evaluate_both(self, train: Metrics) -> tuple[Metrics | None, Metrics | None, Any]:
+        """(test, validation, outputs for the test examples), each None where there are none."""
+        test, outputs, validation = None, None, None
+        if len(self.data.test):
+            test, outputs = self.evaluate_with_outputs(self.data.test)
+        if len(self.data.validation):
+            validation = self.evaluate(self.data.validation)
+        if self.state.schedule.slots:
+            self._note({"train": train, "test": test, "validation": validation})
+        return test, validation, outputs
+
+    def _note(self, found: dict[str, Metrics | None]) -> None:
+        """Tell the schedule how an evaluation went."""
+        entry = {part: metrics.by_name() for part, metrics in found.items() if metrics}
+        by = self.criterion or default(entry)
+        value = by.of(entry)
+        if value is None:
+            raise UserError(
+                f"--schedule={self.state.schedule.name} goes by the {by.text}, which an evaluation "
+                f"does not give; it gives {names_text(given(entry))}; see --validation_size and "
+                "--choose_by"
+            )
+        self.state.schedule.note(value, by.is_max)
 
     def fit(self, epochs: int) -> Epoch | None:
         """`run` to its end; the last epoch's record, None where no epoch was left to do."""

@@ -15,7 +15,9 @@ field of `OptimizerSettings` for each hyperparameter that no other rule has.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from tfloop.errors import UserError
@@ -23,6 +25,7 @@ from tfloop.lazy import tf
 from tfloop.registry import Registry, parameters
 from tfloop.settings import NOT_NEGATIVE, POSITIVE, SHARE, UNIT, fields_of, option
 from tfloop.vectors import Vector, count_elements, flatten, select
+from tfloop.wording import names_text
 
 OPTIMIZERS = Registry("optimizer")
 
@@ -242,6 +245,69 @@ def clip(
 CLIPS = tuple(parameters(clip))
 
 
+@OPTIMIZERS.register
+@keeps("momentum")
+def lion(
+    gradient: tf.Tensor,
+    weights: Weights,
+    slots: Slots,
+    count: tf.Tensor,
+    rate: tf.Tensor,
+    *,
+    weight_decay: Number = 0.0,
+    beta_1: Number = 0.9,
+    beta_2: Number = 0.99,
+) -> Update:
+    """w ← w - rate · (sign(beta_1 · m + (1 - beta_1) · g) + weight_decay · w);
+    m ← beta_2 · m + (1 - beta_2) · g.
+
+    (Chen et al., arXiv:2302.06675.)
+    """
+    sign = tf.sign(average(slots["momentum"], gradient, beta_1))
+    m = average(slots["momentum"], gradient, beta_2)
+    return -rate * (sign + f32(weight_decay) * weights()), {"momentum": m}
+
+
+def parsed_rates(pairs: Sequence[str]) -> dict[str, float]:
+    """{pattern: factor} of "pattern:factor" pairs.
+
+    Raises:
+      UserError: one that is no such pair.
+    """
+    found: dict[str, float] = {}
+    for pair in pairs:
+        pattern, colon, text = pair.rpartition(":")
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if not colon or not pattern or not 0 <= factor < math.inf:
+            raise UserError(f"--rate_of={pair}: expected PATTERN:FACTOR, such as conv.*:0.1")
+        check_pattern(pattern)
+        found[pattern] = factor
+    return found
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises UserError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def matching(pattern: str, names: Sequence[str]) -> list[bool]:
+    """Which of the weights' names the pattern is found in.
+
+    Raises:
+      UserError: in none.
+    """
+    found = [bool(re.search(pattern, name)) for name in names]
+    if not any(found):
+        raise UserError(f"{pattern!r} matches no weight; there are {names_text(names)}")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """The update rule that is chosen, and the hyperparameters of all; None is the rule's own."""
@@ -270,6 +336,17 @@ class OptimizerSettings:
     clip_global_norm: float | None = option(
         None, "limit of the norm of the whole gradient", within=POSITIVE, retrace="set"
     )
+    rate_of: tuple[str, ...] = option(
+        (),
+        "factors of the rate by weight: PATTERN:FACTOR,… with patterns (regular expressions) of "
+        "names",
+        retrace="value",
+    )
+    exclude_from_weight_decay: str | None = option(
+        None,
+        "a pattern of weights' names that do not decay, such as bias|gamma|beta",
+        retrace="value",
+    )
     ema: float | None = option(
         None,
         "decay of a moving average of the weights, which then is what is evaluated",
@@ -290,11 +367,21 @@ class Optimizer:
         correction.
     """
 
-    def __init__(self, name: str = "rmsprop", **hyper: Any) -> None:
+    def __init__(
+        self,
+        name: str = "rmsprop",
+        *,
+        rate_of: Mapping[str, float] | None = None,
+        exclude_from_weight_decay: str | None = None,
+        **hyper: Any,
+    ) -> None:
         """Make one.
 
         Args:
           name: one of OPTIMIZERS.
+          rate_of: {pattern: factor}: what the update of weights is multiplied by in whose names the
+            regular expression is found; the last that is found counts.
+          exclude_from_weight_decay: a regular expression of the names of weights that do not decay.
           **hyper: the rule's hyperparameters, and `clip`'s; those left out take its defaults.
 
         Raises:
@@ -310,14 +397,24 @@ class Optimizer:
             key: tf.Variable(value, dtype=tf.float64, trainable=False, name=key)
             for key, value in numbers.items()
         }
+        if exclude_from_weight_decay and "weight_decay" not in numbers:
+            raise UserError(f"--exclude_from_weight_decay: {name} has no weight_decay")
+        for pattern in (*(rate_of or {}), exclude_from_weight_decay or ""):
+            check_pattern(pattern)
+        self._rate_of, self._undecayed = dict(rate_of or {}), exclude_from_weight_decay
         self.slots: dict[str, tf.Variable] = {}
         self.count = tf.Variable(0, dtype=tf.int64, trainable=False, name="count")
 
-    def build(self, weights: dict[str, tf.Variable]) -> None:
+    def build(self, weights: dict[str, tf.Variable], names: Sequence[str] | None = None) -> None:
         """Make the slots for these weights.
 
+        Args:
+          weights: by name.
+          names: what patterns are looked for in, where it is not the weights' names.
+
         Raises:
-          UserError: it has slots already, which belong to another state.
+          UserError: it has slots already, which belong to another state; a pattern that is found in
+            no name.
         """
         if self.slots:
             raise UserError(
@@ -328,11 +425,34 @@ class Optimizer:
             slot.name: tf.Variable(slot.value(self._size), trainable=False, name=slot.name)
             for slot in self._kept()
         }
+        self._weigh(weights, names or list(weights))
 
-    def rebuild(self, before: dict[str, tf.Variable], weights: dict[str, tf.Variable]) -> None:
+    def _weigh(self, weights: dict[str, tf.Variable], names: Sequence[str]) -> None:
+        """By weight the factor of its update, and whether it decays: vectors [n], None where 1."""
+
+        def vector(values: Sequence[float]) -> tf.Tensor:
+            sizes = [count_elements([weight]) for weight in weights.values()]
+            return tf.repeat(tf.constant(values, tf.float32), sizes)
+
+        factors = [1.0] * len(names)
+        for pattern, factor in self._rate_of.items():
+            found = matching(pattern, names)
+            factors = [factor if is_ else old for is_, old in zip(found, factors, strict=True)]
+        self._factors = vector(factors) if self._rate_of else None
+        self._decays = None
+        if self._undecayed:
+            self._decays = vector([float(not is_) for is_ in matching(self._undecayed, names)])
+
+    def rebuild(
+        self,
+        before: dict[str, tf.Variable],
+        weights: dict[str, tf.Variable],
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Make the slots anew for other weights of the same model; those that stay keep theirs."""
         sizes = [count_elements([weight]) for weight in before.values()]
         self._size = count_elements(weights.values())
+        self._weigh(weights, names or list(weights))
         for slot in self._kept():
             if slot.is_scalar:
                 continue
@@ -361,10 +481,13 @@ class Optimizer:
             slots = {name: tf.convert_to_tensor(slot) for name, slot in self.slots.items()}
 
             def vector() -> tf.Tensor:
-                return flatten(weights.values())
+                flat = flatten(weights.values())
+                return flat if self._decays is None else flat * self._decays
 
             hyper = numbers | self._switches
             update, new = self._rule(gradients.flat, vector, slots, self.count, rate, **hyper)
+            if self._factors is not None:
+                update = update * self._factors
             return Vector(update, weights), new
 
     def apply(

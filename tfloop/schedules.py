@@ -248,9 +248,34 @@ class ScheduleSettings:
     rates: tuple[float, ...] = option(
         (), "the rate after each boundary", within=NOT_NEGATIVE, retrace="length"
     )
+    plateau_factor: float | None = option(
+        None, "what the rate is multiplied by at each fall", within=(0.0, 1.0)
+    )
+    plateau_patience: float | None = option(
+        None, "evaluations that are no better, by --choose_by, before it falls", within=POSITIVE
+    )
+    min_rate: float | None = option(None, "the rate falls no further", within=NOT_NEGATIVE)
     warmup_steps: float = option(
         0.0, "linear warm-up in front of any schedule", within=NOT_NEGATIVE
     )
+
+
+@SCHEDULES.register
+def plateau(
+    step: tf.Tensor,
+    falls: Number = 0.0,
+    *,
+    learning_rate: Number,
+    plateau_factor: Number = 0.1,
+    plateau_patience: Number = 10.0,
+    min_rate: Number = 0.0,
+) -> tf.Tensor:
+    """max(learning_rate · plateau_factor ** falls, min_rate).
+
+    `falls` grows by one after plateau_patience evaluations in a row that were no better than the
+    best before them, and counting begins anew: Keras's ReduceLROnPlateau with min_delta=0.
+    """
+    return tf.maximum(learning_rate * tf.pow(plateau_factor, falls), min_rate)
 
 
 class Schedule:
@@ -267,6 +292,8 @@ class Schedule:
     Attributes:
       name: of the schedule; "schedule" where it is a function of the user's own.
       hyper: name → float32 variable, for every hyperparameter the schedule has.
+      slots: name → float64 variable, what it keeps of evaluations: of "plateau" how often the rate
+        fell, the best value, and the evaluations since.
     """
 
     def __init__(
@@ -310,6 +337,35 @@ class Schedule:
             key: tf.Variable(value, dtype=tf.float32, trainable=False, name=key)
             for key, value in numbers.items()
         }
+        kept = self._initial if self.name == "plateau" else {}
+        self.slots = {
+            key: tf.Variable(value, dtype=tf.float64, trainable=False, name=key)
+            for key, value in kept.items()
+        }
+
+    _initial: ClassVar = {"falls": 0.0, "best": math.nan, "waits": 0.0}
+
+    def note(self, value: float, is_max: bool) -> None:
+        """Take an evaluation into account.
+
+        Args:
+          value: of what is to become better.
+          is_max: is more better?
+        """
+        best, waits = float(self.slots["best"]), float(self.slots["waits"])
+        if math.isnan(best) or (value > best if is_max else value < best):
+            self.slots["best"].assign(value)
+            self.slots["waits"].assign(0.0)
+        elif waits + 1 < float(self.hyper["plateau_patience"]):
+            self.slots["waits"].assign(waits + 1)
+        else:
+            self.slots["waits"].assign(0.0)
+            self.slots["falls"].assign_add(1.0)
+
+    def reset(self) -> None:
+        """What it keeps of evaluations as at first."""
+        for name, slot in self.slots.items():
+            slot.assign(self._initial[name])
 
     def _check(self, numbers: dict[str, Any], warmup_steps: float) -> None:
         if self.name != "one_cycle":
@@ -353,7 +409,9 @@ class Schedule:
         def schedule(step: tf.Tensor) -> tf.Tensor:
             if self.name == "schedule":
                 return self._by_user(step / unit)
-            return tf.cast(self._function(step / unit, **numbers, **self._switches), tf.float32)
+            kept = [tf.cast(self.slots["falls"], tf.float32)] if self.slots else []
+            rate = self._function(step / unit, *kept, **numbers, **self._switches)
+            return tf.cast(rate, tf.float32)
 
         return warm_up(tf.cast(step, tf.float32), warmup * unit, schedule)
 

@@ -161,7 +161,7 @@ class TrainState(tf.Module):
                 "the model has no trainable variables: build it (call it once) before it is trained"
             )
         self.schedule, self.optimizer = _make_rate(schedule, optimizer, model)
-        self.optimizer.build(self.weights)
+        self.optimizer.build(self.weights, self.stable(self.weights))
         self._penalize = penalize
         self.kernels = models.penalized(model, penalize, self.weights)
         self.penalties = _check_penalties(penalties, self.kernels, penalize)
@@ -245,7 +245,7 @@ class TrainState(tf.Module):
         means = None if self.ema_weights is None else tf.identity(self.ema_weights)
         self._divide()
         self.kernels = models.penalized(self.model, self._penalize, self.weights)
-        self.optimizer.rebuild(before, self.weights)
+        self.optimizer.rebuild(before, self.weights, self.stable(self.weights))
         if self.ema_weights is not None and means is not None:
             sizes = [count_elements([variable]) for variable in averaged]
             parts = dict(zip(map(id, averaged), tf.split(means, sizes), strict=True))
@@ -480,7 +480,7 @@ class TrainState(tf.Module):
         Args:
           weights: initial weights and moving averages, those of `seed`.
           slots: the optimizer's slots and count, and the loss scale.
-          schedule: schedule_step; alone, this is a warm restart.
+          schedule: schedule_step, and what the schedule keeps; alone, this is a warm restart.
           data: epoch, batch_index and the metrics so far.
           hyper: every hyperparameter, where it was changed since the state was made.
           seed: a new seed, from here on; None keeps the present one.
@@ -500,6 +500,7 @@ class TrainState(tf.Module):
                 self.good_steps.assign(0)
         if schedule:
             self.schedule_step.assign(0)
+            self.schedule.reset()
         if hyper:
             for name, value in self.initial_hyper.items():
                 self.hyper[name].assign(value)
@@ -525,6 +526,7 @@ class TrainState(tf.Module):
             "moving": self._by_stable_name(self.non_trainable),
             "slots": self.optimizer.slots,
             "hyper": self.hyper,
+            "schedule": self.schedule.slots,
         }
         single = {
             "global_step": self.global_step,

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -103,6 +103,21 @@ class Code(NamedTuple):
     def told(self, flag: str) -> contextlib.AbstractContextManager[None]:
         """Errors in this block are told with the line of the user's own code."""
         return _told_with_line(f"--{flag}={self.reference}", list(self.files))
+
+
+def options_of(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    """{name: text} of "name=text" pairs.
+
+    Raises:
+      UserError: one that is no such pair; `flag` names it.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--{flag}: {pair!r}: expected NAME=VALUE, several with commas between")
+        found[name] = value
+    return found
 
 
 def parsed(text: str) -> Any:

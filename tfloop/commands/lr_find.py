@@ -28,7 +28,7 @@ def lr_find(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     result = range_test(loop, low, high, steps)
     state = "as it was" if loop.state.digest() == before else "CHANGED"
     print(
-        f"{len(result.rates)} steps of {config.batch_size} images at rates from {low:g} to "
+        f"{len(result.rates)} steps of {config.batch_size} examples at rates from {low:g} to "
         f"{result.rates[-1]:.3g}, {config.optimizer}; the state is {state}"
     )
     print(f"{'rate':>10}  loss, smoothed")

@@ -14,12 +14,14 @@ def overfit(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     for record in checks.overfit(config, most):
         is_power_of_two = record.step & (record.step - 1) == 0
         if is_power_of_two:
-            accuracy = f"{100 * record.accuracy:6.2f} %"
-            print(f"step {record.step:5}  loss {record.loss:.4f}  accuracy {accuracy}", flush=True)
+            share = record.accuracy
+            accuracy = "" if share is None else f"  accuracy {100 * share:6.2f} %"
+            print(f"step {record.step:5}  loss {record.loss:.4f}{accuracy}", flush=True)
     verdict = "memorised" if record.done else "NOT memorised"
+    accuracy = "" if record.accuracy is None else f", accuracy {100 * record.accuracy:.2f} %"
     print(
-        f"{config.batch_size} images {verdict} after {record.step} steps: loss {record.loss:.4f}, "
-        f"accuracy {100 * record.accuracy:.2f} %"
+        f"{config.batch_size} examples {verdict} after {record.step} steps: loss "
+        f"{record.loss:.4f}{accuracy}"
     )
     return 0 if record.done else FAILED
 

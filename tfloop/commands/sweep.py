@@ -145,14 +145,15 @@ def _close(
 
     ranked = sweeps.standings(trials)
     best = ranked[0]
-    test = [] if best.diverged else [_test_accuracy(trial, data) for trial in best.trials]
+    judged = not best.diverged and len(data.test)
+    test = [_test_metrics(trial, data) for trial in best.trials] if judged else []
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120, quiet=quiet)
     console.print()
     console.print(_table(ranked))
     for line in _last_lines(best, test, running):
         console.print(line, soft_wrap=True, markup=False)
     if running.trained or not (folder / sweeps.RESULT).is_file():
-        chosen = {"values": best.values, "test_accuracy": test}
+        chosen = {"values": best.values, "test": test}
         content = {
             "ranking": [_json(standing) for standing in ranked],
             "chosen": chosen,
@@ -161,15 +162,15 @@ def _close(
             "seconds_here": running.seconds,
         }
         folders.write_json(folder / sweeps.RESULT, content)
-    return 0 if test else ALL_DIVERGED
+    return ALL_DIVERGED if best.diverged else 0
 
 
-def _test_accuracy(trial: sweeps.Trial, data: Any) -> float:
+def _test_metrics(trial: sweeps.Trial, data: Any) -> dict[str, Any]:
     from tfloop.loop import Loop
     from tfloop.training.saved_run import open_run
 
     config, state, _ = open_run(trial.folder)
-    return Loop(state, data, batch_size=config.batch_size).evaluate(data.test).accuracy or 0.0
+    return Loop(state, data, batch_size=config.batch_size).evaluate(data.test).by_name()
 
 
 def _table(ranked: list[sweeps.Standing]) -> Any:
@@ -177,17 +178,19 @@ def _table(ranked: list[sweeps.Standing]) -> Any:
     from rich.table import Table
 
     table, several = Table(box=box.SIMPLE_HEAD), len(ranked[0].trials) > 1
-    for title in ("rank", "trial", *ranked[0].values, "validation", "loss", "epochs", "seconds"):
+    by = "validation" if ranked[0].by.name == "accuracy" else ranked[0].by.text
+    for title in ("rank", "trial", *ranked[0].values, by, "loss", "epochs", "seconds"):
         table.add_column(title, justify="right")
     for rank, standing in enumerate(ranked, start=1):
-        accuracy = f"{100 * standing.accuracy:.2f} %"
+        value = "missing" if math.isnan(standing.value) else standing.by.shown(standing.value)
         if several:
-            accuracy = f"{accuracy} ± {100 * standing.spread:.2f}"
+            factor = 100 if value.endswith("%") else 1
+            value = f"{value} ± {factor * standing.spread:.2f}"
         table.add_row(
             str(rank),
             ", ".join(str(trial.number) for trial in standing.trials),
             *(sweeps.shown(value) for value in standing.values.values()),
-            "diverged" if standing.diverged else accuracy,
+            "diverged" if standing.diverged else value,
             "" if math.isnan(standing.loss) else f"{standing.loss:.4f}",
             str(standing.epochs),
             f"{standing.seconds:.1f}",
@@ -195,13 +198,18 @@ def _table(ranked: list[sweeps.Standing]) -> Any:
     return table
 
 
-def _last_lines(best: sweeps.Standing, test: list[float], running: sweeps.Sweep) -> list[str]:
+def _last_lines(best: sweeps.Standing, test: list[dict], running: sweeps.Sweep) -> list[str]:
     lines = ["every trial diverged; try lower rates"]
-    if test:
+    if not best.diverged:
         seeds = f", on average over {len(test)} seeds" if len(test) > 1 else ""
-        accuracy = f"test accuracy {100 * sum(test) / len(test):.2f} %{seeds}"
+        means = {
+            name: None if None in values else sum(values) / len(test)
+            for name in (test[0] if test else {})
+            for values in [[metrics[name] for metrics in test]]
+        }
+        found = f": test {folders.reached_text(means)}{seeds}" if test else ""
         chosen = sweeps.described(best.values)
-        lines = [f"chosen: {chosen}: {accuracy}; {best.trials[0].folder}"]
+        lines = [f"chosen: {chosen}{found}; {best.trials[0].folder}"]
     if count := len(running.trained):
         each = running.seconds / count
         traced = f"{running.traced} {plural('time', running.traced)}"
@@ -217,7 +225,8 @@ def _json(standing: sweeps.Standing) -> dict[str, Any]:
         "values": standing.values,
         "trials": [trial.folder.name for trial in standing.trials],
         "epochs": standing.epochs,
-        "validation_accuracy": folders.finite(standing.accuracy),
+        "metric": standing.by.text,
+        "value": folders.finite(standing.value),
         "validation_loss": folders.finite(standing.loss),
         "diverged": standing.diverged,
         "training_seconds": standing.seconds,

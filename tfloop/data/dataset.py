@@ -238,6 +238,9 @@ class Dataset:
     @property
     def fingerprint(self) -> int:
         """A number below 2**31 that differs, all but surely, for other training data or order."""
+        own = getattr(self.train, "fingerprint", None)
+        if own is not None:
+            return own >> 1
         crc = 0
         for array in leaves(self.train.inputs):
             on_disk = getattr(array, "index", None)

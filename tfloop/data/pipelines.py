@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tfloop.data import shards
 from tfloop.data.dataset import Split
+from tfloop.data.stream import Stream
 from tfloop.data.tf_data import UNTUNED
 from tfloop.errors import UserError
 from tfloop.nests import map_leaves
@@ -71,9 +72,10 @@ class _Pipeline:
     """
 
     name: str
+    goes_on = False  # does what `begin` gave go on with the next epoch?
 
     def __init__(
-        self, split: Split, batch_size: int, worker: int, workers: int, replicas: int
+        self, split: Split | Stream, batch_size: int, worker: int, workers: int, replicas: int
     ) -> None:
         self.size, self.batch_size = len(split), batch_size
         self.steps = math.ceil(self.size / batch_size)
@@ -220,10 +222,55 @@ class Streamed(_Pipeline):
         return map_leaves(of_rows, next(source))
 
 
+class FromDataset(_Pipeline):
+    """A tf.data.Dataset of the user's own makes the batches, in its own order, whatever the seed.
+
+    One iterator goes on from epoch to epoch, so that a dataset that shuffles anew each time does.
+    """
+
+    goes_on = True
+
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        to_device: bool,
+        worker: int = 0,
+        workers: int = 1,
+        replicas: int = 1,
+    ) -> None:
+        """Make one; arguments as of `Streamed`."""
+        super().__init__(stream, batch_size, worker, workers, replicas)
+        self.name = "prefetch" if to_device else "host"
+        gpus = tf.config.list_logical_devices("GPU")
+        self._stream, self._device = stream, gpus[0].name if gpus else ""
+
+    def begin(self, seed: tf.Tensor, epoch: tf.Tensor, first: int) -> Any:
+        batches = self._stream.batches(self.batch_size, int(epoch) * self.steps + int(first))
+        if self.name == "prefetch" and self._device:
+            return iter(batches.apply(tf.data.experimental.prefetch_to_device(self._device, 2)))
+        return iter(batches.prefetch(2))
+
+    def take(self, source: Any, index: tf.Tensor, rows: int) -> Batch:
+        first, own = self._own(rows)
+
+        def of_rows(tensor: tf.Tensor) -> tf.Tensor:
+            tensor = tf.ensure_shape(tensor, [rows, *tensor.shape[1:]])
+            return tensor if own == rows else tensor[first : first + own]
+
+        return Batch(*map_leaves(of_rows, next(source)))
+
+
 def batch_at(
-    split: Split, batch_size: int, seed: tf.Tensor | int, epoch: tf.Tensor | int, index: int
+    split: Split | Stream,
+    batch_size: int,
+    seed: tf.Tensor | int,
+    epoch: tf.Tensor | int,
+    index: int,
 ) -> Batch:
     """The batch that every pipeline gives at this place, made on its own."""
+    if isinstance(split, Stream):
+        return _batch_of(split, batch_size, int(epoch), index)
     first = index * batch_size
     rows = order(seed, epoch, len(split)).numpy()[first : first + batch_size]
     some = split.take(rows)
@@ -237,19 +284,31 @@ def batch_at(
     return Batch(images, targets, tf.constant(np.where(whole > 0, weight, np.float32(LEFT_OUT))))
 
 
+def _batch_of(stream: Stream, batch_size: int, epoch: int, index: int) -> Batch:
+    """The batch at a place of a stream; of its own batches the first rows."""
+    own = stream.batch_size or batch_size
+    steps = math.ceil(len(stream) / own)
+    batch = next(iter(stream.batches(own, epoch * steps + index)))
+    return Batch(*map_leaves(lambda tensor: tensor[:batch_size], batch))
+
+
 def make(
     name: str,
-    split: Split,
+    split: Split | Stream,
     batch_size: int,
     worker: int = 0,
     workers: int = 1,
     replicas: int = 1,
-) -> Resident | Streamed:
+) -> Resident | Streamed | FromDataset:
     """A pipeline by name; "auto" is resident where the data fit comfortably, else prefetch.
 
     It gives one part of every batch, of as many parts as there are workers; of a batch with fewer
     rows than replicas, all.
     """
+    if isinstance(split, Stream):
+        if name == "resident":
+            raise UserError("--pipeline=resident: a tf.data.Dataset is read; use host or prefetch")
+        return FromDataset(split, batch_size, name != "host", worker, workers, replicas)
     if name == "auto":
         fits = split.is_in_memory and split.nbytes < comfortable_bytes()
         name = "resident" if fits else "prefetch"

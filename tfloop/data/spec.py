@@ -1,5 +1,6 @@
 """What a model must know of its data, without the data: kept in checkpoints, read from there."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from tfloop.nests import is_leaf, leaves, map_leaves
 from tfloop.wording import shape_text
 
 
-class Array(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Array:
     """The shape and the type of one example's array; "text" is a type, too."""
 
     shape: tuple[int, ...]
@@ -63,7 +65,7 @@ class Spec(NamedTuple):
     def text(self) -> str:
         """ "28×28×1 uint8" """
         return ", ".join(
-            f"{shape_text(array.shape)} {array.dtype}".strip() for array in arrays(self.inputs)
+            f"{shape_text(array.shape)} {array.dtype}".strip() for array in leaves(self.inputs)
         )
 
     def examples(self, rows: int) -> tuple[Any, Any]:
@@ -74,7 +76,7 @@ class Spec(NamedTuple):
                 return np.full((rows, *array.shape), b"", object)
             return np.zeros((rows, *array.shape), array.dtype)
 
-        return tuple(_map(zeros, part) for part in (self.inputs, self.targets))
+        return map_leaves(zeros, self.inputs), map_leaves(zeros, self.targets)
 
     def to_json(self) -> dict[str, Any]:
         kinds = {name: target._asdict() for name, target in self.kinds.items()}
@@ -111,22 +113,6 @@ def from_json(content: Mapping[str, Any]) -> Spec:
     return Spec(_from_json(content["inputs"]), _from_json(content["targets"]), kinds)
 
 
-def arrays(nest: Any) -> list[Array]:
-    """The arrays of a nest of them, in their order."""
-    found: list[Array] = []
-    _map(found.append, nest)
-    return found
-
-
-def _map(function: Any, nest: Any) -> Any:
-    """`map_leaves`, for which an Array is a leaf."""
-    if isinstance(nest, Array):
-        return function(nest)
-    if isinstance(nest, dict):
-        return {key: _map(function, nest[key]) for key in sorted(nest)}
-    return tuple(_map(function, part) for part in nest)
-
-
 def _to_json(nest: Any) -> Any:
     if isinstance(nest, Array):
         return {"shape": list(nest.shape), "dtype": nest.dtype}
@@ -151,8 +137,8 @@ def check_inputs(spec: Spec, inputs: Any, where: str) -> None:
       inputs: a nest of arrays [N, …].
       where: names them.
     """
-    expected, found = arrays(spec.inputs), leaves(inputs)
-    if len(expected) != len(found) or is_leaf(inputs) != isinstance(spec.inputs, Array):
+    expected, found = leaves(spec.inputs), leaves(inputs)
+    if len(expected) != len(found) or is_leaf(inputs) != is_leaf(spec.inputs):
         raise UserError(f"{where}: holds {len(found)} inputs, the model takes {len(expected)}")
     noun, of = ("images", "pixels") if spec.has_images else ("inputs", "inputs")
     for array, values in zip(expected, found, strict=True):

@@ -1,7 +1,7 @@
 """A data set from a function of the user's own, whatever of the usual things it gives."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tfloop import user_code
@@ -13,23 +13,8 @@ from tfloop.wording import listed
 EXPECTED = (
     "expected (x_train, y_train, x_test, y_test), ((x_train, y_train), (x_test, y_test)), "
     "(x_train, y_train), a dict of from_arrays's arguments, a Bunch of scikit-learn's, or a "
-    "tfloop.Dataset"
+    "tfloop.Dataset or tf.data.Dataset"
 )
-
-
-def options_of(pairs: Sequence[str], flag: str) -> dict[str, str]:
-    """{name: text} of "name=text" pairs.
-
-    Raises:
-      UserError: one that is no such pair; `flag` names it.
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"--{flag}: {pair!r}: expected NAME=VALUE, several with commas between")
-        found[name] = value
-    return found
 
 
 def read(reference: str, cut: Any) -> Dataset:
@@ -43,9 +28,12 @@ def read(reference: str, cut: Any) -> Dataset:
       UserError: what `user_code` raises, or something that is no data.
     """
     code = user_code.load(reference, "dataset")
-    options = options_of(cut.options, "data_options")
-    made = code.call("dataset", {"seed": cut.seed}, options)
+    options = user_code.options_of(cut.options, "data_options")
     name = f"--dataset={reference}"
+    made = code.call("dataset", {"seed": cut.seed}, options)
+    is_pair = isinstance(made, tuple) and len(made) in (1, 2, 3)
+    if hasattr(made, "element_spec") or (is_pair and hasattr(made[0], "element_spec")):
+        made = _from_dataset(code, made, options, {"seed": cut.seed}, name)
     if isinstance(made, Dataset):
         return _cut(made, cut, name)
     arguments = _arguments(made, name)
@@ -53,6 +41,24 @@ def read(reference: str, cut: Any) -> Dataset:
         arguments.setdefault(setting, getattr(cut, setting))
     with code.told("dataset"):
         return from_arrays(**{"name": name, **arguments})
+
+
+def _from_dataset(
+    code: user_code.Code, made: Any, options: dict[str, str], known: dict[str, Any], name: str
+) -> Dataset:
+    """tf.data's datasets: the training one, a test one, a validation one.
+
+    The function is called again wherever reading begins, so that a run repeats.
+    """
+    from tfloop.data.stream import from_dataset
+
+    def anew() -> Any:
+        again = code.call("dataset", known, options)
+        return again[0] if isinstance(again, tuple) else again
+
+    parts = made if isinstance(made, tuple) else (made,)
+    with code.told("dataset"):
+        return from_dataset(anew, *parts[1:], name=name)
 
 
 def _arguments(made: Any, name: str) -> dict[str, Any]:

@@ -14,11 +14,13 @@ import tensorflow as tf
 
 from tfloop import assembly, models, penalties
 from tfloop.config import Config
-from tfloop.cross_entropy import cross_entropy
+from tfloop.cross_entropy import binary_cross_entropy, cross_entropy
 from tfloop.data.dataset import Dataset
 from tfloop.errors import UserError
-from tfloop.loop import Epoch
+from tfloop.loop import Epoch, Loop
 from tfloop.models.program import Call, program_of
+from tfloop.nests import leaves
+from tfloop.objective import logits_of
 from tfloop.randomness import Key, seed_of
 
 STEP = 1e-6  # of central differences, in float64
@@ -288,13 +290,15 @@ class Memorising(NamedTuple):
     """One step of `overfit`."""
 
     step: int
-    loss: float  # of the data, above the least there is with smoothed labels
-    accuracy: float
-    done: bool  # all images right, at a loss below 0.01 and the share of smoothing
+    loss: float  # of the data, above the least there is
+    accuracy: float | None  # None where there are no classes
+    # All right, at a loss below 0.01 and the share of smoothing; without classes a loss below 1 %
+    # of the first.
+    done: bool
 
 
 def overfit(config: Config, most: int) -> Iterator[Memorising]:
-    """Train on the first `config.batch_size` images alone until all are learnt for certain.
+    """Train on the first `config.batch_size` examples alone until all are learnt for certain.
 
     Args:
       config: the settings.
@@ -302,23 +306,39 @@ def overfit(config: Config, most: int) -> Iterator[Memorising]:
     """
     data = assembly.load_data(config).head(config.batch_size)
     data = dataclasses.replace(data, test=data.train)
-    least = _least_loss(config, data)
-    own = config.replace(steps_per_call=1, epochs=most)
-    for record in assembly.make_loop(own, data).run(most):
+    own = config.replace(steps_per_call=1, epochs=most, evaluate_every="1epoch")
+    loop = assembly.make_loop(own, data)
+    least, first = _least_loss(loop), None
+    for record in loop.run(most):
         if isinstance(record, Epoch) and record.test:
-            loss, accuracy = record.test.data - least, record.test.accuracy or 0.0
-            done = accuracy == 1.0 and loss < 0.01 + config.label_smoothing
+            loss, accuracy = record.test.data - least, record.test.accuracy
+            first = max(loss, 1e-30) if first is None else first
+            if accuracy is None:
+                done = loss < 0.01 * first
+            else:
+                done = accuracy == 1.0 and loss < 0.01 + config.label_smoothing
             yield Memorising(record.step, loss, accuracy, done)
             if done:
                 return
 
 
-def _least_loss(config: Config, data: Dataset) -> float:
-    """The loss of outputs that are just the smoothed labels."""
-    smoothing, sigmoid = config.label_smoothing, config.output == "sigmoid"
-    one_hot = tf.one_hot(data.train.targets, data.classes)
-    spread = smoothing / (2 if sigmoid else data.classes)
-    targets = tf.clip_by_value(one_hot * (1 - smoothing) + spread, 1e-7, 1 - 1e-7)
-    perfect = tf.math.log(targets) - (tf.math.log(1 - targets) if sigmoid else 0.0)
-    labels = tf.constant(data.train.targets)
-    return float(tf.reduce_mean(cross_entropy(labels, perfect, smoothing, sigmoid)))
+def _least_loss(loop: Loop) -> float:
+    """The loss of outputs that are just the targets, smoothed; 0 with a loss of one's own."""
+    state, targets = loop.state, loop.data.train.targets
+    smoothing, total = float(state.hyper["label_smoothing"]), 0.0
+    for term in state.objective.terms:
+        kind = term.target.kind
+        if not term.is_default or kind == "values":
+            continue
+        own = tf.constant(leaves(targets)[term.places[0]])
+        if term.loss is not binary_cross_entropy and kind == "classes":
+            shares = tf.one_hot(own, term.target.classes)
+        else:
+            shares = tf.cast(own, tf.float32)
+        is_sigmoid = term.activation == "sigmoid"
+        spread = smoothing / (2 if is_sigmoid else term.target.classes)
+        perfect = logits_of(
+            tf.clip_by_value(shares * (1 - smoothing) + spread, 1e-7, 1 - 1e-7), term.activation
+        )
+        total += term.weight * float(tf.reduce_mean(term.loss(own, perfect, smoothing)))
+    return total

@@ -83,6 +83,18 @@ def validation_curves(context: Context) -> Iterator[Summary]:
         yield scalars(_tagged(context.epoch.validation))
 
 
+@summary("evaluation", run="test")
+def test_curves_within_an_epoch(context: Context) -> Iterator[Summary]:
+    if context.evaluation and context.evaluation.test:
+        yield scalars(_tagged(context.evaluation.test))
+
+
+@summary("evaluation", run="validation")
+def validation_curves_within_an_epoch(context: Context) -> Iterator[Summary]:
+    if context.evaluation and context.evaluation.validation:
+        yield scalars(_tagged(context.evaluation.validation))
+
+
 def _tagged(metrics: Metrics) -> dict[str, float]:
     values = metrics.by_name()
     return {TAGS.get(name, name): value for name, value in values.items() if value is not None}
@@ -182,7 +194,13 @@ def hparams(context: Context) -> Iterator[Summary]:
     hyper = context.loop.state.hyper
     values |= {name: variable.numpy() for name, variable in hyper.items()}
     plain = _plain(values)
+    of_own = [*context.loop.state.objective.extra, *context.loop.state.objective.whole_metrics]
     metrics = [
+        *(
+            Metric(name, part, display_name=f"{part} {name}")
+            for name in of_own
+            for part in ("test", "validation")
+        ),
         Metric("accuracy", "test", display_name="test accuracy"),
         Metric("loss/data", "test", display_name="test loss"),
         Metric("accuracy", "validation", display_name="validation accuracy"),

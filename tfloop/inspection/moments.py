@@ -12,11 +12,11 @@ import tensorflow as tf
 
 from tfloop import models
 from tfloop.config import FIELDS
-from tfloop.loop import Call, Epoch, Loop
+from tfloop.loop import Call, Epoch, Evaluation, Loop
 from tfloop.nests import is_leaf, map_leaves
 
 LEVELS = tuple(FIELDS["summaries"].choices)
-Moment = Literal["start", "call", "epoch", "end"]
+Moment = Literal["start", "call", "evaluation", "epoch", "end"]
 
 
 class Context:
@@ -29,6 +29,7 @@ class Context:
       step: the global step that the summary stands at.
       call: the last record of a compiled call; None before the first.
       epoch: the last record of an epoch; None before the first.
+      evaluation: the last record of an evaluation within an epoch; None before the first.
     """
 
     def __init__(self, loop: Loop, folder: Path, settings: Mapping[str, object]) -> None:
@@ -37,6 +38,7 @@ class Context:
         self._evaluated: tuple[int, Any] | None = None  # (step, outputs)
         self.call: Call | None = None
         self.epoch: Epoch | None = None
+        self.evaluation: Evaluation | None = None
 
     def outputs(self) -> Any:
         """[test examples, …]: those of the last epoch, or of the present weights."""
@@ -77,7 +79,8 @@ def summary(
     """Register a function `Context → Summary messages`; a decorator.
 
     Args:
-      moment: "start", after each compiled "call", after each "epoch", or at the "end".
+      moment: "start", after each compiled "call", each "evaluation" within an epoch, each "epoch",
+        or at the "end".
       run: the TensorBoard run that it belongs to.
       levels: of `--summaries`, those with which it is written.
       needs_test: it is left out where the data have no test images.

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tfloop.loop import Call, Epoch
+from tfloop.loop import Call, Epoch, Evaluation, Record
 from tfloop.metrics import Metrics
 
 
@@ -42,7 +42,7 @@ class Display:
         """Say it even when quiet, on standard error."""
         self._errors.print(f"tfloop: {line}", soft_wrap=True, markup=False, highlight=False)
 
-    def write(self, record: Call | Epoch, label: str = "") -> None:
+    def write(self, record: Record, label: str = "") -> None:
         """Show a record.
 
         Args:
@@ -50,6 +50,9 @@ class Display:
           label: which of several runs it is of.
         """
         prefix = f"{label}  " if label else ""
+        if isinstance(record, Evaluation):
+            self.say(prefix + evaluation_line(record, self._epochs))
+            return
         if isinstance(record, Epoch):
             self.say(prefix + epoch_line(record, self._epochs))
             self._bar.reset(self._task, total=self._steps, text="")
@@ -88,6 +91,25 @@ def _accuracy(of: str, metrics: Metrics) -> list[str]:
     return [] if metrics.accuracy is None else [f"{of}accuracy {100 * metrics.accuracy:.2f} %"]
 
 
+def evaluation_line(record: Evaluation, epochs: int) -> str:
+    """An evaluation within an epoch in one line."""
+    parts = [f"epoch {record.epoch}/{epochs}", f"step {record.step}", *_held_out(record)]
+    return "  ".join(parts)
+
+
+def _held_out(record: Epoch | Evaluation) -> list[str]:
+    """What the evaluations gave."""
+    parts = []
+    if record.test:
+        parts.append(f"test loss {record.test.total:.4f}")
+        parts += [*_accuracy("test ", record.test), *_more("test ", record.test)]
+    if record.validation:
+        found = _accuracy("validation ", record.validation)
+        parts += found or [f"validation loss {record.validation.total:.4f}"]
+        parts += _more("validation ", record.validation)
+    return parts
+
+
 def _more(of: str, metrics: Metrics) -> list[str]:
     """The metrics of several outputs and of the user's own, where they could be computed."""
     return [f"{of}{name} {value:.4f}" for name, value in metrics.more.items() if value is not None]
@@ -100,13 +122,7 @@ def epoch_line(record: Epoch, epochs: int) -> str:
         f"loss {record.train.total:.4f}",
         *_accuracy("", record.train),
     ]
-    if record.test:
-        parts.append(f"test loss {record.test.total:.4f}")
-        parts += [*_accuracy("test ", record.test), *_more("test ", record.test)]
-    if record.validation:
-        found = _accuracy("validation ", record.validation)
-        parts += found or [f"validation loss {record.validation.total:.4f}"]
-        parts += _more("validation ", record.validation)
+    parts += _held_out(record)
     parts.append(f"rate {record.learning_rate:.3g}")
     if record.steps:
         parts.append(f"{1000 * record.seconds / record.steps:.1f} ms/step")

@@ -21,7 +21,7 @@ from tfloop.errors import UserError
 from tfloop.inspection import dashboards
 from tfloop.inspection.event_files import EventFile, event_paths
 from tfloop.inspection.moments import LEVELS, REGISTERED, Context, Moment
-from tfloop.loop import Call, Epoch, Loop
+from tfloop.loop import Call, Evaluation, Loop, Record
 
 
 class Summaries:
@@ -70,11 +70,17 @@ class Summaries:
         if not resumed:
             self._write_all("start", 0)
 
-    def write(self, record: Call | Epoch) -> None:
-        """A Call is a point of the training curves, an Epoch one of the test curves."""
+    def write(self, record: Record) -> None:
+        """A Call is a point of the training curves, an Epoch one of the test curves.
+
+        So is an Evaluation within an epoch.
+        """
         if isinstance(record, Call):
             self._context.call = record
             self._write_all("call", record.step)
+        elif isinstance(record, Evaluation):
+            self._context.evaluation = record
+            self._write_all("evaluation", record.step)
         else:
             self._context.epoch = record
             self._write_all("epoch", record.step)

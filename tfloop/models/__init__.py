@@ -22,6 +22,7 @@ from tfloop.models.seeded import seeded as seeded
 from tfloop.models.table import table as table
 from tfloop.models.variables import Penalize as Penalize
 from tfloop.models.variables import as_tf_variable as as_tf_variable
+from tfloop.models.variables import freeze as freeze
 from tfloop.models.variables import named_variables as named_variables
 from tfloop.models.variables import penalized as penalized
 from tfloop.models.variables import stable_names as stable_names

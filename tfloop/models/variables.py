@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfloop.errors import UserError
 from tfloop.models.names import keras_layers, variable_names
+from tfloop.optimizers import matching
 from tfloop.user_code import told_in_one_line
 
 Model: TypeAlias = Any  # a keras.Model, or a tf.Module that can be called; neither has types
@@ -77,6 +78,37 @@ def trained_state(model: Model) -> tuple:
     """What of a model says which weights are trained; another value where that was changed."""
     layers = tuple(layer.trainable for layer in keras_layers(model))
     return layers, tuple(id(variable) for variable in model.trainable_variables)
+
+
+def freeze(model: Model, pattern: str) -> None:
+    """Take weights in whose names the regular expression is found out of what is trained.
+
+    A layer all of whose weights are frozen is frozen itself: batch normalisation then goes by its
+    averages.
+
+    Raises:
+      UserError: it is found in none, or the variables of a tf.Module are to be frozen.
+    """
+    names = stable_names(model)
+    trainable, other = named_variables(model)
+    weights = {stable: {**trainable, **other}[name] for name, stable in names.items()}
+    frozen = {
+        id(weights[name])
+        for name, is_found in zip(weights, matching(pattern, list(weights)), strict=True)
+        if is_found
+    }
+    if not keras_layers(model):
+        raise UserError(
+            f"--freeze={pattern}: a tf.Module's variables cannot be frozen afterwards; make them "
+            "with trainable=False"
+        )
+    for layer in keras_layers(model):
+        own = [v for v in layer.weights if not _is_seed(v)]
+        if own and all(id(as_tf_variable(v)) in frozen for v in own):
+            layer.trainable = False
+    for variable in model.trainable_variables:
+        if id(as_tf_variable(variable)) in frozen:
+            variable.trainable = False
 
 
 Penalize: TypeAlias = "str | Sequence | Callable"

@@ -18,13 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from tfloop import criterion
 from tfloop.config import FIELDS, GROUPS, Config
+from tfloop.criterion import Criterion
 from tfloop.errors import UserError
 from tfloop.training import folders
+from tfloop.user_code import options_of
 from tfloop.wording import counted
 
 FILE, RESULT = "sweep.json", "ranking.json"
 ALIASES = {"rate": "learning_rate"}
+OWN = "model."  # in front of an option of the user's own function
 _GROUPS = ("augmentation", "model", "loss", "optimizer", "schedule")
 SEARCHED = [
     *(name for group in _GROUPS for name in GROUPS[group]),
@@ -117,7 +121,7 @@ def _draw(
         values = np.exp(generator.uniform(math.log(low), math.log(high), count))
     else:
         values = generator.uniform(low, high, count)
-    if FIELDS[name].element is int:
+    if name in FIELDS and FIELDS[name].element is int:
         return [str(round(value)) for value in values]
     return [f"{value:.6g}" for value in values]
 
@@ -132,6 +136,8 @@ def _name(part: str, flag: str) -> tuple[str, str]:
     name = ALIASES.get(name, name)
     if not equals or not value:
         raise UserError(f"{flag}: {part!r}: expected NAME=VALUES")
+    if name.startswith(OWN) and name.removeprefix(OWN).isidentifier():
+        return name, value
     if name not in FIELDS:
         raise UserError(f"{flag}: there is no setting '{name}'")
     if FIELDS[name].element not in (int, float):
@@ -146,7 +152,7 @@ def _name(part: str, flag: str) -> tuple[str, str]:
 
 def _choices(name: str, text: str) -> list[str]:
     choices = text.split(",")
-    if FIELDS[name].is_list:
+    if name in FIELDS and FIELDS[name].is_list:
         return [choice.replace("/", ",") for choice in choices]
     return choices
 
@@ -168,6 +174,17 @@ def structure(config: Config) -> tuple:
     )
 
 
+def _with_options(config: Config, chosen: dict[str, str]) -> Config:
+    """The settings with chosen values; those of "model.…" go to the user's own function."""
+    options = options_of(config.model_options, "model_options")
+    own = {name.removeprefix(OWN): value for name, value in chosen.items() if name.startswith(OWN)}
+    if own and not config.model:
+        raise UserError(f"{OWN}{next(iter(own))} is an option of a function: give its --model")
+    settings = {name: value for name, value in chosen.items() if not name.startswith(OWN)}
+    pairs = tuple(f"{name}={value}" for name, value in {**options, **own}.items())
+    return config.replace(**settings, model_options=pairs)
+
+
 def trials(config: Config, values: list[dict[str, str]], folder: Path) -> list[Trial]:
     """A trial for each choice of values; one that repeats another is left out.
 
@@ -176,8 +193,8 @@ def trials(config: Config, values: list[dict[str, str]], folder: Path) -> list[T
     """
     by_values: dict[tuple, Trial] = {}
     for chosen in values:
-        own = config.replace(**chosen, name="trial", ensemble=1)
-        parsed = {name: getattr(own, name) for name in chosen}
+        own = _with_options(config, chosen).replace(name="trial", ensemble=1)
+        parsed = {name: getattr(own, name, chosen[name]) for name in chosen}
         number = len(by_values) + 1
         trial = Trial(number, parsed, own, folder / f"trial-{number:03d}")
         by_values.setdefault(tuple(parsed.values()), trial)
@@ -195,6 +212,9 @@ def rungs(epochs: int, factor: int) -> list[int]:
     return steps
 
 
+BY_ACCURACY = Criterion("validation", "accuracy", True)
+
+
 @dataclasses.dataclass
 class Standing:
     """How one choice of values did: the mean over its seeds."""
@@ -202,9 +222,10 @@ class Standing:
     values: dict
     trials: list[Trial]
     epochs: int = 0
-    accuracy: float = math.nan  # on the validation images, after these epochs
-    loss: float = math.nan
-    spread: float = 0.0  # standard deviation of the accuracy over seeds
+    by: Criterion = BY_ACCURACY
+    value: float = math.nan  # of that, after these epochs
+    loss: float = math.nan  # on the validation examples
+    spread: float = 0.0  # standard deviation of the value over seeds
     seconds: float = 0.0  # of training
     diverged: bool = False
     cut_off: bool = False  # by successive halving, before its last epoch
@@ -217,7 +238,8 @@ class Standing:
         """
         further = -self.epochs if self.cut_off else 0
         number = self.trials[0].number
-        return self.diverged, self.cut_off, further, -self.accuracy, self.loss, number
+        worse = -self.value if self.by.is_max else self.value
+        return self.diverged, self.cut_off, further, worse, self.loss, number
 
 
 def standings(trials: list[Trial], until: int | None = None) -> list[Standing]:
@@ -249,12 +271,17 @@ def _judge(standing: Standing, until: int | None) -> None:
     epochs = [result["epochs"][:until] for result in known if result["epochs"]]
     if len(epochs) < len(results):
         return
-    last = [done[-1]["validation"] for done in epochs]
-    accuracies = [metrics["accuracy"] for metrics in last]
+    last = [done[-1] for done in epochs]
+    asked = standing.trials[0].config.choose_by
+    standing.by = criterion.parse(asked) if asked else criterion.default(last[0])
+    values = [standing.by.of(entry) for entry in last]
+    known_values = [value for value in values if value is not None]
     standing.epochs = min(map(len, epochs))
-    standing.accuracy = statistics.fmean(accuracies)
-    standing.loss = statistics.fmean(metrics["data"] for metrics in last)
-    standing.spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    if len(known_values) < len(values):
+        return  # a metric that failed, or one that there is none of
+    standing.value = statistics.fmean(known_values)
+    standing.loss = statistics.fmean(entry["validation"]["data"] for entry in last)
+    standing.spread = statistics.stdev(known_values) if len(known_values) > 1 else 0.0
 
 
 def find(config: Config, name: str) -> Path | None:
@@ -473,6 +500,6 @@ def outcome(trial: Trial) -> str:
     last, seconds = result["epochs"][-1], result["seconds"]["training"]
     part = "validation" if "validation" in last else "test"
     return (
-        f"{part} accuracy {100 * last[part]['accuracy']:.2f} % after "
+        f"{part} {folders.reached_text(last[part])} after "
         f"{counted(last['epoch'], 'epoch')}, {seconds:.1f} s of training"
     )

@@ -1,51 +1,112 @@
-"""Models for others: plain Keras or TensorFlow, which take raw pixels and need no tfloop."""
+"""Models for others: plain Keras or TensorFlow, which take raw inputs and need no tfloop."""
 
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfloop import models
 from tfloop.errors import UserError
+from tfloop.nests import leaves
 from tfloop.state import TrainState
 
 FORMATS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite", "weights": ".weights.h5"}
 
 
-def plain_model(state: TrainState) -> keras.Sequential:
-    """The model with its standardiser in front: raw pixels → probabilities.
+def plain_model(state: TrainState) -> keras.Model:
+    """The model behind its standardiser: inputs as they lie in the data → what predict gives.
 
     Its layers are those of `state.model`, in float32 whatever precision they were trained in, and
-    with the moving average of their weights where one is kept. It takes [batch, height, width,
-    channels].
+    with the moving average of their weights where one is kept. Classes come as probabilities.
+
+    Raises:
+      UserError: the model shows no graph.
     """
-    if not isinstance(state.model, keras.Sequential):
+    model = state.model
+    if not isinstance(model, keras.Sequential) and not models.output_activations(model):
         raise UserError(
-            f"export takes a keras.Sequential; this model is a {type(state.model).__name__}, which "
-            "Keras saves itself: state.model.save(…)"
+            f"export takes a Sequential or functional Keras model; this one is a "
+            f"{type(model).__name__}, which Keras saves itself: state.model.save(…)"
         )
-    shape = state.model.input_shape[1:]
-    mean = np.broadcast_to(state.mean.numpy(), shape)
-    scale = np.broadcast_to(state.scale.numpy(), shape)
-    standardize = keras.layers.Normalization(
-        axis=(1, 2, 3),
-        mean=mean,
-        variance=np.square(scale.astype(np.float64)),
-        name="standardize",
-    )
-    layers = [
-        type(layer).from_config({**layer.get_config(), "dtype": "float32"})
-        for layer in state.model.layers
-    ]
-    model = keras.Sequential([keras.Input(shape), standardize, *layers], name="tfloop")
+    twin = keras.models.clone_model(model, clone_function=_in_float32)
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    inputs = keras.tree.map_structure(_input_like, graph._inputs_struct)
+    if isinstance(inputs, (list, tuple)) and len(inputs) == 1:
+        inputs = inputs[0]
+    x = _standardized(state, inputs)
+    if isinstance(twin, keras.Sequential):  # its layers, one by one, rather than a model in a model
+        for layer in twin.layers:
+            x = layer(x)
+    else:
+        x = twin(x)
+    plain = keras.Model(inputs, _squashed(state, x), name="tfloop")
     with state.using_ema():
-        for layer, trained in zip(layers, state.model.layers, strict=True):
-            if not isinstance(layer, keras.layers.Dropout):
-                layer.set_weights(trained.get_weights())
-    return model
+        for copy, trained in zip(_variables(twin), _variables(model), strict=True):
+            copy.assign(trained)
+    return plain
+
+
+def _in_float32(layer: keras.layers.Layer) -> keras.layers.Layer:
+    return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+
+def _variables(model: keras.Model) -> list:
+    """All but seeds, in the model's order."""
+    return [v for v in model.variables if not v.path.endswith("seed_generator_state")]
+
+
+def _input_like(x: Any) -> Any:
+    """An input of the same shape and name: numbers as float32, text as text."""
+    dtype = x.dtype if x.dtype in ("string", "bool") or "int" in x.dtype else "float32"
+    return keras.Input(x.shape[1:], dtype=dtype, name=x.name)
+
+
+def _standardized(state: TrainState, inputs: Any) -> Any:
+    """The inputs behind a layer that standardises them, where the state does."""
+    flat = keras.tree.flatten(inputs)
+    means, scales = leaves(state.mean), leaves(state.scale)
+    if len(means) != len(flat):  # one for all
+        means, scales = means * len(flat), scales * len(flat)
+    made = []
+    for number, (x, mean, scale) in enumerate(zip(flat, means, scales, strict=True)):
+        if mean is None or x.dtype != "float32":
+            made.append(x)
+            continue
+        shape = x.shape[1:]
+        layer = keras.layers.Normalization(
+            axis=tuple(range(1, len(x.shape))),
+            mean=np.broadcast_to(mean.numpy(), shape),
+            variance=np.square(np.broadcast_to(scale.numpy(), shape).astype(np.float64)),
+            name="standardize" if len(flat) == 1 else f"standardize_{number}",
+        )
+        made.append(layer(x))
+    return keras.tree.pack_sequence_as(inputs, made)
+
+
+def _squashed(state: TrainState, outputs: Any) -> Any:
+    """The outputs with probabilities in the place of logits that the model ends in."""
+    flat, activations = keras.tree.flatten(outputs), models.output_activations(state.model)
+    for term in state.objective.terms:
+        place = term.places[1]
+        if term.as_logits and not activations[place]:
+            name = "_".join(["probabilities", *([term.name] if term.name else [])])
+            layer = keras.layers.Activation(term.activation, name=name.replace("/", "_"))
+            flat[place] = layer(flat[place])
+    return keras.tree.pack_sequence_as(outputs, flat)
+
+
+def _write_names(state: TrainState, path: Path) -> None:
+    """The names of the classes beside the model, a line each, where they have any."""
+    for term in state.objective.terms:
+        if term.target.names:
+            ending = f".{term.name.replace('/', '-')}" if term.name else ""
+            file = path.with_name(f"{path.name}{ending}.classes.txt")
+            file.write_text("\n".join(term.target.names) + "\n", encoding="utf-8")
 
 
 def export(state: TrainState, format: str, path: str | Path) -> None:
@@ -85,5 +146,6 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
                 shutil.move(partial, path)
             else:
                 os.replace(partial, path)
+            _write_names(state, path)
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written: {error.strerror or error}") from None

@@ -168,7 +168,8 @@ def epochs_done(folder: Path, config: Config) -> int:
     content = result(folder)
     done = len(content.get("epochs", ()))
     is_done = done >= config.epochs
-    return done if is_done or has_settled(config, done, content.get("best_by_validation")) else 0
+    has_reached = bool(config.until) and content.get("reached") == config.until
+    return done if is_done or has_reached or has_settled(config, done, content.get("best")) else 0
 
 
 def has_settled(config: Config, done: int, best: dict | None) -> bool:
@@ -358,6 +359,11 @@ def reached_text(metrics: dict[str, Any]) -> str:
 
 
 COMMON = ("total", "data", "l1", "l2", "custom", "model", "accuracy", "gradient_norm")
+
+
+def value_of(best: dict[str, Any]) -> float:
+    """The value of the best evaluation; earlier versions called it by its metric."""
+    return best["value"] if "value" in best else best["accuracy"]
 
 
 def finite(value: float) -> float | None:

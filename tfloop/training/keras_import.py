@@ -11,7 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import models
+from tfloop.data.dataset import is_scaled
 from tfloop.errors import UserError
+from tfloop.nests import leaves, map_leaves
 from tfloop.state import TrainState
 from tfloop.training.export import plain_model
 
@@ -157,19 +159,25 @@ def _adopt_scale(state: TrainState, front: list[keras.layers.Layer]) -> None:
         variable.assign(np.broadcast_to(value, variable.shape).astype(np.float32))
 
 
+def _as_float32(array: np.ndarray) -> tf.Tensor:
+    return tf.cast(array, tf.float32) if is_scaled(array) else tf.constant(array)
+
+
 def _check_agreement(
     state: TrainState,
     path: Path,
     model: keras.Model,
-    images: np.ndarray,
+    inputs: Any,
     scales_itself: bool,
 ) -> None:
     """Raises UserError where their model gives other probabilities than this one."""
-    raw = tf.cast(images, tf.float32)
+    raw = map_leaves(_as_float32, inputs)
     expected = model(raw if scales_itself else state.standardize(raw), training=False)
-    if not models.output_activation(model) and not models.squashed_values(expected.numpy()):
-        expected = models.probabilities(state.model, expected)
-    difference = float(tf.reduce_max(tf.abs(plain_model(state)(raw) - expected)))
+    are_logits = tf.is_tensor(expected) and not models.output_activation(model)
+    if are_logits and not models.squashed_values(expected.numpy()):
+        expected = state.probabilities(expected)
+    ours, theirs = leaves(plain_model(state)(raw)), leaves(expected)
+    difference = max(float(tf.reduce_max(tf.abs(a - b))) for a, b in zip(ours, theirs, strict=True))
     if not difference < TOLERANCE:
         raise UserError(
             f"{path}: the weights fit, but its model computes something else (probabilities differ "

@@ -43,30 +43,21 @@ def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
         expected = "a folder of pictures or an .npz file" if spec.has_images else "an .npz file"
         raise UserError(f"{path}: {missing}expected {expected}")
     arrays = read_npz(path)
-    inputs: Any = {name: arrays[name] for name, _ in _named(spec.inputs) if name in arrays}
+    inputs: Any = {name: arrays[name] for name, _ in named_leaves(spec.inputs) if name in arrays}
     if isinstance(spec.inputs, Array):
         name = next((name for name in ARRAYS if name in arrays), None)
         if name is None:
             found = ", ".join(arrays) or "nothing"
             raise UserError(f"{path}: expected an array named {' or '.join(ARRAYS)}; found {found}")
         inputs = arrays[name]
-    elif missing_names := [name for name, _ in _named(spec.inputs) if name not in arrays]:
+    elif missing_names := [name for name, _ in named_leaves(spec.inputs) if name not in arrays]:
         raise UserError(f"{path}: has no array {missing_names[0]}; found {', '.join(arrays)}")
-    if isinstance(spec.inputs, tuple) and not isinstance(spec.inputs, Array):
+    if isinstance(spec.inputs, tuple):
         inputs = tuple(inputs[str(place)] for place in range(len(spec.inputs)))
     checked = as_inputs(inputs, f"{path}")
     if not len(leaves(checked)[0]):
         raise UserError(f"{path}: holds no {'images' if spec.has_images else 'examples'}")
     return [str(row) for row in range(len(leaves(checked)[0]))], checked
-
-
-def _named(nest: Any) -> list[tuple[str, Array]]:
-    if isinstance(nest, Array):
-        return [("", nest)]
-    return [
-        (str(key), part)
-        for key, part in (nest.items() if isinstance(nest, dict) else enumerate(nest))
-    ]
 
 
 def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:

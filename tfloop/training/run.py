@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfloop import criterion
 from tfloop.config import Config
 from tfloop.data.spec import of_data
 from tfloop.errors import DivergenceError, UserError
@@ -25,13 +26,14 @@ from tfloop.inspection.event_files import event_paths
 from tfloop.inspection.plots import LivePlot
 from tfloop.inspection.progress import Display
 from tfloop.inspection.summaries import Summaries
-from tfloop.loop import Call, Epoch, Loop, PendingCall
+from tfloop.loop import Call, Epoch, Evaluation, Loop, PendingCall, Record
 from tfloop.machine.replicas import Replicas
 from tfloop.metrics import Metrics
 from tfloop.training import checkpoints, code, folders
 from tfloop.training.profile import Profile
 from tfloop.vectors import count_elements
 from tfloop.version import __version__
+from tfloop.wording import names_text
 
 MOST_REWINDS = 3
 
@@ -45,7 +47,11 @@ class Reached:
 
     epochs: list[dict] = dataclasses.field(default_factory=list)  # each an entry of result.json
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: dict | None = None  # epoch, validation accuracy and checkpoint of the best so far
+    # epoch, step, metric, value and checkpoint of the best evaluation so far
+    best: dict | None = None
+    # Each like an entry of `epochs`, of evaluations within an epoch.
+    evaluations: list[dict] = dataclasses.field(default_factory=list)
+    goal: str = ""  # --until, once it is reached
     resumed_at: list[int] = dataclasses.field(default_factory=list)  # global steps
     rewinds: list[int] = dataclasses.field(default_factory=list)  # global steps that diverged
 
@@ -113,6 +119,7 @@ class Run:
             path, _ = checkpoints.newest(self._folder / "checkpoints", self._display.warn)
             checkpoints.restore(self._loop.state, path)
             return folders.result(self._folder)
+        self._started = started
         code.store(self._folder, self._config)
         resumed = self._resume()
         self._count("setup", time.perf_counter() - started)
@@ -174,12 +181,12 @@ class Run:
             with self._timed("summaries"):
                 summaries.write(record)
             self._display.write(record, self._label)
-            is_best = isinstance(record, Epoch) and self._add(record)
+            is_best = not isinstance(record, Call) and self._add(record)
             if plot:
                 plot.write(record)
             if not may_end(record, loop):
                 continue
-            stopped = self._agree(stop() or self._has_settled())
+            stopped = self._agree(stop() or self._has_settled() or self._is_out_of_time())
             if due(record) or stopped or is_best:
                 self.save(summaries.sync())
             if stopped:
@@ -200,7 +207,14 @@ class Run:
         return not diverged and (has_made_all or self._has_settled())
 
     def _has_settled(self) -> bool:
-        return folders.has_settled(self._config, len(self._reached.epochs), self._reached.best)
+        """Is there nothing more to gain: by --early_stopping, or because --until is reached?"""
+        reached = self._reached
+        is_settled = folders.has_settled(self._config, len(reached.epochs), reached.best)
+        return is_settled or bool(reached.goal and reached.goal == self._config.until)
+
+    def _is_out_of_time(self) -> bool:
+        limit = self._config.max_time
+        return bool(limit) and time.perf_counter() - self._started >= criterion.seconds(limit)
 
     def _may_rewind(self) -> bool:
         return self._config.on_nan == "rewind" and len(self._reached.rewinds) < MOST_REWINDS
@@ -283,19 +297,52 @@ class Run:
                     "lost"
                 )
 
-    def _add(self, epoch: Epoch) -> bool:
-        """Add an epoch to what was reached; is it the best so far?"""
-        self.outputs = epoch.outputs
-        self._warn_of_skipped()
-        self._reached.epochs.append(_epoch_json(epoch))
-        if not epoch.validation:
+    def _add(self, record: Epoch | Evaluation) -> bool:
+        """Add an epoch or an evaluation to what was reached; is it the best so far?
+
+        Raises:
+          UserError: there is no metric to choose by.
+        """
+        entry = _entry(record)
+        if record.outputs is not None:
+            self.outputs = record.outputs
+        if isinstance(record, Epoch):
+            self._warn_of_skipped()
+            self._reached.epochs.append(entry)
+        else:
+            self._reached.evaluations.append(entry)
+        if goal := criterion.parse_goal(self._config.until) if self._config.until else None:
+            self._check_given(goal.criterion, entry, f"--until={self._config.until}")
+            if goal.is_reached(entry):
+                self._reached.goal = self._config.until
+        return self._is_best(record, entry)
+
+    def _is_best(self, record: Epoch | Evaluation, entry: dict[str, Any]) -> bool:
+        config = self._config
+        by = criterion.parse(config.choose_by) if config.choose_by else criterion.default(entry)
+        if config.choose_by or config.early_stopping:
+            self._check_given(by, entry, f"--choose_by={by.text}")
+        value, best = by.of(entry), self._reached.best
+        if value is None or (best and not by.is_better(value, folders.value_of(best))):
             return False
-        accuracy, best = epoch.validation.accuracy, self._reached.best
-        if best and accuracy <= best["accuracy"]:
-            return False
-        name = self._checkpoints.next_name()
-        self._reached.best = {"epoch": epoch.epoch, "accuracy": accuracy, "checkpoint": name}
+        self._reached.best = {
+            "epoch": record.epoch,
+            "step": record.step,
+            "metric": by.text,
+            "value": value,
+            "checkpoint": self._checkpoints.next_name(),
+        }
         return True
+
+    def _check_given(self, by: criterion.Criterion, entry: dict[str, Any], flag: str) -> None:
+        """Raises UserError where evaluations give no such metric; one that failed may come yet."""
+        parts = {part: entry[part] for part in criterion.PARTS if part in entry}
+        was_evaluated = set(parts) - {"train"}
+        metrics = parts.get(by.part, {})
+        if not was_evaluated or ("total" if by.name == "loss" else by.name) in metrics:
+            return
+        given = names_text(criterion.given(parts), most=12)
+        raise UserError(f"{flag}: there is no {by.text}; there are {given}")
 
     def save(self, events: dict[str, int]) -> None:
         """Make a checkpoint; `events` are the sizes of the event files at this moment."""
@@ -345,7 +392,9 @@ class Run:
             "rewinds": reached.rewinds,
             "epochs": reached.epochs,
             "final": reached.epochs[-1] if reached.epochs else None,
-            "best_by_validation": reached.best,
+            "best": reached.best,
+            "evaluations": reached.evaluations,
+            "reached": reached.goal or None,
             "left_out": self._left_out(),
             "seconds": {key: round(value, 4) for key, value in seconds.items()},
             "ms_per_step": 1000 * seconds["training"] / max(steps, 1),
@@ -367,12 +416,14 @@ class Run:
         }
 
 
-def may_end(record: Call | Epoch, loop: Loop) -> bool:
+def may_end(record: Record, loop: Loop) -> bool:
     """May the run stop after this record, to go on there?
 
-    Not between an epoch's last call and its evaluation.
+    Not between a call and the evaluation behind it.
     """
-    return isinstance(record, Epoch) or record.batch_index < loop.steps
+    if not isinstance(record, Call):
+        return True
+    return record.batch_index < loop.steps and not loop.evaluates_after(record)
 
 
 class Due:
@@ -387,7 +438,7 @@ class Due:
         """
         self._every, self._step, self._time = every, step, time.monotonic()
 
-    def __call__(self, record: Call | Epoch) -> bool:
+    def __call__(self, record: Record) -> bool:
         if self._every == "epoch":
             return isinstance(record, Epoch)
         if self._every.endswith("s"):
@@ -406,17 +457,17 @@ def _peak_memory() -> float:
     return round(maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def _epoch_json(epoch: Epoch) -> dict[str, Any]:
+def _entry(record: Epoch | Evaluation) -> dict[str, Any]:
     """An entry of result.json."""
-    entry: dict[str, Any] = {
-        "epoch": epoch.epoch,
-        "step": epoch.step,
-        "learning_rate": epoch.learning_rate,
-        "seconds": epoch.seconds,
-        "steps": epoch.steps,
-    }
-    for part in ("train", "test", "validation"):
-        metrics: Metrics | None = getattr(epoch, part)
+    entry: dict[str, Any] = {"epoch": record.epoch, "step": record.step}
+    if isinstance(record, Epoch):
+        entry |= {
+            "learning_rate": record.learning_rate,
+            "seconds": record.seconds,
+            "steps": record.steps,
+        }
+    for part in criterion.PARTS:
+        metrics: Metrics | None = getattr(record, part)
         if metrics:
             entry[part] = {
                 name: None if value is None else folders.finite(value)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfloop import criterion
 from tfloop.assembly import load_data, make_loop
 from tfloop.config import Config
 from tfloop.data.dataset import Dataset
@@ -309,7 +310,8 @@ def adopt(config: Config, path: str | Path) -> Path:
     config = config.replace(ensemble=1)
     folders.check_writable(Path(config.logdir))
     loop = make_loop(config)
-    keras_import.import_weights(loop.state, path, loop.data.test.inputs[:64])
+    some = loop.data.test if len(loop.data.test) else loop.data.train
+    keras_import.import_weights(loop.state, path, some.rows(slice(64)))
     folder = folders.create(config)
     display = Display(config.epochs, loop.steps, config.quiet)
     with folders.locked(folder), display:
@@ -344,7 +346,7 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
             assert result
             loss = result["final"]["train"]["total"]
             display.say(
-                f"dry run: one step of {counted(config.batch_size, 'image')}, evaluation, "
+                f"dry run: one step of {config.batch_size} {dataset.noun}, evaluation, "
                 f"summaries and checkpoint work; loss {loss:.4f}; nothing is kept"
             )
     finally:
@@ -397,14 +399,15 @@ def _not_all(result: dict[str, Any], folder: Path) -> str:
     """Why a run has not made all its epochs, where it has not."""
     if not result["finished"]:
         return f"\nstopped after {result['steps']} steps; go on with --resume={folder}"
-    config, best = result["config"], result["best_by_validation"]
+    config, best = result["config"], result["best"]
     if len(result["epochs"]) == config["epochs"]:
         return ""
-    patience = counted(config["early_stopping"], "epoch")
+    if result["reached"]:
+        return f"\nstopped: {result['reached']} is reached"
+    patience, by = counted(config["early_stopping"], "epoch"), criterion.parse(best["metric"])
     return (
-        f"\nstopped early: no better validation accuracy for {patience}; the best, "
-        f"{100 * best['accuracy']:.2f} %, was that of epoch {best['epoch']}: evaluate {folder} "
-        "--best"
+        f"\nstopped early: no better {by.text} for {patience}; the best, "
+        f"{by.shown(best['value'])}, was that of epoch {best['epoch']}: evaluate {folder} --best"
     )
 
 

@@ -1,0 +1,291 @@
+"""A `tf.data.Dataset` as a data set: read as it is, in its own order.
+
+What can be promised then depends on it. A function that makes the dataset, rather than a dataset
+that was made, is asked for a new one wherever reading begins; so a run repeats and resumes bit for
+bit if what it makes is deterministic, shuffled with a seed or not at all. A run is resumed by
+skipping forward.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfloop.data.arrays import from_arrays
+from tfloop.data.dataset import Dataset, Split, Standardizer
+from tfloop.data.targets import Target, describe
+from tfloop.data.tf_data import UNTUNED
+from tfloop.errors import UserError
+from tfloop.nests import leaves, map_leaves, named_leaves
+
+LOOKED_AT = 1000  # examples whose targets tell what they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """What is known of one array of inputs or targets without reading it."""
+
+    shape: tuple[int | None, ...]  # (N, …)
+    dtype: np.dtype
+    nbytes: int = 0
+
+
+class Stream:
+    """The training part: an epoch is the dataset once through.
+
+    Attributes:
+      inputs, targets: nests of Column.
+      batch_size: of its batches; None where it gives examples, of which the loop makes batches.
+      repeats: does it give the same each time it is begun?
+    """
+
+    sample_weight = None
+    is_in_memory = False
+    nbytes = 0
+
+    def __init__(
+        self,
+        make: Callable[[], tf.data.Dataset],
+        spec: tuple,
+        size: int,
+        batch_size: int | None,
+        repeats: bool,
+    ) -> None:
+        """Make one.
+
+        Args:
+          make: gives the dataset.
+          spec: (inputs, targets) of an example, nests of tf.TensorSpec.
+          size: examples in it.
+          batch_size, repeats: as the attributes.
+        """
+
+        def column(leaf: tf.TensorSpec) -> Column:
+            return Column((size, *leaf.shape), np.dtype(leaf.dtype.as_numpy_dtype))
+
+        self._make, self._size = make, size
+        self.inputs, self.targets = (map_leaves(column, part) for part in spec)
+        self.batch_size, self.repeats = batch_size, repeats
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def has_images(self) -> bool:
+        return isinstance(self.inputs, Column) and len(self.inputs.shape) == 4
+
+    @property
+    def fingerprint(self) -> int:
+        return zlib.crc32(repr((self.inputs, self.targets, self._size)).encode())
+
+    def batches(self, batch_size: int, first: int) -> tf.data.Dataset:
+        """(inputs, targets, weights) without end, from the batch with this number on.
+
+        An epoch's last batch may be shorter.
+        """
+        dataset = self._make()
+        if self.batch_size is None:
+            dataset = dataset.batch(batch_size)
+        options = UNTUNED
+        return dataset.map(_with_weight).repeat().skip(first).with_options(options)
+
+    def first(self, rows: int) -> Split:
+        """The first examples, in memory."""
+        found = []
+        count = 0
+        dataset = self._make()
+        for batch in dataset if self.batch_size else dataset.batch(min(rows, 1024)):
+            inputs, targets, _ = _with_weight(*batch)
+            found.append((inputs, targets))
+            count += leaves(targets)[0].shape[0]
+            if count >= rows:
+                break
+        return _joined(found).take(slice(rows))
+
+    def take(self, rows: Any) -> Split:
+        """The first examples, in memory.
+
+        Raises:
+          UserError: others are asked for.
+        """
+        if isinstance(rows, slice) and not rows.start and rows.stop is not None:
+            return self.first(rows.stop) if rows.stop else self.first(1).take(slice(0))
+        raise UserError(
+            "a tf.data.Dataset cannot be cut; give its validation and test examples to from_dataset"
+        )
+
+    def rows(self, rows: slice) -> Any:
+        """The inputs of the first examples."""
+        return self.take(rows).inputs
+
+
+def _with_weight(inputs: Any, targets: Any, weight: Any = None) -> tuple:
+    rows = tf.shape(leaves(targets)[0])[:1]
+    weight = tf.ones(rows) if weight is None else tf.cast(weight, tf.float32)
+    return inputs, targets, weight
+
+
+def _joined(batches: list[tuple]) -> Split:
+    def join(*parts: Any) -> np.ndarray:
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    inputs = map_leaves(join, *(inputs for inputs, _ in batches))
+    return Split(inputs, map_leaves(join, *(targets for _, targets in batches)))
+
+
+def from_dataset(
+    train: tf.data.Dataset | Callable[[], tf.data.Dataset],
+    test: Any = None,
+    validation: Any = None,
+    *,
+    name: str = "dataset",
+    batched: bool | None = None,
+    classes: int | None = None,
+    class_names: Any = (),
+) -> Dataset:
+    """A data set from tf.data's datasets of (inputs, targets) or (inputs, targets, sample_weight).
+
+    The training examples stay in the dataset, and come in its own order; --seed does not change it.
+    Nothing is standardised. It is gone through once beforehand, to count its examples and classes.
+    The test and validation examples are read into memory.
+
+    Args:
+      train: the training examples, or batches of them; or a function that makes the dataset anew,
+        with which a run repeats and resumes bit for bit where its order is deterministic.
+      test, validation: the same of others; None for none.
+      name: what messages call it.
+      batched: does it give batches? None: where all its arrays have as many rows in the first
+        element, and no target is a scalar.
+      classes: how many there are, where the targets are class numbers; None: as many as are seen.
+      class_names: of the classes.
+
+    Raises:
+      UserError: elements of another form, batches of different sizes, or no examples.
+    """
+    make = train if callable(train) else lambda: train
+    dataset = _made(make, name)
+    spec = _spec(dataset, name)
+    first = next(iter(dataset.take(1)), None)
+    if first is None:
+        raise UserError(f"{name}: holds no training examples")
+    batched = _looks_batched(first) if batched is None else batched
+    sizes, highest, sample = _gone_through(_made(make, name), batched, spec)
+    if not sizes:
+        raise UserError(f"{name}: holds no training examples")
+    batch_size = sizes[0] if batched else None
+    if batched and (set(sizes[:-1]) - {batch_size} or sizes[-1] > sizes[0]):
+        odd = next(i for i, size in enumerate(sizes[1:], 1) if size != batch_size)
+        raise UserError(
+            f"{name}: batch {odd} has {sizes[odd]} examples, the first has {batch_size}; all but "
+            "the last must have as many"
+        )
+    kinds = _kinds(sample, highest, classes, class_names, name)
+    of_example = map_leaves(_without_rows, spec[:2]) if batched else spec[:2]
+    again = next(iter(_made(make, name).take(1)))
+    stream = Stream(make, of_example, sum(sizes), batch_size, _are_equal(first, again))
+    like = stream.first(1)
+    held_out = {
+        part: _in_memory(given, like, batched, f"{name}: {part}")
+        for part, given in (("test", test), ("validation", validation))
+    }
+    fit = Standardizer.identities(like.inputs)
+    return Dataset(name, stream, held_out["validation"], held_out["test"], kinds, fit)  # type: ignore[arg-type]
+
+
+def _made(make: Callable, name: str) -> tf.data.Dataset:
+    dataset = make()
+    if not isinstance(dataset, tf.data.Dataset):
+        raise UserError(f"{name}: expected a tf.data.Dataset, found {type(dataset).__name__}")
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise UserError(
+            f"{name}: the dataset has no end; leave .repeat() out, or .take(STEPS) of it"
+        )
+    return dataset
+
+
+def _spec(dataset: tf.data.Dataset, name: str) -> tuple:
+    spec = dataset.element_spec
+    if not isinstance(spec, tuple) or len(spec) not in (2, 3):
+        raise UserError(
+            f"{name}: expected elements (inputs, targets) or (inputs, targets, sample_weight), "
+            f"found {spec}"
+        )
+    for leaf in leaves(spec):
+        if not isinstance(leaf, tf.TensorSpec) or leaf.shape.rank is None:
+            raise UserError(f"{name}: expected tensors of known rank, found {leaf}")
+    return spec
+
+
+def _without_rows(leaf: tf.TensorSpec) -> tf.TensorSpec:
+    return tf.TensorSpec(leaf.shape[1:], leaf.dtype)
+
+
+def _looks_batched(element: tuple) -> bool:
+    shapes = [leaf.shape for leaf in leaves(element)]
+    return all(shape.rank for shape in shapes) and len({shape[0] for shape in shapes}) == 1
+
+
+def _gone_through(
+    dataset: tf.data.Dataset, batched: bool, spec: tuple
+) -> tuple[list[int], dict[str, int], list]:
+    """(rows of each batch, the highest whole number of each target, some targets)"""
+    batches = dataset if batched else dataset.map(lambda *x: x[1]).batch(1024)
+    sizes: list[int] = []
+    highest: dict[str, int] = {}
+    sample: list = []
+    for batch in batches:
+        targets = batch[1] if batched else batch
+        sizes.append(int(leaves(targets)[0].shape[0]))
+        for name, leaf in named_leaves(targets):
+            if leaf.dtype.is_integer or leaf.dtype.is_bool:
+                most = int(tf.reduce_max(tf.cast(leaf, tf.int64)))
+                highest[name] = max(most, highest.get(name, 0))
+        if sum(size for size, _ in sample) < LOOKED_AT:
+            sample.append((sizes[-1], targets))
+    return sizes, highest, [targets for _, targets in sample]
+
+
+def _kinds(
+    sample: list, highest: dict[str, int], classes: int | None, names: Any, where: str
+) -> dict[str, Target]:
+    joined = map_leaves(lambda *parts: np.concatenate([p.numpy() for p in parts]), *sample)
+    kinds = {}
+    for name, array in named_leaves(joined):
+        is_whole = array.dtype.kind in "iub"
+        array = array.astype(np.int64) if is_whole else array
+        own = names.get(name, ()) if isinstance(names, dict) else names
+        if is_whole and array.ndim == 1:
+            count = classes or highest[name] + 1
+            target = Target("classes", (), max(count, 2))
+        else:
+            target = describe(array, f"{where}: targets {name}".rstrip())
+            if target.kind == "classes":
+                target = target._replace(classes=max(classes or highest[name] + 1, 2))
+        kinds[name] = target._replace(names=tuple(map(str, own)))
+    return kinds
+
+
+def _are_equal(one: tuple, other: tuple) -> bool:
+    pairs = zip(leaves(one), leaves(other), strict=True)
+    return all(np.array_equal(a.numpy(), b.numpy()) for a, b in pairs)
+
+
+def _in_memory(given: Any, like: Split, batched: bool, where: str) -> Split:
+    """The examples of a dataset, or of a pair of arrays, in memory; none where nothing is given."""
+    if given is None:
+        return like.take(slice(0))
+    if isinstance(given, tuple):
+        data = from_arrays(given[0], given[1], name=where, standardize=False)
+        return data.train
+    dataset = _made(given if callable(given) else functools.partial(lambda x: x, given), where)
+    found = []
+    for batch in dataset if batched else dataset.batch(1024):
+        inputs, targets, _ = _with_weight(*batch)
+        found.append((inputs, targets))
+    if not found:
+        raise UserError(f"{where}: holds no examples")
+    return _joined(found)
