@@ -19,6 +19,7 @@ SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a selection that covers every module")
+    parser.addoption("--all_kinds", action="store_true", help="all kinds of inputs × targets")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -21,7 +21,6 @@ from own_models import CASES, MODES, NOT_COMPARED, data_for, made, state_of
 
 import tfloop
 from tfloop import models
-from tfloop.data.targets import Target
 from tfloop.models.inside import seed_generators
 from tfloop.step import accumulated
 from tfloop.training import checkpoints
@@ -443,20 +442,14 @@ def test_one_output_has_no_accuracy_and_is_predicted_as_it_is():
     np.testing.assert_allclose(tfloop.predict(state, two_classes().test.inputs), 3.0, rtol=1e-2)
 
 
-def test_labels_that_are_no_class_numbers_are_refused():
-    x, y = np.zeros((4, 1, 1, 1), np.float32), np.linspace(0, 1, 4).astype(np.float32)
-    part = tfloop.Split(x, y)
-    data = tfloop.Dataset(
-        "line",
-        part,
-        part,
-        part,
-        {"": Target("classes", (), 2)},
-        tfloop.Standardizer.identity((1, 1, 1)),
-    )
-    model = keras.Sequential([keras.Input((1, 1, 1)), layers.Flatten(), layers.Dense(2)])
-    with pytest.raises(tfloop.UserError, match=r"training labels: found float32 \(4,\)"):
-        tfloop.Loop(tfloop.TrainState(model), data, batch_size=4)
+def test_targets_that_are_no_class_numbers_are_kept_as_they_are():
+    """Four targets from 0 to 1; a model that gives 0 has the mean of their squares as its error."""
+    y = np.linspace(0, 1, 4)
+    data = tfloop.from_arrays(np.zeros((4, 1)), y, standardize=False)
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    loop = tfloop.Loop(tfloop.TrainState(model, "sgd", 0.0), data, batch_size=4)
+    assert loop.batch(0).targets.dtype == tf.float32
+    assert loop.fit(1).train.data == pytest.approx(np.mean(y**2))
 
 
 # --- training or not, seeds, types, names

@@ -406,11 +406,11 @@ def test_a_dry_run_does_a_step_of_everything_and_leaves_nothing(train, tmp_path,
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (["overfit", "--preset=digits", "--learning_rate=0.01"], 0, "32 images memorised after "),
+        (["overfit", "--preset=digits", "--learning_rate=0.01"], 0, "32 examples memorised after "),
         (
             ["overfit", "--preset=digits", "--learning_rate=0", "--steps=3"],
             1,
-            "32 images NOT memorised after 3 steps",
+            "32 examples NOT memorised after 3 steps",
         ),
         (
             ["parity", "--preset=digits", "--steps=2"],
@@ -522,7 +522,7 @@ def test_predict_names_pictures_that_do_not_fit(train, tmp_path, capsys):
     (tmp_path / "p" / "a.png").write_bytes(tf.io.encode_png(np.zeros((9, 8, 1), np.uint8)).numpy())
     assert predict() == (2, f"tfloop: {tmp_path}/p/a.png: is 9×8×1, the model takes 8×8×1\n")
     for images, message in (
-        (np.zeros((0, 8, 8), np.uint8), "images holds no images"),
+        (np.zeros((0, 8, 8), np.uint8), "holds no images"),
         (np.zeros((2, 8, 8)), "pixels are float32, the model was trained on uint8"),
         (np.zeros((2, 9, 8), np.uint8), "images are 9×8×1, the model takes 8×8×1"),
     ):

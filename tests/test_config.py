@@ -75,7 +75,7 @@ def test_another_optimizer_or_schedule_drops_the_presets_numbers_of_the_old_one(
         (dict(momentum=1.5), "momentum=1.5 is out of range: it must lie between 0 and 1"),
         (dict(learning_rate="nan"), "learning_rate=nan is not a finite number"),
         (dict(l2=-1), "l2=-1.0 is out of range"),
-        (dict(optimizer="lion"), "optimizer=lion is unknown; choose from sgd, rmsprop"),
+        (dict(optimizer="lamb"), "optimizer=lamb is unknown; choose from sgd, rmsprop"),
         (dict(conv="8,x"), "conv: expected a whole number, found 'x'"),
         (dict(name=3), "name: expected text, found 3"),
         (dict(kernel=(3, 3)), "kernel has 2 sizes for 3 convolutions"),

@@ -193,7 +193,7 @@ class Terminal:
 def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     pdb = Terminal("--l2=0.001", cwd=tmp_path)
     start = pdb.until("(tfloop) ")
-    assert "train_step()" in start and "images, labels, sample_weight = batch" in start
+    assert "train_step()" in start and "inputs, targets, sample_weight = batch" in start
     while "-> loss, accuracy, examples, gradients, more, outputs = grad_fn" not in pdb("n"):
         pass
     assert "forward_and_backward()" in pdb("s")
@@ -214,8 +214,8 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     assert "valid = finite" in pdb("c")
     assert re.search(r"shape=\(3, 3, 1, 16\)", pdb('p gradients["conv1/kernel"]'))
     for expression in (
-        "images",
-        "labels",
+        "inputs",
+        "targets",
         "outputs",
         "loss.data",
         "loss.l1",
@@ -285,7 +285,7 @@ def test_it_stops_before_an_update_that_is_not_finite():
     [
         (
             "gradient.norm > 3",
-            "NameError: name 'gradient' is not defined; the names are state, batch, images",
+            "NameError: name 'gradient' is not defined; the names are state, batch, inputs",
         ),
         ("gradients['conv9/kernel'] > 3", "there are conv1/kernel, conv1/bias"),
         ("outputs", "ValueError|TypeError"),

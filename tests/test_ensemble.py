@@ -246,7 +246,7 @@ def test_members_share_one_copy_of_the_images(loop, digits):
     one, other = (
         tfloop.make_loop(tfloop.Config.make("digits", seed=seed), digits) for seed in (1, 2)
     )
-    assert one.pipeline._images is other.pipeline._images
+    assert one.pipeline._inputs is other.pipeline._inputs
 
 
 @pytest.mark.quick

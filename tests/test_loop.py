@@ -327,7 +327,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy(digits):
                     [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(5)]
                 )
             ),
-            r"the model gives outputs of shape \(5,\) for an image; the data have 10 classes",
+            r"the model gives outputs of shape \(5,\) for an example; the data have 10 classes",
         ),
     ],
 )

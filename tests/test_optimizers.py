@@ -133,7 +133,7 @@ def test_a_vector_reads_by_name_and_has_a_norm(random):
 @pytest.mark.parametrize(
     "name, hyper, message",
     [
-        ("lion", {}, "optimizer=lion is unknown"),
+        ("lamb", {}, "optimizer=lamb is unknown"),
         (
             "nadam",
             dict(momentum=0.9),

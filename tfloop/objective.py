@@ -470,13 +470,14 @@ def _check_shape(found: Any, shape: list[int | None]) -> tf.Tensor:
 def _accuracy_of_own(
     loss: Any, target: Target, shape: tuple | None, squashed: str
 ) -> Callable | None:
-    """The accuracy with a loss of one's own, where its outputs tell classes as others do."""
+    """The accuracy with a loss of one's own, where it is plain how its outputs tell classes."""
     if shape is None or target.kind == "values":
         return None
     if target.kind == "shares" and shape[1:] == target.shape:
         return class_accuracy
     is_binary = target.kind == "classes" and target.classes == 2 and _is_one(shape, target)
-    if is_binary or (target.kind == "labels" and shape[1:] == target.shape):
+    is_known = text_of(loss).lower().replace("_", "") in ("binarycrossentropy", "bce")
+    if is_known and (is_binary or (target.kind == "labels" and shape[1:] == target.shape)):
         own = getattr(loss, "_fn_kwargs", None) or {}
         from_logits = own.get("from_logits", False) or (not squashed and not own)
         return functools.partial(binary_accuracy, threshold=0.0 if from_logits else 0.5)

@@ -41,7 +41,8 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
         session.dry_run(config, device, replicas)
         return 0
     results = session.train(config, device, STARTED, stop.asked, resume, replicas)
-    was_stopped_by_another = bool(results) and not results[-1]["finished"]
+    last = results[-1] if results else {"finished": True}
+    was_stopped_by_another = not last["finished"] and not last["out_of_time"]
     return stop.code() or (TERMINATED if was_stopped_by_another else 0)
 
 

@@ -58,7 +58,7 @@ class Split:
         import tensorflow as tf
 
         def variable(array: np.ndarray) -> tf.Variable:
-            return tf.Variable(array, trainable=False)
+            return tf.Variable(array[:], trainable=False)
 
         parts = (self.inputs, self.targets)
         inputs, targets = (map_leaves(variable, part) for part in parts)

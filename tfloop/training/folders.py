@@ -28,7 +28,7 @@ FREE = {
     name
     for group in ("where and how it runs", "looking inside", "what is written")
     for name in GROUPS[group]
-}
+} | {"max_time", "until"}
 
 
 def create(config: Config) -> Path:

@@ -55,6 +55,8 @@ def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
     if isinstance(spec.inputs, tuple):
         inputs = tuple(inputs[str(place)] for place in range(len(spec.inputs)))
     checked = as_inputs(inputs, f"{path}")
+    if spec.has_images and is_leaf(checked) and checked.ndim == 3:
+        checked = checked[..., np.newaxis]  # grey images without their channel
     if not len(leaves(checked)[0]):
         raise UserError(f"{path}: holds no {'images' if spec.has_images else 'examples'}")
     return [str(row) for row in range(len(leaves(checked)[0]))], checked

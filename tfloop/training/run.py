@@ -384,6 +384,7 @@ class Run:
             "config": dataclasses.asdict(self._config),
             "hyper": {name: v.numpy().tolist() for name, v in state.hyper.items()},
             "finished": self._is_finished(diverged),
+            "out_of_time": not self._is_finished(diverged) and self._is_out_of_time(),
             "diverged": where,
             "weights": count_elements(state.weights.values()),
             "steps": steps,

@@ -398,7 +398,9 @@ def _numbers_text(hyper: dict[str, Any]) -> str:
 def _not_all(result: dict[str, Any], folder: Path) -> str:
     """Why a run has not made all its epochs, where it has not."""
     if not result["finished"]:
-        return f"\nstopped after {result['steps']} steps; go on with --resume={folder}"
+        limit = result["config"]["max_time"]
+        why = f", by --max_time={limit}" if result["out_of_time"] else ""
+        return f"\nstopped after {result['steps']} steps{why}; go on with --resume={folder}"
     config, best = result["config"], result["best"]
     if len(result["epochs"]) == config["epochs"]:
         return ""
