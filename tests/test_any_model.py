@@ -1011,7 +1011,7 @@ def test_layers_that_a_module_holds_add_to_the_loss_and_are_seen(digits):
     ],
 )
 def test_what_does_not_work_on_several_replicas_is_refused(optimizer, accumulate, message):
-    case, several = CASES["flat Sequential"], types.SimpleNamespace(total=2)
+    case, several = CASES["flat Sequential"], types.SimpleNamespace(total=2, workers=1)
     state = tfloop.TrainState(made(case), optimizer())
     options = {"batch_size": 4, "accumulate": accumulate, "replicas": several}
     with pytest.raises(tfloop.UserError, match=message):

@@ -164,7 +164,7 @@ def test_train_resume_evaluate_predict_export_and_tensorboard(file, cell, capsys
     assert f"loss {expected['final']['test']['total']:.4f}" in said
     assert f"largest {expected['final']['test']['largest']:.4f}" in said
 
-    _, state, manifest = tfloop.open_run(whole)
+    _, state, _ = tfloop.open_run(whole)
     namespace = {}
     exec(FILE, namespace)
     inputs = namespace["data"](*cell)[2]

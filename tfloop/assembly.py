@@ -97,6 +97,9 @@ def make_augmentation(config: Config) -> Augmentation:
         config.augment_scale,
         config.augment_elastic,
         config.augment_cutout,
+        config.augment_flip,
+        config.mixup,
+        config.cutmix,
     )
 
 

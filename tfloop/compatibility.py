@@ -63,9 +63,9 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
       UserError: the model takes other inputs, gives outputs that do not fit the targets, or gives
         probabilities where logits are meant.
     """
-    if state.augmentation.hyper and not data.train.has_images:
+    if state.augmentation.names and not data.train.has_images:
         raise UserError(
-            f"{names_text(state.augmentation.hyper)}: the inputs are {data.inputs_text}; images "
+            f"{names_text(state.augmentation.names)}: the inputs are {data.inputs_text}; images "
             "[N, height, width, channels] alone are augmented"
         )
     _check_takes(state.model, data)
@@ -83,6 +83,8 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
                 "[batch, …]"
             )
     state.settle(data.kinds, batch.targets, given)
+    if state.augmentation.mixes:
+        state.objective.check_mixing([n for n in state.augmentation.names if "mix" in n])
     outputs = _called(state, inputs, data, as_logits=state.objective.as_logits)
     _check_logits(state, inputs, outputs)
     return outputs

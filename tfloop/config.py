@@ -95,6 +95,21 @@ class AugmentationSettings:
         within=(0, 2**15),
         retrace="nonzero",
     )
+    augment_flip: bool = option(
+        False, "change left and right of half of the training images", retrace="value"
+    )
+    mixup: float = option(
+        0.0,
+        "mix training images and targets in pairs, by shares from Beta(N, N)",
+        within=(0.0, 100.0),
+        retrace="value",
+    )
+    cutmix: float = option(
+        0.0,
+        "put a box of another training image in each, of a share from Beta(N, N)",
+        within=(0.0, 100.0),
+        retrace="value",
+    )
     average_shifts: int = option(
         0,
         "evaluate the mean prediction over each image and its four neighbours shifted by N pixels",

@@ -628,7 +628,7 @@ class Loop:
         """Do the step that failed once more, layer by layer, to name the first bad value."""
         state, step = self.state, int(self.state.global_step)
         before = [variable.numpy() for variable in state.non_trainable.values()]
-        batch = self.batch(int(state.batch_index))
+        batch = state.mixed(self.batch(int(state.batch_index)))
         what, layer = self._first_not_finite(batch)
         for variable, value in zip(state.non_trainable.values(), before, strict=True):
             variable.assign(value)
@@ -685,6 +685,11 @@ def _check_replicas(state: TrainState, replicas: Any, accumulate: int) -> None:
     """Raises UserError for what does not work on several replicas."""
     if replicas is None or replicas.total == 1:
         return
+    if replicas.workers > 1 and state.augmentation.mixes:
+        raise UserError(
+            f"{names_text(state.augmentation.names)}: examples are mixed within a batch, "
+            "which lies on several workers; leave mixup and cutmix out"
+        )
     if isinstance(state.optimizer, KerasOptimizer):
         raise UserError(
             f"a Keras optimizer ({state.optimizer.name}) does not work on several replicas; take "

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tfloop import models
 from tfloop.cross_entropy import binary_cross_entropy, cross_entropy, over_places, squared_error
+from tfloop.data.augmentation import mixed
 from tfloop.data.targets import Target
 from tfloop.errors import UserError
 from tfloop.nests import filled, leaves, named_leaves
@@ -255,6 +256,31 @@ class Objective:
                 place = term.places[1]
                 values[place] = logits_of(values[place], term.activation)
         return filled(shares, values)
+
+    def mixed(self, targets: Any, share: tf.Tensor) -> Any:
+        """The targets of mixed examples: of classes the shares that each has."""
+        values = leaves(targets)
+        for term in self.terms:
+            place = term.places[0]
+            own = values[place]
+            if term.target.kind == "classes" and term.loss is not binary_cross_entropy:
+                own = tf.one_hot(own, term.target.classes)
+            values[place] = mixed(tf.cast(own, tf.float32), share)
+        return filled(targets, values)
+
+    def check_mixing(self, how: Sequence[str]) -> None:
+        """Raises UserError where the loss cannot take the targets of mixed examples."""
+        named = ", ".join(how)
+        if not self.terms:
+            raise UserError(f"{named}: {self.text} takes all targets, and mixes none")
+        for term in self.terms:
+            if term.target.kind == "classes" and not term.is_default:
+                raise UserError(
+                    f"{named}: makes shares of class numbers, which the loss {term.text} does not "
+                    "take; leave the loss out"
+                )
+            if term.target.shape and term.target.kind == "classes" and "cutmix" in how:
+                raise UserError(f"{named}: does not cut the masks that the targets are")
 
     def _is_by_example(self, metric: Any, targets: Any, outputs: Any) -> bool:
         """Does a metric give a value for each example, from tensors?"""

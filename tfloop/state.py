@@ -17,8 +17,9 @@ import tensorflow as tf
 
 from tfloop import models
 from tfloop.config import check_setting
-from tfloop.data.augmentation import Augmentation, shifted
+from tfloop.data.augmentation import Augmentation, mixed, shifted
 from tfloop.data.dataset import Standardizer, is_scaled
+from tfloop.data.pipelines import LEFT_OUT, Batch
 from tfloop.data.targets import Target
 from tfloop.errors import UserError, WithoutGradient
 from tfloop.keras_optimizers import KerasOptimizer
@@ -345,9 +346,19 @@ class TrainState(tf.Module):
             return map_leaves(lambda x: scaled(x, self.mean, self.scale), inputs)
         return map_leaves(scaled, inputs, self.mean, self.scale)
 
+    def mixed(self, batch: Batch) -> Batch:
+        """The batch with its examples mixed in pairs, where the augmentation does that."""
+        if not self.augmentation.mixes:
+            return batch
+        images, share = self.augmentation.mix(batch.inputs, self.key().fold_in(-3))
+        targets = self.objective.mixed(batch.targets, share)
+        weight = mixed(batch.sample_weight, share)
+        is_whole = tf.minimum(batch.counts, tf.reverse(batch.counts, axis=[0])) > 0
+        return Batch(images, targets, tf.where(is_whole, weight, LEFT_OUT))
+
     def prepared(self, inputs: Any, key: Key) -> Any:
         """What the model is trained on: inputs standardised, of images augmented before."""
-        if self.augmentation.hyper:
+        if self.augmentation.changes_images:
             inputs = self.augmentation(tf.cast(inputs, tf.float32), key.fold_in(-1))
         return self.standardize(inputs)
 

@@ -278,6 +278,7 @@ def train_step(
         by layer, or either on parts of the batch (`accumulated`, `Replicas.grad_fn`).
       part: which rows of the step's batch these are, where it lies on several workers.
     """
+    batch = state.mixed(batch)
     inputs, targets, sample_weight = batch
     learning_rate = state.schedule(state.schedule_step)
     non_trainable = [tf.identity(variable) for variable in state.non_trainable.values()]

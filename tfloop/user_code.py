@@ -154,10 +154,15 @@ def _told_with_line(what: str, files: list[str]) -> Iterator[None]:
 
 def _line_of(error: BaseException, files: list[str]) -> str:
     """ "FILE.py, line 7: ", the last of the user's own lines that the error went through."""
-    if isinstance(error, SyntaxError) and error.filename in files:
-        return f"{error.filename}, line {error.lineno}: "
-    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-    return f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""
+    known = {str(Path(file).resolve()): file for file in files}
+
+    def own(filename: str | None) -> str:
+        return known.get(str(Path(filename).resolve()), "") if filename else ""
+
+    if isinstance(error, SyntaxError) and own(error.filename):
+        return f"{own(error.filename)}, line {error.lineno}: "
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if own(f.filename)]
+    return f"{own(frames[-1].filename)}, line {frames[-1].lineno}: " if frames else ""
 
 
 def load(reference: str, flag: str, or_dict: bool = False) -> Code:

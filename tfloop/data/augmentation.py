@@ -125,6 +125,56 @@ def cut_out(images: tf.Tensor, key: Key, side: tf.Tensor | float) -> tf.Tensor:
     return images * tf.cast(kept, images.dtype)[..., None]
 
 
+def flip(images: tf.Tensor, key: Key) -> tf.Tensor:
+    """Each image, or with equal chance its mirror image, left and right changed."""
+    is_flipped = key.uniform([images.shape[0]]) < 0.5
+    return tf.where(is_flipped[:, None, None, None], tf.reverse(images, axis=[2]), images)
+
+
+QUANTILES = 4096  # of the distribution that shares are drawn from
+
+
+def beta_quantiles(alpha: float) -> np.ndarray:
+    """[QUANTILES] float32: the middles of as many equally likely parts of Beta(alpha, alpha)."""
+    from scipy.stats import beta  # scikit-learn's own dependency
+
+    places = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    return beta.ppf(places, alpha, alpha).astype(np.float32)
+
+
+def draw_share(key: Key, quantiles: np.ndarray) -> tf.Tensor:
+    """A number from 0 to 1, drawn from the distribution that has these quantiles."""
+    place = tf.cast(key.uniform([1])[0] * QUANTILES, tf.int64)
+    return tf.gather(tf.constant(quantiles), tf.minimum(place, QUANTILES - 1))
+
+
+def mixed(values: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
+    """share · each row + (1 - share) · the row that is as far from the end.
+
+    The rows of a batch lie in random order, so that is a row at random. (mixup: Zhang, Cisse,
+    Dauphin and Lopez-Paz, arXiv:1710.09412.)
+    """
+    return share * values + (1.0 - share) * tf.reverse(values, axis=[0])
+
+
+def cut_mixed(images: tf.Tensor, key: Key, share: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """(images, share): a box of about 1 - share of each is from the image as far from the end.
+
+    The box is the same for all; its middle may lie anywhere, and what of it lies beyond the edge is
+    lost, so that a larger share is left. (CutMix: Yun et al., arXiv:1905.04899.)
+    """
+    _, height, width, _ = images.shape
+    draws, side = key.uniform([2]), tf.sqrt(1.0 - share)
+
+    def is_covered(axis: int, length: int) -> tf.Tensor:
+        middle = tf.floor(draws[axis] * length)
+        return tf.abs(tf.range(float(length)) - middle + 0.5) < 0.5 * side * length
+
+    box = is_covered(0, height)[:, None] & is_covered(1, width)
+    area = tf.reduce_mean(tf.cast(box, tf.float32))
+    return tf.where(box[None, :, :, None], tf.reverse(images, axis=[0]), images), 1.0 - area
+
+
 class Augmentation(tf.Module):
     """The augmentations that are asked for, with their numbers as variables.
 
@@ -133,6 +183,7 @@ class Augmentation(tf.Module):
     Attributes:
       hyper: "augment_shift" … → float32 variable, for each that is not 0; 0 leaves an augmentation
         out for good.
+      names: of all that are asked for.
     """
 
     def __init__(
@@ -142,6 +193,9 @@ class Augmentation(tf.Module):
         scale: float = 0.0,
         elastic: float = 0.0,
         cutout: int = 0,
+        flip: bool = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ) -> None:
         """Make one.
 
@@ -151,6 +205,10 @@ class Augmentation(tf.Module):
           scale: by up to this share of the size.
           elastic: bent by up to N pixels.
           cutout: side of the square, in pixels.
+          flip: left and right changed, of half of the images.
+          mixup: examples mixed in pairs, targets too; the share is drawn from Beta(mixup, mixup).
+          cutmix: a box of another image in each, targets mixed by its share, which is drawn from
+            Beta(cutmix, cutmix). Of both, a step draws one.
         """
         super().__init__(name="augmentation")
         asked = {
@@ -165,6 +223,40 @@ class Augmentation(tf.Module):
             for name, value in asked.items()
             if value
         }
+        self._flips = flip
+        self._quantiles = {
+            name: beta_quantiles(alpha)
+            for name, alpha in (("mixup", mixup), ("cutmix", cutmix))
+            if alpha
+        }
+        self.names = [*self.hyper, *(["augment_flip"] if flip else []), *self._quantiles]
+
+    @property
+    def changes_images(self) -> bool:
+        """Is each image changed for itself?"""
+        return bool(self.hyper) or self._flips
+
+    @property
+    def mixes(self) -> bool:
+        """Are examples mixed with each other?"""
+        return bool(self._quantiles)
+
+    def mix(self, images: tf.Tensor, key: Key) -> tuple[tf.Tensor, tf.Tensor]:
+        """(the images of a whole batch mixed, the share that each has of its own, a scalar)."""
+        images = tf.cast(images, tf.float32)
+
+        def by_mixup() -> tuple[tf.Tensor, tf.Tensor]:
+            share = draw_share(key.fold_in(4), self._quantiles["mixup"])
+            return mixed(images, share), share
+
+        def by_cutmix() -> tuple[tf.Tensor, tf.Tensor]:
+            share = draw_share(key.fold_in(5), self._quantiles["cutmix"])
+            return cut_mixed(images, key.fold_in(6), share)
+
+        ways = {"mixup": by_mixup, "cutmix": by_cutmix}
+        if len(self._quantiles) == 1:
+            return ways[next(iter(self._quantiles))]()
+        return tf.cond(key.fold_in(3).uniform([1])[0] < 0.5, by_mixup, by_cutmix)
 
     def __call__(self, images: tf.Tensor, key: Key) -> tf.Tensor:
         numbers = {name: tf.convert_to_tensor(variable) for name, variable in self.hyper.items()}
@@ -176,6 +268,8 @@ class Augmentation(tf.Module):
                 numbers.get("augment_scale", 0.0),
                 numbers.get("augment_elastic"),
             )
+        if self._flips:
+            images = flip(images, key.fold_in(7))
         if "augment_shift" in numbers:
             images = shift(images, key.fold_in(1), numbers["augment_shift"])
         if "augment_cutout" in numbers:

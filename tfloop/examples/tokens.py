@@ -1,7 +1,8 @@
 """Tokens with an Embedding and an LSTM: is a bracket expression balanced?
 
-    ./run.sh train --model=tfloop/examples/tokens.py:model --dataset=tfloop/examples/tokens.py:data \
-        --optimizer=adam --learning_rate=0.005 --epochs=6 --batch_size=64 --name=tokens
+    ./run.sh train --model=tfloop/examples/tokens.py:model \
+        --dataset=tfloop/examples/tokens.py:data --optimizer=adam --learning_rate=0.005 \
+        --epochs=6 --batch_size=64 --name=tokens
 
 The data are made here, by a random walk: 1 opens, 2 closes, 0 fills up at the end. Half of the
 expressions are balanced; in the others two brackets have changed places, or one is turned round.
