@@ -21,9 +21,22 @@ def plot(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     for name, folder in zip(names, folders, strict=True):
         label = name if names.count(name) == 1 else folder
         runs[label] = plots.by_epoch(event_files.read_scalars(folder), folder)
-    plots.save(plots.curves(runs, reference), options["out"])
+    plots.save(plots.curves(runs, reference, metric=_metric(options, runs)), options["out"])
     print(options["out"])
     return 0
+
+
+def _metric(options: dict[str, Any], runs: dict[str, Any]) -> str:
+    """What is drawn beside the loss.
+
+    Raises:
+      UserError: no run has it.
+    """
+    name = options["metric"]
+    known = {key.partition("/")[2]: None for series in runs.values() for key in series}
+    if name and name not in known:
+        raise UserError(f"--metric={name}: no run has it; there are {', '.join(known)}")
+    return name
 
 
 def _reference(text: str) -> float | None:
@@ -46,6 +59,7 @@ COMMAND = Command(
     settings=(),
     options={
         "out": ("curves.png", "the PNG file"),
+        "metric": ("", "what to draw beside the loss; unset: accuracy, or else another metric"),
         "reference": ("", "an accuracy to draw a line at, such as 0.99"),
     },
 )

@@ -11,6 +11,7 @@ import numpy as np
 
 from tfloop.errors import UserError
 from tfloop.inspection.pictures import tiled, to_visible
+from tfloop.metrics import NAMES
 
 COLOURS = ("#1f5fa8", "#c05020", "#3a8a4d", "#7a4fa0", "#a08020", "#606a75")
 GREY = "#888888"
@@ -64,28 +65,39 @@ def range_test(result: Any, title: str, path: str | Path) -> None:
     save(figure, path)
 
 
-def curves(runs: Mapping[str, Series], reference: float | None = None, along: str = "epoch") -> Any:
+def curves(
+    runs: Mapping[str, Series],
+    reference: float | None = None,
+    along: str = "epoch",
+    metric: str = "",
+) -> Any:
     """Accuracy and loss over epochs, side by side, several runs overlaid: the article's figure.
 
     Args:
-      runs: name of the run → "train/accuracy", "test/accuracy", "train/loss", "test/loss" → (x, y).
+      runs: name of the run → "train/accuracy", "test/accuracy", "train/loss", "test/loss" → (x, y);
+        other metrics likewise, "test/r2_score".
       reference: an accuracy to draw a line at.
       along: what x counts.
+      metric: what is drawn beside the loss; "": the accuracy, or where there is none the first
+        other metric, or nothing.
 
     Returns:
       A matplotlib Figure.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    figure, (left, right) = _figure(2, (11, 4.2))
+    metric = metric or _metric_of(runs)
+    figure, panels = _figure(2, (11, 4.2)) if metric else _figure(1, (7, 4.2))
+    left, right = panels if metric else (None, panels)
     for index, (name, series) in enumerate(runs.items()):
         colour = COLOURS[index % len(COLOURS)]
-        for axes, what in ((left, "accuracy"), (right, "loss")):
-            for part in ("train", "test"):
+        for axes, what in ((left, metric), (right, "loss")):
+            held_out = "test" if f"test/{what}" in series else "validation"
+            for part in ("train", held_out) if axes else ():
                 x, y = series.get(f"{part}/{what}", ([], []))
                 label = _curve_label(name, part, what, y)
                 _draw_curve(axes, x, y, part, colour, label)
-    if reference is not None:
+    if reference is not None and left:
         left.axhline(reference, color=GREY, linewidth=1, linestyle=":")
         left.annotate(
             f"{100 * reference:.2f} %",
@@ -95,10 +107,13 @@ def curves(runs: Mapping[str, Series], reference: float | None = None, along: st
             textcoords="offset points",
             color="#666666",
         )
-    if limits := _accuracy_limits(runs, reference):
+    limits = _accuracy_limits(runs, reference) if metric == "accuracy" else None
+    if left and limits:
         left.set_ylim(*limits)
-    left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
-    left.set(title="accuracy", xlabel=along)
+    if left and metric == "accuracy":
+        left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
+    if left:
+        left.set(title=metric, xlabel=along)
     right.set(title="loss", xlabel=along)
     if all(value > 0 for line in right.lines for value in line.get_ydata()):
         right.set(yscale="log", title="loss, logarithmic")
@@ -106,14 +121,25 @@ def curves(runs: Mapping[str, Series], reference: float | None = None, along: st
         right.yaxis.set_minor_formatter("")
     right.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend(fontsize=8, loc="lower right")
+        if axes:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    place = "lower right" if metric == "accuracy" else "best"
+    (left or right).legend(fontsize=8, loc=place)
     return figure
+
+
+def _metric_of(runs: Mapping[str, Series]) -> str:
+    """What is drawn beside the loss."""
+    names = [key.partition("/")[2] for series in runs.values() for key in series]
+    others = [name for name in names if name != "loss"]
+    return "accuracy" if "accuracy" in others else next(iter(others), "")
 
 
 def _curve_label(name: str, part: str, what: str, y: list[float]) -> str:
     label = f"{name}, {part}" if name else part
-    return f"{label}: {100 * y[-1]:.2f} %" if what == "accuracy" and y else label
+    if not y or what == "loss":
+        return label
+    return f"{label}: {100 * y[-1]:.2f} %" if what == "accuracy" else f"{label}: {y[-1]:.4g}"
 
 
 def _draw_curve(
@@ -157,7 +183,12 @@ _BY_EPOCH = {
     "train/loss": [("train", "epoch_loss")],
     "test/accuracy": [("test", "accuracy"), ("validation", "epoch_accuracy")],
     "test/loss": [("test", "loss/total"), ("validation", "epoch_loss")],
+    "validation/accuracy": [("validation", "accuracy")],
+    "validation/loss": [("validation", "loss/total")],
 }
+
+
+_NOT_METRICS = ("loss/", "epoch_", "gradient_norm", "evaluation_", "accuracy")
 
 
 def by_epoch(scalars: list, where: str) -> Series:
@@ -169,13 +200,23 @@ def by_epoch(scalars: list, where: str) -> Series:
       UserError: there is no accuracy or loss by epoch among them.
     """
     series: dict[tuple[str, str], list[float]] = {}
+    steps: dict[tuple[str, str], list[int]] = {}
     for scalar in scalars:
         series.setdefault((scalar.run, scalar.tag), []).append(scalar.value)
-    curves = {}
-    for name, places in _BY_EPOCH.items():
-        values = next((series[place] for place in places if place in series), None)
-        if values:
-            curves[name] = [float(epoch) for epoch in range(1, len(values) + 1)], values
+        steps.setdefault((scalar.run, scalar.tag), []).append(scalar.step)
+    epochs, curves = steps.get(("train", "epoch_loss"), []), {}
+    places = dict(_BY_EPOCH)
+    for run, tag in series:
+        if run in ("test", "validation") and not tag.startswith(_NOT_METRICS):
+            places.setdefault(f"{run}/{tag}", [(run, tag)])
+    for name, known in places.items():
+        place = next((place for place in known if place in series), None)
+        if place:
+            values = series[place]
+            x = [float(epoch) for epoch in range(1, len(values) + 1)]
+            if epochs and epochs[0] and len(values) != len(epochs):  # evaluated more often, or less
+                x = [step / epochs[0] for step in steps[place]]
+            curves[name] = x, values
     if not curves:
         tags = sorted({f"{run}/{tag}" for run, tag in series})
         shown = ", ".join(tags[:6]) or "no scalars"
@@ -225,10 +266,14 @@ class LivePlot:
     def _add(self, epoch: int, train: dict, test: dict | None) -> None:
         for part, metrics in (("train", train), ("test", test)):
             if metrics:
-                for what, name in (("accuracy", "accuracy"), ("loss", "total")):
+                for name, value in metrics.items():
+                    is_drawn = name in ("accuracy", "total") or name not in NAMES
+                    if value is None or not is_drawn:
+                        continue
+                    what = "loss" if name == "total" else name
                     x, y = self._series.setdefault(f"{part}/{what}", ([], []))
                     x.append(epoch)
-                    y.append(metrics[name])
+                    y.append(value)
 
     def write(self, record: Any) -> None:
         """An Epoch is drawn; any other record is let pass."""
@@ -355,8 +400,9 @@ def evaluation(
     labels: Sequence[Any],
     guesses: Sequence[Any],
     confidence: np.ndarray,
+    noun: str = "images",
 ) -> Any:
-    """Calibration beside the most confident mistakes.
+    """Calibration beside the most confident mistakes, where they are images.
 
     Args:
       calibration: an `evaluation.Calibration`.
@@ -364,17 +410,20 @@ def evaluation(
       labels: their true classes.
       guesses: their predicted classes.
       confidence: the probabilities of these.
+      noun: what the examples are called.
 
     Returns:
       A matplotlib Figure.
     """
     from matplotlib.figure import Figure
 
+    if not len(images):
+        figure = Figure(figsize=(5, 4.2), layout="constrained")
+        _draw_calibration(figure, calibration, noun)
+        return figure
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))  # type: ignore[misc]  # an array
-    _draw_calibration(left, calibration)
-    if not len(images):
-        return figure
+    _draw_calibration(left, calibration, noun)
     tiles = right.subplots(2, 5)
     for axes in tiles.flat:
         axes.axis("off")
@@ -410,14 +459,14 @@ def predicted(true: np.ndarray, given: np.ndarray) -> Any:
     return figure
 
 
-def _draw_calibration(figure: Any, calibration: Any) -> None:
+def _draw_calibration(figure: Any, calibration: Any, noun: str) -> None:
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
     confidence, accuracy = calibration.confidence, calibration.accuracy
     few = (calibration.images > 0) & (calibration.images < FEW)
     many = calibration.images >= FEW
     axes.plot(confidence[many], accuracy[many], "o-", color=COLOURS[0])
-    hollow = {"markerfacecolor": "white", "label": f"fewer than {FEW} images"}
+    hollow = {"markerfacecolor": "white", "label": f"fewer than {FEW} {noun}"}
     axes.plot(confidence[few], accuracy[few], "o", color=COLOURS[0], **hollow)
     if few.any():
         axes.legend(loc="upper left", fontsize=8)
@@ -427,7 +476,7 @@ def _draw_calibration(figure: Any, calibration: Any) -> None:
     axes.grid(alpha=0.3)
     middles = (np.arange(bins) + 0.5) / bins
     below.bar(middles, calibration.images, 0.9 / bins, color=COLOURS[0])
-    below.set(xlabel="confidence", ylabel="images", yscale="log", ylim=(0.7, None))
+    below.set(xlabel="confidence", ylabel=noun, yscale="log", ylim=(0.7, None))
 
 
 def save(figure: Any, path: str | Path) -> None:

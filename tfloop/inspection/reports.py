@@ -135,4 +135,4 @@ def _picture(loop: Loop, target: Target, targets: np.ndarray, shares: np.ndarray
     if len(rows) and test.has_images and test.inputs.shape[-1] in (1, 3):
         # One by one: images on disk are read in order only.
         pictures = np.stack([test.inputs[row : row + 1][0] for row in rows])
-    return plots.evaluation(calibration, pictures, names, taken, confidence)
+    return plots.evaluation(calibration, pictures, names, taken, confidence, loop.data.noun)

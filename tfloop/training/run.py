@@ -182,7 +182,7 @@ class Run:
                 summaries.write(record)
             self._display.write(record, self._label)
             is_best = not isinstance(record, Call) and self._add(record)
-            if plot:
+            if plot and isinstance(record, Epoch):
                 plot.write(record)
             if not may_end(record, loop):
                 continue
