@@ -298,3 +298,25 @@ def test_results_are_json_with_the_metrics_of_every_evaluation(config, tmp_path)
     stored = json.loads((tmp_path / "run-001" / "result.json").read_text())
     assert stored["final"]["test"]["f1_macro"] == found["final"]["test"]["f1_macro"]
     assert "f1_macro" not in stored["final"]["train"]
+
+
+def test_muon_is_kerass(random):
+    data = tfloop.from_arrays(random.normal(size=(20, 3)), np.arange(20) % 2, standardize=False)
+    config = tfloop.Config.make(optimizer="muon", weight_decay=0.05, batch_size=20)
+    from tfloop.assembly import make_optimizer
+
+    state = tfloop.TrainState(twins(), make_optimizer(config), tfloop.Schedule(learning_rate=0.01))
+    loop = tfloop.Loop(state, data, batch_size=20)
+    model, optimizer = twins(), keras.optimizers.Muon(0.01, weight_decay=0.05)
+    for _ in range(3):
+        batch = loop.batch(0)
+        tfloop.train_step(state, batch)
+        with tf.GradientTape() as tape:
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                batch.targets, model(batch.inputs)
+            )
+            loss = tf.reduce_mean(losses)
+        weights = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, weights), weights)
+    for ours, theirs in zip(state.weights.values(), model.trainable_variables):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -20,7 +20,7 @@ from tfloop.data.spec import Array, Spec, of_data
 from tfloop.errors import UserError
 from tfloop.loop import Loop
 from tfloop.nests import map_leaves
-from tfloop.optimizers import CLIPS, Optimizer, parsed_rates
+from tfloop.optimizers import CHOICES, CLIPS, Optimizer, of_keras, parsed_rates
 from tfloop.schedules import Schedule, needs_length
 from tfloop.state import TrainState
 from tfloop.wording import shape_text
@@ -78,9 +78,13 @@ def make_schedule(config: Config, steps: int) -> Schedule:
     )
 
 
-def make_optimizer(config: Config) -> Optimizer:
-    """The optimizer that `config` names."""
+def make_optimizer(config: Config) -> Any:
+    """The optimizer that `config` names: an Optimizer, or one of Keras's."""
     names = [*hyperparameters("optimizer"), *CLIPS]
+    if config.optimizer in CHOICES.keras:
+        others = ("rate_of", "exclude_from_weight_decay")
+        given = {name: getattr(config, name) for name in others if getattr(config, name)}
+        return of_keras(config.optimizer, **_chosen(config, names), **given)
     return Optimizer(
         config.optimizer,
         rate_of=parsed_rates(config.rate_of),
@@ -123,7 +127,8 @@ def settle(loop: Loop, config: Config) -> None:
         make_optimizer(config),
         make_augmentation(config),
     )
-    numbers = {name: v.numpy() for part in parts for name, v in part.hyper.items()}
+    hypers = [getattr(part, "hyper", {}) for part in parts]  # Keras's optimizers have none
+    numbers = {name: v.numpy() for hyper in hypers for name, v in hyper.items()}
     for name in ("l1", "l2", "label_smoothing"):
         numbers[name] = np.float32(getattr(config, name))
     if config.ema is not None:

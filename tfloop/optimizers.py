@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from tfloop.errors import UserError
@@ -268,6 +268,42 @@ def lion(
     return -rate * (sign + f32(weight_decay) * weights()), {"momentum": m}
 
 
+class _Choices(Collection):
+    """The rules, and the optimizers of Keras that are taken as they are: name → Keras's name.
+
+    Muon is one: it orthogonalises each weight as a matrix, which is no rule on one vector.
+    """
+
+    keras: ClassVar = {"muon": "Muon"}
+
+    def __contains__(self, name: object) -> bool:
+        return name in OPTIMIZERS or name in self.keras
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*OPTIMIZERS, *self.keras])
+
+    def __len__(self) -> int:
+        return len(OPTIMIZERS) + len(self.keras)
+
+
+CHOICES = _Choices()
+
+
+def of_keras(name: str, **hyper: Any) -> Any:
+    """A new keras.optimizers.Optimizer by its name in CHOICES.
+
+    Raises:
+      UserError: a hyperparameter that it is not handed.
+    """
+    import keras
+
+    taken = ("momentum", "nesterov", "weight_decay", "epsilon")
+    for key in hyper:
+        if key not in taken:
+            raise UserError(f"--{key}: optimizer '{name}' has no {key}; it has {', '.join(taken)}")
+    return getattr(keras.optimizers, CHOICES.keras[name])(**hyper)
+
+
 def parsed_rates(pairs: Sequence[str]) -> dict[str, float]:
     """{pattern: factor} of "pattern:factor" pairs.
 
@@ -314,7 +350,7 @@ class OptimizerSettings:
 
     HEADING: ClassVar[str] = "optimizer"
 
-    optimizer: str = option("rmsprop", "update rule", choices=OPTIMIZERS, retrace="value")
+    optimizer: str = option("rmsprop", "update rule", choices=CHOICES, retrace="value")
     momentum: float | None = option(None, "share of the last update in this one", within=UNIT)
     nesterov: bool = option(False, "Nesterov's momentum", retrace="value")
     rho: float | None = option(None, "decay of the mean square", within=UNIT)
