@@ -57,7 +57,8 @@ def test_a_goal_a_time_and_a_period_are_read():
 
 
 def test_a_run_stops_when_its_goal_is_reached_and_is_finished(config, capsys):
-    found = session.train(config(epochs=30, learning_rate=0.01, until="test accuracy > 0.8", quiet=False))[0]
+    settings = dict(epochs=30, learning_rate=0.01, until="test accuracy > 0.8", quiet=False)
+    found = session.train(config(**settings))[0]
     accuracies = [epoch["test"]["accuracy"] for epoch in found["epochs"]]
     assert found["finished"] and accuracies[-1] > 0.8 and max(accuracies[:-1]) <= 0.8
     assert "stopped: test accuracy > 0.8 is reached" in capsys.readouterr().out

@@ -323,16 +323,20 @@ def mistakes(context: Context) -> Iterator[Summary]:
     if not _classifies(context, outputs):
         return
     guesses, labels = outputs.argmax(axis=1), _labels(context)
-    yield _image("confusion", plots.confusion(labels, guesses, outputs.shape[1]))
+    target = context.loop.data.target
+    assert target is not None
+    yield _image("confusion", plots.confusion(labels, guesses, outputs.shape[1], target.names))
     wrong = np.flatnonzero(guesses != labels)[:MISCLASSIFIED]
     if len(wrong) and _shows_pictures(test):
-        shown = plots.misclassified(test.inputs[wrong], labels[wrong], guesses[wrong])
+        true, taken = ([target.name_of(int(n)) for n in of[wrong]] for of in (labels, guesses))
+        shown = plots.misclassified(test.inputs[wrong], true, taken)
         yield _image("misclassified", shown)
     shares = context.loop.state.probabilities(tf.constant(outputs)).numpy()
     if not models.squashed_values(shares):  # a loss of one's own that takes logits
         shares = tf.nn.softmax(shares).numpy()
     for label in range(shares.shape[1]):
-        yield pr_curve_pb(f"class_{label}", labels == label, shares[:, label])
+        name = target.names[label] if target.names else f"class_{label}"
+        yield pr_curve_pb(name, labels == label, shares[:, label])
 
 
 @summary("epoch", run="test", levels=("full",), needs_test=True)

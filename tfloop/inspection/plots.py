@@ -293,10 +293,18 @@ class LivePlot:
             self._shown = display(figure, display_id=True)
 
 
-def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> bytes:
+def confusion(
+    labels: np.ndarray, guesses: np.ndarray, classes: int, names: Sequence[str] = ()
+) -> bytes:
     """Counts by true class (rows) and predicted class, as PNG.
 
     Colour shows the errors, which the diagonal would drown.
+
+    Args:
+      labels: [N] true class numbers.
+      guesses: [N] predicted ones.
+      classes: how many there are.
+      names: of the classes; () for their numbers.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -313,12 +321,16 @@ def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> bytes:
                 center = {"ha": "center", "va": "center"}
                 axes.text(column, row, count, fontsize=9, fontweight=weight, **center)
         axes.set(xticks=range(classes), yticks=range(classes))
+        if names:
+            axes.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticklabels(names)
+            figure.set_layout_engine("constrained")
     title = f"{errors.sum()} of {len(labels)} wrong"
     axes.set(xlabel="predicted", ylabel="true", title=title)
     return _png(figure)
 
 
-def misclassified(images: np.ndarray, labels: np.ndarray, guesses: np.ndarray) -> bytes:
+def misclassified(images: np.ndarray, labels: Sequence[Any], guesses: Sequence[Any]) -> bytes:
     """Images that the model got wrong, each with its true and its predicted class, as PNG."""
     columns, (height, width) = min(5, len(images)), images.shape[1:3]
     gap = math.ceil(0.25 * height)  # above each image, for its line of text
