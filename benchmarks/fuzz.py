@@ -325,7 +325,7 @@ def guide(name: str, cases: int, folder: Path) -> None:
             "-seed=1",
             "-max_len=4096",
             "-timeout=20",
-            "-rss_limit_mb=4096",
+            "-rss_limit_mb=8192",
             f"-artifact_prefix={folder}/",
             str(corpus),
         ],

@@ -1,7 +1,9 @@
 import os
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as the commands have it, on every CPU
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # where is noted which code was named
 
 import numpy as np
 import pytest

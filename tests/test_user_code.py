@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tfloop
+from tfloop import user_code
 from tfloop.cli import main
 from tfloop.errors import UserError
 from tfloop.training import code
@@ -182,6 +183,8 @@ def test_a_folder_from_someone_else_runs_no_code_of_its_own(own, tmp_path, capsy
     for place in (run / "config.json", *run.glob("checkpoints/*/manifest.json")):
         place.write_text(place.read_text().replace("own.py:", f"{evil}:"))
     assert config["model"] == "own.py:model"
+    outside = tmp_path / "evil.py"
+    shutil.copy(evil, outside)
     for arguments in (
         ["evaluate", str(run)],
         ["predict", str(run), "x.npz"],
@@ -190,8 +193,46 @@ def test_a_folder_from_someone_else_runs_no_code_of_its_own(own, tmp_path, capsy
         ["train", f"--config={run}/config.json"],
     ):
         assert main(arguments) == 2
+    # Nor what lies elsewhere, with sums of the stranger's own making, nor what is installed.
+    sums = {"digest": user_code.digest_of({"evil.py": outside.read_text()}), "root": str(tmp_path)}
+    for reference, options in (
+        (f"{outside}:model", []),
+        ("subprocess:check_output", ["args=touch was_run", "shell=true"]),
+        ("os:system", ["command=touch was_run"]),
+    ):
+        changed = {**config, "model": reference, "model_options": options}
+        (run / "config.json").write_text(json.dumps(changed))
+        entry = {"files": ["evil.py"], **sums}
+        key = f"model={reference.rpartition('/')[2]}"
+        (run / code.FILE).write_text(json.dumps({key: entry, "model=os:system": {"files": 5}}))
+        for arguments in (
+            ["train", f"--resume={run}", "--epochs=2"],
+            ["train", f"--config={run}/config.json"],
+        ):
+            assert main(arguments) == 2
+            assert "that you have not named here before" in capsys.readouterr().err
     assert not Path("was_run").exists()
+
+
+def test_files_beside_a_model_are_part_of_its_source(own, tmp_path, capsys):
+    for folder, width in (("one", 3), ("two", 5)):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        own(GOOD.replace("width=4", "width=4").replace("def model", "import helper\n\n\ndef model"))
+        source = Path("own.py").read_text().replace("Dense(width)", "Dense(helper.WIDTH)")
+        (tmp_path / folder / "own.py").write_text(source)
+        (tmp_path / folder / "helper.py").write_text("from parts.more import WIDTH\n")
+        (tmp_path / folder / "parts" / "more.py").write_text(f"WIDTH = {width}\n")
+    for number, (folder, width) in enumerate((("one", 3), ("two", 5)), start=1):
+        assert train(model=f"{folder}/own.py:model", dataset=f"{folder}/own.py:data") == 0
+        run = tmp_path / "runs" / f"run-00{number}"
+        kept = json.loads((run / code.FILE).read_text())["model=own.py:model"]
+        assert sorted(kept["files"]) == ["helper.py", "own.py", "parts/more.py"]
+        assert (run / code.FOLDER / kept["digest"][:12] / "parts" / "more.py").is_file()
+        assert tfloop.open_run(run)[1].weights["dense/kernel"].shape[1] == width
+    (tmp_path / "two" / "parts" / "more.py").write_text("WIDTH = 5  # as before\n")
     capsys.readouterr()
+    assert main(["train", f"--resume={run}", "--epochs=2", "--quiet"]) == 2
+    assert "one of own.py, helper.py" in capsys.readouterr().err
 
 
 def test_a_run_whose_file_is_gone_names_the_copy_to_look_at(own, tmp_path, capsys):

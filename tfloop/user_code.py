@@ -54,11 +54,6 @@ class Code(NamedTuple):
     function: Callable
     files: dict[str, str]
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over names and contents of the files."""
-        return digest_of(self.files)
-
     def call(self, flag: str, known: Mapping[str, Any], options: Mapping[str, str]) -> Any:
         """What the function gives for those of the known arguments that it takes.
 
@@ -93,7 +88,8 @@ class Code(NamedTuple):
                 f"{listed(known) or 'nothing'}; give it a default, or --{flag}_options="
                 f"{missing[0]}=VALUE"
             )
-        with self.told(flag):
+        folder = Path(next(iter(self.files), "")).resolve().parent
+        with beside(folder), self.told(flag):
             return self.function(**given)
 
     def parameters(self, flag: str) -> dict[str, inspect.Parameter]:
@@ -134,10 +130,10 @@ def parsed(text: str) -> Any:
 
 
 def digest_of(files: Mapping[str, str]) -> str:
-    """SHA-256 over the names, without their folders, and the contents of files."""
+    """SHA-256 over the names and the contents of files."""
     sha = hashlib.sha256()
-    for path in sorted(files, key=lambda path: Path(path).name):
-        sha.update(f"{Path(path).name}\n{files[path]}\n".encode())
+    for path in sorted(files):
+        sha.update(f"{path}\n{files[path]}\n".encode())
     return sha.hexdigest()
 
 
@@ -178,7 +174,6 @@ def load(reference: str, flag: str, or_dict: bool = False) -> Code:
     """
     source, _, name = reference.rpartition(":")
     is_file = source.endswith(".py")
-    before = set(sys.modules)
     module = _load_file(Path(source), f"--{flag}={reference}") if is_file else None
     module = module or _import(source, f"--{flag}={reference}")
     function = getattr(module, name, None)
@@ -190,10 +185,11 @@ def load(reference: str, flag: str, or_dict: bool = False) -> Code:
             f"--{flag}={reference}: {module.__file__} has no function {name}; it has "
             f"{listed(functions) or 'none'}"
         )
-    return Code(reference, function, _sources(module, before))
+    return Code(reference, function, _sources(module))
 
 
 _LOADED: dict[Path, tuple[str, ModuleType]] = {}  # path → (content, module): imported once
+_HELPERS: dict[Path, set[str]] = {}  # folder → modules that lie beside what was loaded from there
 
 
 def _load_file(path: Path, what: str) -> ModuleType:
@@ -210,42 +206,68 @@ def _load_file(path: Path, what: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    for folder, names in _HELPERS.items():
+        if folder != place.parent:  # this file's own of the same name is meant
+            for helper in names:
+                sys.modules.pop(helper, None)
+    before = set(sys.modules)
     sys.modules[name] = module  # as Keras's registration of classes and pickle want it
-    folder = str(place.parent)
-    sys.path.insert(0, folder)  # for what lies beside it
     try:
-        with _told_with_line(what, [str(path)]):
+        with beside(place.parent), _told_with_line(what, [str(path)]):
             spec.loader.exec_module(module)
     except UserError:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(folder)
+    helpers = {n for n in set(sys.modules) - before if _is_under(place.parent, sys.modules[n])}
+    _HELPERS.setdefault(place.parent, set()).update(helpers - {name})
+    module.__tfloop_imported__ = [sys.modules[n] for n in sorted(helpers - {name})]  # type: ignore[attr-defined]
     _LOADED[place] = content, module
     return module
 
 
-def _import(source: str, what: str) -> ModuleType:
-    sys.path.insert(0, "")  # as `python -m` has it
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[None]:
+    """In this block what lies in the folder can be imported."""
+    sys.path.insert(0, str(folder))
     try:
-        with _told_with_line(what, []):
-            return importlib.import_module(source)
+        yield
     finally:
-        sys.path.remove("")
+        sys.path.remove(str(folder))
 
 
-def _sources(module: ModuleType, before: set[str]) -> dict[str, str]:
-    """path → content of a module's file, and of those in its folder that it imported."""
+def _import(source: str, what: str) -> ModuleType:
+    with beside(Path("").resolve()), _told_with_line(what, []):  # as `python -m` has it
+        return importlib.import_module(source)
+
+
+def _is_under(folder: Path, module: Any) -> bool:
+    """Is it a module of the user's own, in the folder or in one below?"""
+    file = getattr(module, "__file__", None)
+    if not file or not file.endswith(".py"):
+        return False
+    place = Path(file).resolve()
+    is_installed = "site-packages" in place.parts or Path(__file__).parent in place.parents
+    return folder in place.parents and (not is_installed or place.parent == folder)
+
+
+def _sources(module: ModuleType) -> dict[str, str]:
+    """path → content of a module's file, and of those below its folder that it uses."""
     if not module.__file__:
         return {}
     folder = Path(module.__file__).resolve().parent
-    paths = [Path(module.__file__)]
-    for name in sorted(set(sys.modules) - before):
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and file.endswith(".py") and Path(file).resolve().parent == folder:
-            paths.append(Path(file))
+    seen, left = {id(module): module}, [module]
+    for used in getattr(module, "__tfloop_imported__", ()):  # when it was first loaded
+        seen[id(used)] = used
+        left.append(used)
+    while left:
+        for value in list(vars(left.pop()).values()):
+            is_module = isinstance(value, ModuleType)
+            of = value if is_module else sys.modules.get(str(getattr(value, "__module__", "")))
+            if of is not None and id(of) not in seen and _is_under(folder, of):
+                seen[id(of)] = of
+                left.append(of)
     found = {}
-    for path in paths:
+    for path in (Path(str(used.__file__)) for used in seen.values()):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             found[str(path)] = path.read_text(encoding="utf-8")
     return found

@@ -34,7 +34,7 @@ def new(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
 COMMAND = Command(
     new,
     "a folder to start from: model.py, data.py and flags.txt, commented, which train at once",
-    topic="train",
+    topic="use",
     arguments="FOLDER",
     settings=(),
 )

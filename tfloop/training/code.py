@@ -1,13 +1,12 @@
 """The user's own code that a run was made with: kept in its folder, and when it may be run again.
 
 A run's folder holds source.json, which names each function with the digest of its files, and
-source/ with their contents. Code that a folder names, and not the command line, is run only from
-the user's own files: one that belongs to whoever runs the command, lies outside the run's folder,
-and is what the run was made with. What is kept in the folder is for reading; it is never run unless
-it is named. Needs no TensorFlow.
+source/ with their contents. Code that a folder names, and not the command line, is run only if the
+user has named it before: every function that was named on a command line, or in Python, is noted in
+a file of the user's own, outside all run folders. What is kept in a folder is for reading; it is
+never run unless it is named. Needs no TensorFlow.
 """
 
-import importlib.util
 import json
 import os
 from collections.abc import Collection
@@ -34,6 +33,38 @@ def _values(config: Config, name: str) -> tuple[str, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def notes() -> Path:
+    """The file that notes which functions the user has named: a line each."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "tfloop" / "code.txt"
+
+
+def _key(reference: str) -> str:
+    """A reference as it is noted: with the whole path of a file."""
+    source, _, function = reference.rpartition(":")
+    return f"{Path(source).resolve()}:{function}" if source.endswith(".py") else reference
+
+
+def _noted() -> set[str]:
+    try:
+        return set(notes().read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError):
+        return set()
+
+
+def note(references: Collection[str]) -> None:
+    """Note that the user has named these functions. Where it cannot be, they are named again."""
+    new = [key for key in map(_key, references) if key not in _noted() and "\n" not in key]
+    if not new:
+        return
+    try:
+        notes().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(notes(), "a", encoding="utf-8") as file:
+            file.write("".join(f"{key}\n" for key in new))
+    except OSError:
+        return
+
+
 def store(folder: Path, config: Config) -> None:
     """Keep what the settings name in the run's folder; where it is kept already, nothing is done.
 
@@ -41,19 +72,25 @@ def store(folder: Path, config: Config) -> None:
       UserError: the folder cannot be written.
     """
     stored, entries = _stored(folder), {}
+    note([reference for _, reference in references(config)])
     for flag, reference in references(config):
         code = user_code.load(reference, flag, or_dict=True)
         if not code.files:
             continue
-        paths = [str(Path(path).resolve()) for path in code.files]
-        entry = {"digest": code.digest, "files": paths}
+        root = Path(next(iter(code.files))).resolve().parent
+        contents = {
+            str(Path(path).resolve().relative_to(root)): content
+            for path, content in code.files.items()
+        }
+        digest = user_code.digest_of(contents)
+        entry = {"digest": digest, "root": str(root), "files": [*contents]}
         entries[f"{flag}={_short(reference)}"] = entry
-        kept = folder / FOLDER / code.digest[:12]
+        kept = folder / FOLDER / digest[:12]
         if not kept.is_dir():
-            _make(kept)
-            for path, content in code.files.items():
-                folders.write(kept / Path(path).name, content)
-    if entries and entries != stored:
+            for name, content in contents.items():
+                _make((kept / name).parent)
+                folders.write(kept / name, content)
+    if entries and {**stored, **entries} != stored:
         folders.write_json(folder / FILE, {**stored, **entries})
 
 
@@ -84,6 +121,7 @@ def trusted(
     named: Collection[str] = (),
     override: bool = False,
     goes_on: bool = False,
+    needed: Collection[str] = CODE,
 ) -> Config:
     """The settings of a run, whose code may be run now, with the paths where it is.
 
@@ -93,31 +131,36 @@ def trusted(
       named: the settings that were given on the command line; their code is run as it is.
       override: take files that changed since the run was made.
       goes_on: the run is to go on, for which named code may not have changed either.
+      needed: the settings whose code will be run.
 
     Raises:
-      UserError: code that is not there, is not the user's own, or is not what the run was made
-        with.
+      UserError: code that the user has not named, now or before, that is not there, or that is not
+        what the run was made with.
     """
-    stored = _stored(folder)
+    stored, known = _stored(folder), _noted()
+    note([reference for flag, reference in references(config) if flag in named])
     found: dict[str, dict[str, str]] = {}
     for flag, reference in references(config):
-        if flag in named:
-            if override or not goes_on:
-                continue
-            entry = stored.get(f"{flag}={_short(reference)}")
-            if entry and (changed := _changed(reference, entry)):
-                raise UserError(_of_other_source(folder, flag, changed))
-            continue
         entry = stored.get(f"{flag}={_short(reference)}")
-        place = _place(folder, reference, entry)
+        entry = entry if isinstance(entry, dict) else None
+        if flag in named:
+            place: str | None = reference
+        elif flag not in needed:
+            continue
+        else:
+            place = _place(reference, entry, known)
         if place is None:
-            kept = _kept(folder, entry, reference)
             raise UserError(
-                f"{folder}: was made with --{flag}={reference}, which is not among your own files "
-                f"as it was; name it: --{flag}={kept}"
+                f"{folder}: its settings name code, --{flag}={reference}, that you have not named "
+                f"here before; look at it, and name it: --{flag}={_kept(folder, entry, reference)}"
             )
-        if not override and (changed := _changed(place, entry)):
-            raise UserError(_of_other_source(folder, flag, changed))
+        is_to_be_same = goes_on or flag not in named
+        if is_to_be_same and not override and (changed := _changed(place, entry)):
+            raise UserError(
+                f"{folder}: {changed} of --{flag} is not what the run was made with, which is kept "
+                f"in {folder / FOLDER}; put it back, or go on with what it is now: --{flag} names "
+                "it for a finished run, --override for one that is resumed"
+            )
         found.setdefault(flag, {})[reference] = place
     values = {}
     for flag, by_reference in found.items():
@@ -126,71 +169,53 @@ def trusted(
     return config.replace(**values) if values else config
 
 
-def _of_other_source(folder: Path, flag: str, path: str) -> str:
-    return (
-        f"{folder}: {path} of --{flag} is not what the run was made with, which is kept in "
-        f"{folder / FOLDER}; put it back, or go on with what it is now: --{flag} names it for a "
-        "finished run, --override for one that is resumed"
-    )
+def _place(reference: str, entry: dict | None, known: set[str]) -> str | None:
+    """The reference with the path of a file that the user named before; None where there is none.
 
-
-def _place(folder: Path, reference: str, entry: Any) -> str | None:
-    """The reference with the path where the user's own file is; None where it is nowhere."""
+    Nothing is imported to find that out.
+    """
     source, _, function = reference.rpartition(":")
     if not source.endswith(".py"):
-        try:
-            spec = importlib.util.find_spec(source)
-        except (ImportError, ValueError):
-            return None
-        return reference if spec and spec.origin and _is_own(folder, Path(spec.origin)) else None
+        return reference if reference in known else None
     candidates = [Path(source)]
-    if isinstance(entry, dict):
-        candidates += [Path(p) for p in entry.get("files", ()) if Path(p).name == Path(source).name]
+    if entry and isinstance(entry.get("root"), str):
+        candidates.append(Path(entry["root"]) / Path(source).name)
     for path in candidates:
-        if path.is_file() and _is_own(folder, path):
+        if path.is_file() and _key(f"{path}:{function}") in known:
             return f"{path}:{function}"
     return None
 
 
-def _is_own(folder: Path, path: Path) -> bool:
-    """Does a file belong to whoever runs this, outside the folder that names it?"""
-    place = path.resolve()
-    is_outside = folder.resolve() not in place.parents
-    return is_outside and place.stat().st_uid == os.geteuid()
-
-
-def _changed(reference: str, entry: Any) -> str:
-    """The file that is not what the run was made with; "" where all are."""
+def _changed(reference: str, entry: dict | None) -> str:
+    """The files that are not what the run was made with; "" where all are, or nobody knows."""
     source = Path(reference.rpartition(":")[0])
-    if not isinstance(entry, dict):
-        return str(source)  # nobody has said what it was
-    if source.suffix != ".py":
-        return ""  # TensorFlow must start before it is imported; `store` sees to it then
-    names = [Path(path).name for path in entry.get("files", ())]
-    files = {}
-    for name in names:
+    names = entry.get("files") if entry else None
+    if source.suffix != ".py" or not isinstance(names, list) or entry is None:
+        return ""  # a package's files are found only by importing it
+    contents = {}
+    for name in map(str, names):
         path = source.parent / name
         try:
-            files[str(path)] = path.read_text(encoding="utf-8")
+            contents[name] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             return str(path)
-    return "" if user_code.digest_of(files) == entry.get("digest") else listed_names(names)
+    if user_code.digest_of(contents) == entry.get("digest"):
+        return ""
+    return names[0] if len(names) == 1 else f"one of {', '.join(map(str, names))}"
 
 
-def listed_names(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
-
-
-def _kept(folder: Path, entry: Any, reference: str) -> str:
-    digest = entry.get("digest", "") if isinstance(entry, dict) else ""
-    return f"{folder / FOLDER / digest[:12] / _short(reference)}" if digest else reference
+def _kept(folder: Path, entry: dict | None, reference: str) -> str:
+    digest = str(entry.get("digest", "")) if entry else ""
+    place = folder / FOLDER / digest[:12] / _short(reference)
+    is_there = digest and Path(str(place).rpartition(":")[0]).is_file()
+    return str(place) if is_there else reference
 
 
 def check_config_file(path: str, config: Config, named: Collection[str]) -> Config:
     """The settings of a --config file, whose code may be run.
 
     Raises:
-      UserError: it names code that the command line does not, and that is not the user's own.
+      UserError: it names code that the user has not named, now or before.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     return trusted(folder, config, named)

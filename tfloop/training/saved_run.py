@@ -10,6 +10,7 @@ from tfloop.data import spec
 from tfloop.errors import UserError
 from tfloop.state import TrainState
 from tfloop.training import checkpoints, code, folders
+from tfloop.user_code import is_reference
 
 
 def open_run(
@@ -55,7 +56,11 @@ def _own_code(folder: Path, config: Config, named: Mapping[str, Any]) -> Config:
     given = {name: named[name] for name in CODE if named.get(name)}
     replaced = {name: value for name, value in given.items() if name != "dataset"}
     config = config.replace(**replaced) if replaced else config
-    return code.trusted(folder, config, given)
+    if given.get("dataset"):  # the run's own is not read
+        options = config.data_options if is_reference(given["dataset"]) else ()
+        config = config.replace(dataset=given["dataset"], data_options=options)
+    needed = [name for name in CODE if name != "dataset" or "dataset" in named]
+    return code.trusted(folder, config, given, needed=needed)
 
 
 def spec_of(manifest: dict[str, Any]) -> spec.Spec:
