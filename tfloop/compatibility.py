@@ -69,6 +69,7 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
             "[N, height, width, channels] alone are augmented"
         )
     _check_takes(state.model, data)
+    _check_moved(state, data)
     batch = pipelines.batch_at(data.train, min(LOOKED_AT, most), 0, 0, 0)
     inputs = state.standardize(batch.inputs)
     given = _called(state, inputs, data, as_logits=False)
@@ -87,6 +88,7 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
         state.objective.check_mixing([n for n in state.augmentation.names if "mix" in n])
     outputs = _called(state, inputs, data, as_logits=state.objective.as_logits)
     _check_logits(state, inputs, outputs)
+    _check_columns(state, batch.targets, outputs)
     return outputs
 
 
@@ -150,8 +152,45 @@ def _check_logits(state: TrainState, inputs: Any, outputs: Any) -> None:
             )
 
 
+def _check_moved(state: TrainState, data: Dataset) -> None:
+    """Raises UserError where images would be moved, and masks that belong to them would not."""
+    moved = [name for name in state.augmentation.names if name not in ("augment_cutout", "mixup")]
+    for name, target in data.kinds.items():
+        is_mask = data.train.has_images and target.shape[:2] == data.image_shape[:2]
+        if moved and is_mask:
+            raise UserError(
+                f"{moved[0]}: moves the images, and not the targets{f' {name}' if name else ''}, "
+                f"which are {shape_text(target.shape)} as they are; augment both in a "
+                "tf.data.Dataset of your own"
+            )
+
+
+def _check_columns(state: TrainState, targets: Any, outputs: Any) -> None:
+    """Raises UserError where a loss of the user's own compares each target with all outputs.
+
+    Targets [N] and outputs [N, 1] broadcast to [N, N].
+    """
+    for term in state.objective.terms:
+        own, given = leaves(targets)[term.places[0]], leaves(outputs)[term.places[1]]
+        is_column = given.shape.rank == own.shape.rank + 1 and given.shape[-1] == 1
+        if term.is_default or term.is_keras or not is_column or own.shape[0] < 2:
+            continue
+        whole, alone = (
+            term.loss(own[:rows], given[:rows], 0.0).numpy().reshape(-1)[0]
+            for rows in (own.shape[0], 1)
+        )
+        if not np.isclose(whole, alone, rtol=1e-3, equal_nan=True):
+            raise UserError(
+                f"the loss function gives {whole:.4g} for the first example of {own.shape[0]}, and "
+                f"{alone:.4g} for it alone: targets {tuple(own.shape)} and outputs "
+                f"{tuple(given.shape)} broadcast; take outputs[:, 0]"
+            )
+
+
 def _squashed(values: np.ndarray) -> str:
-    return models.squashed_values(values.reshape(-1, values.shape[-1]))
+    if values.shape[-1] > 1:
+        return models.squashed_values(values.reshape(-1, values.shape[-1]))
+    return models.squashed_values(values.reshape(1, -1)).replace("softmax", "sigmoid")
 
 
 def _of_other_size(state: TrainState, inputs: Any, factor: float, place: int) -> np.ndarray:

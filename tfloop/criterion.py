@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 from tfloop.errors import UserError
 
 PARTS = ("train", "test", "validation")
-# Words of scikit-learn's and Keras's names of what is to be small.
-_SMALL = re.compile(r"(loss|error|deviance|entropy|divergence|hinge|poisson|mse|mae|rmse)($|_)")
+# What scikit-learn's and Keras's names say is to be small; "neg_…" and "…_score" are to be large.
+_SMALL = re.compile(
+    r"(loss|error|deviance|entropy|crossentropy|divergence|hinge|poisson|huber|logcosh"
+    r"|mse|mae|rmse|mape|msle)($|_)"
+)
+_LARGE = re.compile(r"^(\w+/)?neg_|_score$|_similarity$")
 _TERMS = ("loss", "total", "data", "l1", "l2", "custom", "model", "gradient_norm")
 _COMPARED: dict[str, Callable] = {
     ">": operator.gt,
@@ -87,7 +91,8 @@ def parse(text: str, flag: str = "choose_by") -> Criterion:
             f'--{flag}={text}: expected a metric, as in "accuracy", "test loss" or "min validation '
             'my_metric"'
         )
-    is_small = words[0] in _TERMS or bool(_SMALL.search(words[0].lower()))
+    name = words[0].lower()
+    is_small = name in _TERMS or bool(_SMALL.search(name) and not _LARGE.search(name))
     return Criterion(part, words[0], way == "max" if way else not is_small)
 
 

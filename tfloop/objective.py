@@ -4,6 +4,7 @@ An `Objective` joins what the user asked for, what the targets are and what the 
 step asks it for the loss of each example, and for what it counts beside it.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,14 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from keras.src.losses.loss import squeeze_or_expand_to_same_rank
 
 from tfloop import models
 from tfloop.cross_entropy import binary_cross_entropy, cross_entropy, over_places, squared_error
 from tfloop.data.augmentation import mixed
 from tfloop.data.targets import Target
 from tfloop.errors import UserError
+from tfloop.metrics import NAMES
 from tfloop.nests import filled, leaves, named_leaves
 from tfloop.user_code import told_in_one_line
 from tfloop.wording import names_text, shape_text
@@ -38,6 +41,7 @@ class Term(NamedTuple):
       target: what its targets are.
       places: of its targets and of its output among the leaves of theirs.
       is_default: does the loss follow from the targets?
+      is_keras: is it one of Keras's?
     """
 
     name: str
@@ -50,6 +54,7 @@ class Term(NamedTuple):
     target: Target
     places: tuple[int, int]
     is_default: bool = True
+    is_keras: bool = False
 
 
 class Objective:
@@ -60,7 +65,9 @@ class Objective:
       names: of the outputs.
       is_default: did nobody ask for a loss, so that it follows from the targets?
       extra: the names of what is summed up beside the loss and the accuracy.
-      whole_metrics: name → function of all targets and outputs of an evaluation, as NumPy.
+      whole_metrics: name → (function of all targets and outputs of an evaluation, as NumPy; the
+        output that it looks at, None for all).
+      warned: the names of those that have failed.
     """
 
     def __init__(
@@ -92,28 +99,27 @@ class Objective:
         self.names = [""] if outputs is None else output_names(model, outputs)
         self._whole = loss if _takes_nests(loss, self.names) else None
         self.is_default = loss is None
+        self._widths = [shape[-1] if shape else 0 for shape in shapes or []]
         self.terms: list[Term] = []
         if self._whole is None or len(self.names) == len(kinds) == 1:
             by_output = _by_output(loss, self.names)
-            for name, target, places in _pairs(self.names, kinds):
+            in_order = isinstance(outputs, (list, tuple))
+            for name, target, places in _pairs(self.names, kinds, in_order):
                 shape = None if shapes is None else shapes[places[1]]
                 own, weight = by_output.get(name, (None, 1.0))
                 self.terms.append(self._term(name, own, weight, target, shape, places))
         self.extra: list[str] = []
         self._batch_metrics: dict[str, Callable] = {}
-        self.whole_metrics: dict[str, Any] = {}
+        self.whole_metrics: dict[str, tuple[Any, Term | None]] = {}
+        self.warned: set[str] = set()
         if len(self.terms) > 1:
             self.extra = [f"{term.name}/loss" for term in self.terms]
             self.extra += [f"{term.name}/accuracy" for term in self.terms if term.accuracy]
         for name, metric in _named_metrics(metrics).items():
-            taken = {"accuracy", "loss", *self.extra}
+            taken = {"loss", *NAMES, *self.extra}
             if name in taken:
                 raise UserError(f"metrics: {name} is there already; give yours another name")
-            if targets is not None and self._is_by_example(metric, targets, outputs):
-                self._batch_metrics[name] = metric
-                self.extra.append(name)
-            else:
-                self.whole_metrics[name] = metric
+            self._add_metric(name, metric, targets, outputs)
 
     def _term(
         self,
@@ -133,7 +139,17 @@ class Objective:
             else:
                 accuracy = _accuracy_of_own(loss, target, shape, squashed)
             return Term(
-                name, text_of(loss), found, weight, False, "", accuracy, target, places, False
+                name,
+                text_of(loss),
+                found,
+                weight,
+                False,
+                "",
+                accuracy,
+                target,
+                places,
+                is_default=False,
+                is_keras=found.func is _of_keras,
             )
         if target.kind == "values":
             return Term(
@@ -165,6 +181,30 @@ class Objective:
         text = "binary cross-entropy of each class" if is_sigmoid else "cross-entropy"
         activation, accuracy = squashed or "softmax", class_accuracy
         return Term(name, text, found, weight, True, activation, accuracy, target, places)
+
+    def _add_metric(self, name: str, metric: Any, targets: Any, outputs: Any) -> None:
+        """Scikit-learn's and Keras's look at each output, others at all of them together."""
+        if isinstance(metric, Mapping):
+            by_name = {term.name: term for term in self.terms}
+            if name not in by_name:
+                raise UserError(f"metrics: there is no output {name!r}")
+            for own, function in _named_metrics(metric).items():
+                self.whole_metrics[f"{name}/{own}"] = function, by_name[name]
+            return
+        is_known = is_of_numpy(metric) or _is_keras_function(metric)
+        if is_known or isinstance(metric, keras.metrics.Metric):
+            for term in self.terms:
+                own = metric
+                if isinstance(metric, keras.metrics.Metric) and len(self.terms) > 1:
+                    own = metric.from_config(metric.get_config())  # each has sums of its own
+                self.whole_metrics[f"{term.name}/{name}" if term.name else name] = own, term
+            if self.terms:
+                return
+        if targets is not None and self._is_by_example(metric, targets, outputs):
+            self._batch_metrics[name] = metric
+            self.extra.append(name)
+        else:
+            self.whole_metrics[name] = metric, None
 
     @property
     def text(self) -> str:
@@ -211,7 +251,9 @@ class Objective:
         rows = leaves(targets)[0].shape[0]
         losses, accuracies = [], []
         for term in self.terms:
-            pair = leaves(targets)[term.places[0]], leaves(outputs)[term.places[1]]
+            given = leaves(outputs)[term.places[1]]
+            given = tf.cast(given, tf.float32) if term.is_default else given
+            pair = leaves(targets)[term.places[0]], given
             losses.append(self._loss_of(term, *pair, smoothing))
             if term.accuracy:
                 accuracies.append(tf.cast(term.accuracy(*pair), tf.float32))
@@ -225,9 +267,9 @@ class Objective:
                 _called(self._whole, targets, outputs, "the loss function"), [rows]
             )
         extra = [*losses, *accuracies] if len(self.terms) > 1 else []
-        given = self.squash(outputs) if self._batch_metrics else None
+        shares = self.squash(outputs) if self._batch_metrics else None
         for name, metric in self._batch_metrics.items():
-            found = _called(metric, targets, given, f"the metric {name}")
+            found = _called(metric, targets, shares, f"the metric {name}")
             extra.append(tf.cast(found, tf.float32))
         columns = tf.stack(extra, axis=1) if extra else tf.zeros([rows, 0])
         accuracy = accuracies[0] if self.classifies else tf.zeros([rows])
@@ -264,13 +306,18 @@ class Objective:
             place = term.places[0]
             own = values[place]
             if term.target.kind == "classes" and term.loss is not binary_cross_entropy:
-                own = tf.one_hot(own, term.target.classes)
+                own = tf.one_hot(own, self._widths[term.places[1]])
             values[place] = mixed(tf.cast(own, tf.float32), share)
         return filled(targets, values)
 
     def check_mixing(self, how: Sequence[str]) -> None:
         """Raises UserError where the loss cannot take the targets of mixed examples."""
         named = ", ".join(how)
+        if self._batch_metrics and any(term.target.kind == "classes" for term in self.terms):
+            raise UserError(
+                f"{named}: makes shares of class numbers, which the metric "
+                f"{next(iter(self._batch_metrics))} may not take; leave one of them out"
+            )
         if not self.terms:
             raise UserError(f"{named}: {self.text} takes all targets, and mixes none")
         for term in self.terms:
@@ -284,22 +331,22 @@ class Objective:
 
     def _is_by_example(self, metric: Any, targets: Any, outputs: Any) -> bool:
         """Does a metric give a value for each example, from tensors?"""
-        if not _may_be_traced(metric):
-            return False
 
-        def spec(leaf: Any) -> tf.TensorSpec:
-            return tf.TensorSpec([PROBED, *leaf.shape[1:]], leaf.dtype)
+        def gives_one_for_each(rows: int) -> bool:
+            specs = [
+                filled(nest, [tf.TensorSpec([rows, *x.shape[1:]], x.dtype) for x in leaves(nest)])
+                for nest in (targets, outputs)
+            ]
+            made = tf.function(metric, autograph=False).get_concrete_function(*specs)
+            return [tuple(x.shape) for x in leaves(made.structured_outputs)] == [(rows,)]
 
-        nests = [filled(nest, [spec(leaf) for leaf in leaves(nest)]) for nest in (targets, outputs)]
         try:
-            made = tf.function(metric, autograph=False).get_concrete_function(*nests)
-            shapes = [tuple(leaf.shape) for leaf in leaves(made.structured_outputs)]
+            return all(map(gives_one_for_each, PROBED))
         except Exception:  # whatever a function of NumPy's does with a tensor
             return False
-        return shapes == [(PROBED,)]
 
 
-PROBED = 3  # rows that a metric is tried on
+PROBED = (5, 7)  # rows that a metric is tried on
 
 
 def logits_of(shares: tf.Tensor, activation: str) -> tf.Tensor:
@@ -335,7 +382,7 @@ def output_names(model: Any, outputs: Any) -> list[str]:
 
 
 def _pairs(
-    outputs: Sequence[str], kinds: Mapping[str, Target]
+    outputs: Sequence[str], kinds: Mapping[str, Target], in_order: bool
 ) -> list[tuple[str, Target, tuple[int, int]]]:
     """(output, target, (place of the target, of the output)), in the order of the outputs."""
     targets = list(kinds)
@@ -343,7 +390,7 @@ def _pairs(
         return [(outputs[0], kinds[targets[0]], (0, 0))]
     if set(outputs) == set(targets):
         pairs = [(name, name) for name in outputs]
-    elif len(outputs) == len(targets) and all(name.isdecimal() for name in targets):
+    elif in_order and len(outputs) == len(targets) and all(map(str.isdecimal, targets)):
         pairs = list(zip(outputs, targets, strict=True))
     else:
         raise UserError(
@@ -387,6 +434,11 @@ def _by_output(loss: Any, names: Sequence[str]) -> dict[str, tuple[Any, float]]:
     unknown = [name for name in loss if name not in names]
     if unknown:
         raise UserError(f"loss: there is no output {unknown[0]!r}; there is {names_text(names)}")
+    if missing := [name for name in names if name not in loss]:
+        raise UserError(
+            f"loss: says nothing of the output {missing[0]!r}; give None for the loss that follows "
+            "from its targets, or 0 for none"
+        )
     found: dict[str, tuple[Any, float]] = {}
     for name, given in loss.items():
         is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
@@ -409,7 +461,7 @@ def check_loss(loss: Any) -> None:
         as_function(loss)
 
 
-def as_function(loss: Any) -> Callable:
+def as_function(loss: Any) -> functools.partial:
     """(targets, outputs, smoothing) → [batch], of a function, a Keras loss or the name of one.
 
     Raises:
@@ -417,6 +469,12 @@ def as_function(loss: Any) -> Callable:
     """
     if isinstance(loss, str):
         loss = _keras_named(loss)
+    options = getattr(loss, "_fn_kwargs", None) or getattr(loss, "keywords", None) or {}
+    if options.get("ignore_class") is not None or getattr(loss, "ignore_class", None) is not None:
+        raise UserError(
+            f"loss: {text_of(loss)} has ignore_class, whose places would count in the mean; give "
+            "such examples a weight of 0, or a function of your own"
+        )
     if isinstance(loss, keras.losses.Loss):
         if loss.reduction not in ("sum_over_batch_size", "mean", "none", None):
             raise UserError(
@@ -450,6 +508,8 @@ def _keras_named(name: str) -> Any:
 
 
 def _of_keras(loss: Callable, targets: Any, outputs: Any, _: Any) -> tf.Tensor:
+    if tf.is_tensor(targets) and tf.is_tensor(outputs):  # as Keras does before it calls a loss
+        targets, outputs = squeeze_or_expand_to_same_rank(targets, outputs)
     found = _called(loss, targets, outputs, f"the loss {text_of(loss)}")
     rank = getattr(getattr(found, "shape", None), "rank", None)
     return over_places(tf.convert_to_tensor(found)) if rank else found
@@ -504,8 +564,8 @@ def _accuracy_of_own(
     is_binary = target.kind == "classes" and target.classes == 2 and _is_one(shape, target)
     is_known = text_of(loss).lower().replace("_", "") in ("binarycrossentropy", "bce")
     if is_known and (is_binary or (target.kind == "labels" and shape[1:] == target.shape)):
-        own = getattr(loss, "_fn_kwargs", None) or {}
-        from_logits = own.get("from_logits", False) or (not squashed and not own)
+        own = getattr(loss, "_fn_kwargs", None) or getattr(loss, "keywords", None) or {}
+        from_logits = own.get("from_logits", False)
         return functools.partial(binary_accuracy, threshold=0.0 if from_logits else 0.5)
     return None
 
@@ -548,8 +608,17 @@ def _named_metrics(metrics: Any) -> dict[str, Any]:
     if not isinstance(metrics, Mapping):
         if not isinstance(metrics, (list, tuple)):
             metrics = [metrics]
-        metrics = {text_of(metric): metric for metric in metrics}
+        named = [text_of(metric) for metric in metrics]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise UserError(f"metrics: {twice[0]} comes twice; give a dict with a name for each")
+        metrics = dict(zip(named, metrics, strict=True))
     for name, metric in metrics.items():
+        if isinstance(metric, Mapping):
+            continue  # by output
+        if isinstance(metric, type):
+            raise UserError(f"metrics: {name}: is the class {metric.__name__}; make one: (…)")
+        if callable(metric) and not isinstance(metric, keras.metrics.Metric):
+            _check_takes_two(name, metric)
         if not callable(metric):
             raise UserError(
                 f"metrics: {name}: expected a function (targets, outputs) or a keras.metrics.Metric"
@@ -558,8 +627,33 @@ def _named_metrics(metrics: Any) -> dict[str, Any]:
     return dict(metrics)
 
 
-def _may_be_traced(metric: Any) -> bool:
-    """Not Keras's, which keep sums, nor scikit-learn's, which take NumPy."""
-    inner = metric.func if isinstance(metric, functools.partial) else metric
-    is_sklearn = (getattr(inner, "__module__", None) or "").startswith("sklearn.")
-    return not is_sklearn and not isinstance(metric, keras.metrics.Metric)
+def _check_takes_two(name: str, metric: Callable) -> None:
+    with contextlib.suppress(ValueError):  # some of C have no signature
+        try:
+            inspect.signature(metric).bind(None, None)
+        except TypeError as error:
+            raise UserError(
+                f"metrics: {name}: expected a function of (targets, outputs): {error}"
+            ) from None
+
+
+class Negated:
+    """A metric whose sign is changed, so that more is better."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, targets: Any, outputs: Any) -> float:
+        return -self.function(targets, outputs)
+
+
+def inner_metric(metric: Any) -> Any:
+    """The function itself, behind a partial or a sign."""
+    while isinstance(metric, (functools.partial, Negated)):
+        metric = metric.func if isinstance(metric, functools.partial) else metric.function
+    return metric
+
+
+def is_of_numpy(metric: Any) -> bool:
+    """Is it one of scikit-learn's, which take NumPy?"""
+    return (getattr(inner_metric(metric), "__module__", None) or "").startswith("sklearn.")

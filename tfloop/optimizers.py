@@ -461,6 +461,9 @@ class Optimizer:
             slot.name: tf.Variable(slot.value(self._size), trainable=False, name=slot.name)
             for slot in self._kept()
         }
+        for pattern in (*self._rate_of, self._undecayed):
+            if pattern:
+                matching(pattern, names or list(weights))
         self._weigh(weights, names or list(weights))
 
     def _weigh(self, weights: dict[str, tf.Variable], names: Sequence[str]) -> None:
@@ -472,12 +475,12 @@ class Optimizer:
 
         factors = [1.0] * len(names)
         for pattern, factor in self._rate_of.items():
-            found = matching(pattern, names)
+            found = [bool(re.search(pattern, name)) for name in names]
             factors = [factor if is_ else old for is_, old in zip(found, factors, strict=True)]
         self._factors = vector(factors) if self._rate_of else None
         self._decays = None
         if self._undecayed:
-            self._decays = vector([float(not is_) for is_ in matching(self._undecayed, names)])
+            self._decays = vector([float(not re.search(self._undecayed, n)) for n in names])
 
     def rebuild(
         self,

@@ -12,8 +12,8 @@ import numpy as np
 
 from tfloop.data.targets import Target
 from tfloop.errors import UserError
-from tfloop.nests import is_leaf
-from tfloop.objective import Objective
+from tfloop.nests import leaves
+from tfloop.objective import Negated, Objective, Term, inner_metric, is_of_numpy
 from tfloop.wording import first_sentence
 
 # Of scikit-learn's metrics with the argument y_pred those that take probabilities in it.
@@ -29,28 +29,33 @@ def scores(objective: Objective, targets: Any, outputs: Any) -> dict[str, float 
       outputs: what the model gives for them, with probabilities in the place of logits.
     """
     found: dict[str, float | None] = {}
-    for name, metric in objective.whole_metrics.items():
+    for name, (metric, term) in objective.whole_metrics.items():
         try:
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # scikit-learn's, of what is not defined
-                found[name] = _score(metric, objective, targets, outputs)
+                found[name] = _score(metric, term, targets, outputs)
             if math.isfinite(found[name] or 0.0):
                 continue
             reason = f"it is {found[name]}"
         except Exception as error:  # whatever a function of a user's own may raise
             reason = first_sentence(error)
         found[name] = None
-        warnings.warn(f"the metric {name} is left out of this evaluation: {reason}", stacklevel=2)
+        if name not in objective.warned:
+            objective.warned.add(name)
+            warnings.warn(f"the metric {name} is left out: {reason}", stacklevel=2)
     return found
 
 
-def _score(metric: Any, objective: Objective, targets: Any, outputs: Any) -> float:
+def _score(metric: Any, term: Term | None, targets: Any, outputs: Any) -> float:
+    if term is not None:
+        targets, outputs = leaves(targets)[term.places[0]], leaves(outputs)[term.places[1]]
+        if not is_of_numpy(metric) and term.target.kind != "values":
+            outputs = as_shares(term.target, outputs)
     if isinstance(metric, keras.metrics.Metric):
         metric.reset_state()
         metric.update_state(targets, outputs)
         return _one_number(metric.result())
-    term = objective.term
-    if _inner(metric).__module__.startswith("sklearn.") and term and is_leaf(outputs):
+    if is_of_numpy(metric) and term is not None:
         targets, outputs = as_scikit_learn(term.target, targets, outputs, _wants(metric))
     return _one_number(metric(targets, outputs))
 
@@ -63,6 +68,20 @@ def _one_number(found: Any) -> float:
     if not values.size:
         raise UserError("it gives nothing")
     return float(values.mean())
+
+
+def as_shares(target: Target, outputs: np.ndarray) -> np.ndarray:
+    """Outputs of classes or labels as probabilities: logits, which leave 0 to 1, are squashed.
+
+    With a loss of one's own a model may give either.
+    """
+    if not outputs.size or (outputs.min() >= 0 and outputs.max() <= 1):
+        return outputs
+    wide = outputs.astype(np.float64)
+    if target.kind == "labels" or outputs.shape[-1] == 1 or outputs.ndim == 1:
+        return 0.5 + 0.5 * np.tanh(0.5 * wide)  # the sigmoid
+    shares = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    return shares / shares.sum(axis=-1, keepdims=True)
 
 
 def as_scikit_learn(
@@ -79,28 +98,25 @@ def as_scikit_learn(
     if target.kind == "values":
         is_column = outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1
         return targets, outputs[..., 0] if is_column else outputs
+    outputs = as_shares(target, outputs)
     if target.kind == "labels":
         return targets, (outputs > 0.5).astype(int) if wants == "guesses" else outputs
     labels = targets.argmax(axis=-1) if target.kind == "shares" else targets
+    if labels.ndim > 1:  # of each place
+        outputs = outputs.reshape(labels.size, -1)
+        labels = labels.reshape(-1)
     is_column = target.classes == 2 and outputs.shape == (*labels.shape, 1)
     if wants == "guesses":
-        guesses = outputs[..., 0] > 0.5 if is_column else outputs.argmax(axis=-1)
-        return labels.reshape(-1), guesses.astype(int).reshape(-1)
+        guesses = outputs[:, 0] > 0.5 if is_column else outputs.argmax(axis=-1)
+        return labels, guesses.astype(int)
     if is_column:
-        return labels, outputs[..., 0]
-    return labels, outputs[..., 1] if target.classes == 2 else outputs
-
-
-def _inner(metric: Any) -> Any:
-    """The function itself, behind a partial or a sign."""
-    while isinstance(metric, functools.partial):
-        metric = metric.args[0] if metric.func is _negated else metric.func
-    return metric if hasattr(metric, "__module__") else type(metric)
+        return labels, outputs[:, 0]
+    return labels, outputs[:, 1] if target.classes == 2 else outputs
 
 
 def _wants(metric: Any) -> str:
     """ "guesses" or "scores": as the name of scikit-learn's second argument says."""
-    function = _inner(metric)
+    function = inner_metric(metric)
     if function.__name__ in OF_PROBABILITIES:
         return "scores"
     second = list(inspect.signature(function).parameters)[1]
@@ -121,7 +137,7 @@ def named(name: str) -> Callable:
     if name in sklearn.metrics.get_scorer_names():
         scorer = sklearn.metrics.get_scorer(name)
         function = functools.partial(scorer._score_func, **scorer._kwargs)
-        return function if scorer._sign > 0 else functools.partial(_negated, function)
+        return function if scorer._sign > 0 else Negated(function)
     try:
         return keras.metrics.get(name)
     except ValueError:
@@ -135,7 +151,3 @@ def named(name: str) -> Callable:
 def _takes_pairs(function: Callable) -> bool:
     parameters = list(inspect.signature(function).parameters)
     return len(parameters) > 1 and parameters[0].startswith(("y_true", "labels"))
-
-
-def _negated(function: Callable, targets: Any, outputs: Any) -> float:
-    return -function(targets, outputs)

@@ -39,6 +39,7 @@ def predict(config: Config, options: dict[str, Any], arguments: list[str]) -> in
 def _columns(objective: Any, outputs: Any) -> Iterator[tuple[str, list]]:
     """(title, a value for each example): of classes the class, then its numbers one by one."""
     from tfloop.nests import leaves
+    from tfloop.scores import as_shares
 
     terms = {term.places[1]: term for term in objective.terms}
     for place, values in enumerate(leaves(outputs)):
@@ -46,10 +47,11 @@ def _columns(objective: Any, outputs: Any) -> Iterator[tuple[str, list]]:
         target = term.target if term and term.accuracy else None
         flat, prefix = values.reshape(len(values), -1), f"{name}/" if name else ""
         if target and target.is_one_class:
-            guesses = flat.argmax(axis=1) if flat.shape[1] > 1 else (flat[:, 0] > 0.5).astype(int)
+            shares = as_shares(target, flat)
+            guesses = shares.argmax(axis=1) if flat.shape[1] > 1 else (shares[:, 0] > 0.5) * 1
             title = f"{prefix}class"
             yield title, [target.name_of(int(guess)) for guess in guesses]
-        letter = "p" if target else "y"
+        letter = "p" if term and term.as_logits else "y"
         numbers = [""] if flat.shape[1] == 1 else range(flat.shape[1])
         for column, number in enumerate(numbers):
             yield f"{prefix}{letter}{number}", [_number(x, letter) for x in flat[:, column]]

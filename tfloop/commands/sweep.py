@@ -103,7 +103,7 @@ def _hold_out(config: Config, say: Any) -> tuple[Config, Any]:
     from tfloop import assembly
 
     data = assembly.load_data(config)
-    if config.validation_size:
+    if config.validation_size or len(data.validation):
         return config, data
     size = max(1, min(MOST_HELD_OUT, int(SHARE_HELD_OUT * len(data.train))))
     config = config.replace(validation_size=size)

@@ -218,6 +218,8 @@ def _arrays(nest: Any, where: str, convert: Callable) -> Any:
     if isinstance(nest, Mapping) and not hasattr(nest, "columns"):
         if not nest:
             raise UserError(f"{where}: the dict is empty")
+        if odd := [key for key in nest if "/" in str(key)]:
+            raise UserError(f"{where}: {odd[0]!r}: a name without / is needed")
         return {str(key): _arrays(nest[key], f"{where} {key}", convert) for key in nest}
     if isinstance(nest, tuple):
         if not nest:

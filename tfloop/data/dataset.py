@@ -245,8 +245,9 @@ class Dataset:
         for array in leaves(self.train.inputs):
             on_disk = getattr(array, "index", None)
             array = array if on_disk is None else on_disk["crc"]
-            content = np.ascontiguousarray(array)
-            crc = zlib.crc32(content.tobytes() if content.dtype == object else content.data, crc)
+            if array.dtype == object:  # text
+                array = np.frombuffer(repr(array.tolist()).encode(), np.uint8)
+            crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
         for array in leaves(self.train.targets):
             crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
         if self.train.sample_weight is not None:

@@ -99,8 +99,8 @@ class Stream:
         count = 0
         dataset = self._make()
         for batch in dataset if self.batch_size else dataset.batch(min(rows, 1024)):
-            inputs, targets, _ = _with_weight(*batch)
-            found.append((inputs, targets))
+            found.append(_with_weight(*batch))
+            targets = found[-1][1]
             count += leaves(targets)[0].shape[0]
             if count >= rows:
                 break
@@ -124,17 +124,30 @@ class Stream:
 
 
 def _with_weight(inputs: Any, targets: Any, weight: Any = None) -> tuple:
+    """A batch with its weights; whole numbers among the targets are int64, as with arrays."""
     rows = tf.shape(leaves(targets)[0])[:1]
-    weight = tf.ones(rows) if weight is None else tf.cast(weight, tf.float32)
-    return inputs, targets, weight
+    weight = tf.ones(rows) if weight is None else tf.reshape(tf.cast(weight, tf.float32), rows)
+
+    def as_target(leaf: tf.Tensor) -> tf.Tensor:
+        if not (leaf.dtype.is_integer or leaf.dtype.is_bool):
+            return leaf
+        is_column = leaf.shape.rank == 2 and leaf.shape[1] == 1
+        return tf.cast(leaf[:, 0] if is_column else leaf, tf.int64)
+
+    return inputs, map_leaves(as_target, targets), weight
 
 
 def _joined(batches: list[tuple]) -> Split:
     def join(*parts: Any) -> np.ndarray:
         return np.concatenate([np.asarray(part) for part in parts])
 
-    inputs = map_leaves(join, *(inputs for inputs, _ in batches))
-    return Split(inputs, map_leaves(join, *(targets for _, targets in batches)))
+    try:
+        inputs, targets, weight = (map_leaves(join, *part) for part in zip(*batches, strict=True))
+    except ValueError as error:
+        raise UserError(
+            f"examples of different shapes cannot be read into memory: {str(error).splitlines()[0]}"
+        ) from None
+    return Split(inputs, targets, None if (weight == 1.0).all() else weight)
 
 
 def from_dataset(
@@ -159,7 +172,8 @@ def from_dataset(
       test, validation: the same of others; None for none.
       name: what messages call it.
       batched: does it give batches? None: where all its arrays have as many rows in the first
-        element, and no target is a scalar.
+        element, and no target is a scalar. Where the dataset says how many rows its elements have,
+        it may as well give sequences, and has to be told.
       classes: how many there are, where the targets are class numbers; None: as many as are seen.
       class_names: of the classes.
 
@@ -172,8 +186,14 @@ def from_dataset(
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise UserError(f"{name}: holds no training examples")
-    batched = _looks_batched(first) if batched is None else batched
-    sizes, highest, sample = _gone_through(_made(make, name), batched, spec)
+    if batched is None:
+        batched = _looks_batched(first)
+        if batched and all(leaf.shape[0] is not None for leaf in leaves(spec)):
+            raise UserError(
+                f"{name}: are its elements batches, or examples that are sequences? Say "
+                "batched=True or batched=False"
+            )
+    sizes, highest, sample = _gone_through(_made(make, name), batched, name, classes)
     if not sizes:
         raise UserError(f"{name}: holds no training examples")
     batch_size = sizes[0] if batched else None
@@ -185,6 +205,7 @@ def from_dataset(
         )
     kinds = _kinds(sample, highest, classes, class_names, name)
     of_example = map_leaves(_without_rows, spec[:2]) if batched else spec[:2]
+    of_example = of_example[0], map_leaves(_of_target, of_example[1])
     again = next(iter(_made(make, name).take(1)))
     stream = Stream(make, of_example, sum(sizes), batch_size, _are_equal(first, again))
     like = stream.first(1)
@@ -224,26 +245,49 @@ def _without_rows(leaf: tf.TensorSpec) -> tf.TensorSpec:
     return tf.TensorSpec(leaf.shape[1:], leaf.dtype)
 
 
+def _of_target(leaf: tf.TensorSpec) -> tf.TensorSpec:
+    """As `_with_weight` has targets."""
+    if not (leaf.dtype.is_integer or leaf.dtype.is_bool):
+        return leaf
+    return tf.TensorSpec([] if leaf.shape == [1] else leaf.shape, tf.int64)
+
+
 def _looks_batched(element: tuple) -> bool:
     shapes = [leaf.shape for leaf in leaves(element)]
     return all(shape.rank for shape in shapes) and len({shape[0] for shape in shapes}) == 1
 
 
 def _gone_through(
-    dataset: tf.data.Dataset, batched: bool, spec: tuple
+    dataset: tf.data.Dataset, batched: bool, where: str, classes: int | None
 ) -> tuple[list[int], dict[str, int], list]:
-    """(rows of each batch, the highest whole number of each target, some targets)"""
-    batches = dataset if batched else dataset.map(lambda *x: x[1]).batch(1024)
+    """(rows of each batch, the highest whole number of each target, some targets)
+
+    Raises:
+      UserError: a label or weight that is none.
+    """
+    batches = dataset.map(lambda *x: x[1:])  # without the inputs
     sizes: list[int] = []
     highest: dict[str, int] = {}
     sample: list = []
-    for batch in batches:
-        targets = batch[1] if batched else batch
+    for batch in batches if batched else batches.batch(1024):
+        _, targets, weight = _with_weight(None, *batch)
         sizes.append(int(leaves(targets)[0].shape[0]))
+        if not (tf.reduce_all(weight >= 0) and tf.reduce_all(tf.math.is_finite(weight))):
+            raise UserError(f"{where}: sample_weight: expected finite numbers from 0 on")
         for name, leaf in named_leaves(targets):
-            if leaf.dtype.is_integer or leaf.dtype.is_bool:
-                most = int(tf.reduce_max(tf.cast(leaf, tf.int64)))
-                highest[name] = max(most, highest.get(name, 0))
+            if leaf.dtype.is_floating:
+                if not tf.reduce_all(tf.math.is_finite(leaf)):
+                    raise UserError(
+                        f"{where}: a target {name} is NaN or infinite".replace("  ", " ")
+                    )
+                continue
+            least, most = int(tf.reduce_min(leaf)), int(tf.reduce_max(leaf))
+            if least < 0 or (classes and most >= classes):
+                bad = least if least < 0 else most
+                raise UserError(
+                    f"{where}: label {bad} is not a class number below {classes or most}"
+                )
+            highest[name] = max(most, highest.get(name, 0))
         if sum(size for size, _ in sample) < LOOKED_AT:
             sample.append((sizes[-1], targets))
     return sizes, highest, [targets for _, targets in sample]
@@ -284,8 +328,7 @@ def _in_memory(given: Any, like: Split, batched: bool, where: str) -> Split:
     dataset = _made(given if callable(given) else functools.partial(lambda x: x, given), where)
     found = []
     for batch in dataset if batched else dataset.batch(1024):
-        inputs, targets, _ = _with_weight(*batch)
-        found.append((inputs, targets))
+        found.append(_with_weight(*batch))
     if not found:
         raise UserError(f"{where}: holds no examples")
     return _joined(found)

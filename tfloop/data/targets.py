@@ -42,13 +42,14 @@ class Target(NamedTuple):
 
     def name_of(self, number: int) -> str:
         """The name of a class, or its number."""
-        return self.names[number] if self.names else str(number)
+        return self.names[number] if number < len(self.names) else str(number)
 
 
 def as_targets(values: Any, where: str) -> np.ndarray:
     """Targets as an array: whole numbers int64, others float32.
 
-    One column of class numbers [N, 1] becomes [N].
+    One column of class numbers [N, 1] becomes [N], and masks [N, height, width, 1] lose their last
+    axis.
 
     Raises:
       UserError: what is no numbers, or is not finite; `where` names it.
@@ -64,8 +65,8 @@ def as_targets(values: Any, where: str) -> np.ndarray:
             row = int(np.argmax(bad))
             raise UserError(f"{where}: row {row} is NaN or infinite")
         return array
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
+    if array.ndim > 1 and array.shape[-1] == 1:
+        array = array[..., 0]
     return array.astype(np.int64)
 
 
@@ -83,6 +84,8 @@ def describe(array: np.ndarray, where: str, names: tuple[str, ...] = ()) -> Targ
 
 def _described(array: np.ndarray, where: str) -> Target:
     shape = array.shape[1:]
+    if array.ndim > 2 and shape[-1] > 1 and _are_one_hot(array):
+        return Target("shares", shape, shape[-1])
     if array.ndim == 2 and shape[0] > 1:
         are_bits = bool(((array == 0) | (array == 1)).all())
         is_share = array.dtype.kind == "f" and bool((array >= 0).all())
@@ -106,6 +109,14 @@ def _described(array: np.ndarray, where: str) -> Target:
     if high < 1:
         raise UserError(f"{where}: all labels are {high}: nothing to tell apart")
     return Target("classes", shape, high + 1)
+
+
+def _are_one_hot(array: np.ndarray) -> bool:
+    """Is each row along the last axis one 1 among zeros? Looked at in some examples first."""
+    for some in (array[:8], array):
+        if not ((some == 0) | (some == 1)).all() or not (some.sum(axis=-1) == 1).all():
+            return False
+    return True
 
 
 def check_same(target: Target, array: np.ndarray, where: str) -> None:

@@ -14,6 +14,7 @@ from tfloop.inspection import evaluation, plots
 from tfloop.loop import Loop
 from tfloop.nests import leaves
 from tfloop.objective import Term
+from tfloop.scores import as_shares
 
 QUANTILES = (50, 75, 90, 99)  # of the absolute error, in percent
 
@@ -55,7 +56,10 @@ def _by_output(loop: Loop, outputs: Any) -> Iterator[tuple[Term, np.ndarray, np.
     """(output, its targets, what the model gives)"""
     targets, given = leaves(loop.data.test.targets), leaves(outputs)
     for term in loop.state.objective.terms:
-        yield term, targets[term.places[0]], given[term.places[1]]
+        own = given[term.places[1]]
+        if term.target.kind != "values":
+            own = as_shares(term.target, own)
+        yield term, targets[term.places[0]], own
 
 
 def _shares(given: np.ndarray) -> np.ndarray:

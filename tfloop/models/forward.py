@@ -18,7 +18,7 @@ from tfloop.models import inside
 from tfloop.models.inside import Activation, Inside
 from tfloop.models.layer_rules import is_by_example, over_parts_of
 from tfloop.models.parts import join, mask_of, split, with_masks_of
-from tfloop.models.program import Call, Program, program_of
+from tfloop.models.program import CONVOLUTIONS, Call, Program, program_of
 from tfloop.models.variables import Model
 from tfloop.nests import is_leaf, map_leaves
 from tfloop.randomness import Key
@@ -235,4 +235,8 @@ def _without_activation(operation: Any, x: tf.Tensor) -> tf.Tensor:
         if operation.bias is None:
             return x
         return tf.nn.bias_add(x, fast_pass.cast(operation.bias, operation))
+    if type(operation) in CONVOLUTIONS:
+        kernel = fast_pass.cast(operation.kernel, operation)
+        x = operation.convolution_op(fast_pass.cast(x, operation), kernel)
+        return x if operation.bias is None else x + fast_pass.cast(operation.bias, operation)
     return x  # an Activation or Softmax of its own

@@ -248,10 +248,15 @@ _SOFTMAX = (keras.activations.softmax, keras.ops.softmax, tf.nn.softmax)
 _SIGMOID = (keras.activations.sigmoid, keras.ops.sigmoid, tf.nn.sigmoid, tf.sigmoid)
 
 
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+
+
 def activation_name(operation: Any) -> str:
     """ "softmax", "sigmoid" or "", of an operation of Keras's own that is one or ends in one."""
     layers, ops = keras.layers, keras.src.ops.nn
-    if type(operation) in (layers.Dense, layers.Activation):
+    if type(operation) in CONVOLUTIONS and operation.data_format != "channels_last":
+        return ""
+    if type(operation) in (layers.Dense, layers.Activation, *CONVOLUTIONS):
         inner = operation.activation
         if inner in _SIGMOID:
             return "sigmoid"

@@ -108,6 +108,11 @@ def freeze(model: Model, pattern: str) -> None:
             layer.trainable = False
     for variable in model.trainable_variables:
         if id(as_tf_variable(variable)) in frozen:
+            if isinstance(variable, tf.Variable):
+                raise UserError(
+                    f"--freeze={pattern}: {variable.name} is a tf.Variable, which cannot be frozen "
+                    "afterwards; make it with trainable=False"
+                )
             variable.trainable = False
 
 

@@ -180,8 +180,10 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
             if not (_is_of_no_use(name) or (other_settings and _may_differ(name))):
                 what = "has no" if name in missing else "has also"
                 raise UserError(f"{misfit}: {what} {name}")
-        read = _tensors(state).read(str(path / "state"))
-        if missing or extra:
+        others = _with_other_totals(state, path)  # of other metrics: the epoch's are counted anew
+        tensors = {name: v for name, v in state.named().items() if name not in others}
+        read = tf.train.Checkpoint(state=tensors).read(str(path / "state"))
+        if missing or extra or others:
             read.expect_partial()
         else:
             read.assert_consumed()
@@ -229,7 +231,8 @@ def _is_of_no_use(name: str) -> bool:
 
 
 def _may_differ(name: str) -> bool:
-    return name.startswith("hyper/") or name in ("averages", "loss_scale", "good_steps")
+    is_of_settings = name.startswith(("hyper/", "schedule/"))
+    return is_of_settings or name in ("averages", "loss_scale", "good_steps")
 
 
 def _names_in(path: Path) -> set[str]:
@@ -242,6 +245,13 @@ def _names_in(path: Path) -> set[str]:
             # TensorFlow writes ".S" for "/" and ".." for ".".
             names.add(re.sub(r"\.(.)", lambda m: "/" if m[1] == "S" else m[1], escaped))
     return names
+
+
+def _with_other_totals(state: TrainState, path: Path) -> set[str]:
+    """ "totals", where the checkpoint's are of other metrics than the state's."""
+    shapes = tf.train.load_checkpoint(str(path / "state")).get_variable_to_shape_map()
+    found = shapes.get("state/totals/.ATTRIBUTES/VARIABLE_VALUE")
+    return set() if found in (None, list(state.totals.shape)) else {"totals"}
 
 
 def _tensors(state: TrainState) -> tf.train.Checkpoint:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfloop import models
 from tfloop.errors import UserError
-from tfloop.nests import leaves
+from tfloop.nests import named_leaves
 from tfloop.state import TrainState
 
 FORMATS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite", "weights": ".weights.h5"}
@@ -69,11 +69,15 @@ def _input_like(x: Any) -> Any:
 def _standardized(state: TrainState, inputs: Any) -> Any:
     """The inputs behind a layer that standardises them, where the state does."""
     flat = keras.tree.flatten(inputs)
-    means, scales = leaves(state.mean), leaves(state.scale)
+    means, scales = dict(named_leaves(state.mean)), dict(named_leaves(state.scale))
+    names = [x.name for x in flat]
     if len(means) != len(flat):  # one for all
-        means, scales = means * len(flat), scales * len(flat)
+        means, scales = (dict.fromkeys(names, of[""]) for of in (means, scales))
+    elif set(means) != set(names):  # by place: tuples, and a single input
+        means, scales = (dict(zip(names, of.values(), strict=True)) for of in (means, scales))
     made = []
-    for number, (x, mean, scale) in enumerate(zip(flat, means, scales, strict=True)):
+    for number, x in enumerate(flat):
+        mean, scale = means[x.name], scales[x.name]
         if mean is None or x.dtype != "float32":
             made.append(x)
             continue

@@ -166,15 +166,23 @@ def epochs_done(folder: Path, config: Config) -> int:
     if not is_finished(folder):
         return 0
     content = result(folder)
-    done = len(content.get("epochs", ()))
+    epochs = content.get("epochs", [])
+    done = len(epochs)
     is_done = done >= config.epochs
     has_reached = bool(config.until) and content.get("reached") == config.until
-    return done if is_done or has_reached or has_settled(config, done, content.get("best")) else 0
+    return done if is_done or has_reached or has_settled(config, epochs, content.get("best")) else 0
 
 
-def has_settled(config: Config, done: int, best: dict | None) -> bool:
-    """Did the last epochs, as many as --early_stopping says, bring nothing better?"""
-    return bool(config.early_stopping and best and done - best["epoch"] >= config.early_stopping)
+def has_settled(config: Config, epochs: list[dict], best: dict | None) -> bool:
+    """Did the last epochs, as many as --early_stopping says, bring nothing better?
+
+    Epochs without an evaluation do not count.
+    """
+    if not config.early_stopping or not best:
+        return False
+    later = [entry for entry in epochs if entry["epoch"] > best["epoch"]]
+    evaluated = [entry for entry in later if "test" in entry or "validation" in entry]
+    return len(evaluated) >= config.early_stopping
 
 
 def settings(folder: Path) -> dict[str, Any]:

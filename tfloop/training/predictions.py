@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.data.arrays import as_inputs
+from tfloop.data.dataset import is_scaled
 from tfloop.data.readers import read_npz
 from tfloop.data.spec import Array, Spec
 from tfloop.errors import UserError
@@ -62,6 +63,11 @@ def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
     return [str(row) for row in range(len(leaves(checked)[0]))], checked
 
 
+def _as_trained(values: np.ndarray, mean: Any) -> np.ndarray:
+    """Whole numbers as float32 where the model was trained on numbers that are scaled."""
+    return values.astype(np.float32) if mean is not None and not is_scaled(values) else values
+
+
 def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
     channels = shape[-1] if shape[-1] in (1, 3, 4) else 0
     try:
@@ -97,8 +103,15 @@ def predict(state: TrainState, inputs: Any) -> Any:
     noun = "images" if is_leaf(inputs) and inputs.ndim == 4 else "examples"
     if not rows:
         raise UserError(f"there are no {noun} to predict")
-    if is_leaf(state.mean) is not is_leaf(inputs) and not state.has_one_scale:
-        raise UserError("inputs to predict are not nested as those of the training")
+    if not state.has_one_scale:
+        known_names = [name for name, _ in named_leaves(state.mean)]
+        found_names = [name for name, _ in named_leaves(inputs)]
+        if known_names != found_names:
+            raise UserError(
+                f"inputs to predict are {', '.join(found_names) or 'one array'}, the model takes "
+                f"{', '.join(known_names) or 'one array'}"
+            )
+        inputs = map_leaves(_as_trained, inputs, state.mean)
     for name, known in named_leaves(state.mean):
         values = dict(named_leaves(inputs)).get(name)
         shape = () if known is None else tuple(known.shape)

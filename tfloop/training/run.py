@@ -209,7 +209,7 @@ class Run:
     def _has_settled(self) -> bool:
         """Is there nothing more to gain: by --early_stopping, or because --until is reached?"""
         reached = self._reached
-        is_settled = folders.has_settled(self._config, len(reached.epochs), reached.best)
+        is_settled = folders.has_settled(self._config, reached.epochs, reached.best)
         return is_settled or bool(reached.goal and reached.goal == self._config.until)
 
     def _is_out_of_time(self) -> bool:
@@ -323,6 +323,8 @@ class Run:
         if config.choose_by or config.early_stopping:
             self._check_given(by, entry, f"--choose_by={by.text}")
         value, best = by.of(entry), self._reached.best
+        if best and best.get("metric", by.text) != by.text:  # --override chose another
+            best = None
         if value is None or (best and not by.is_better(value, folders.value_of(best))):
             return False
         self._reached.best = {
