@@ -121,7 +121,13 @@ def test_what_is_wrong_with_a_file_is_one_line_with_the_users_own_line(
         (["--freeze=nothing"], "'nothing' matches no weight; there are dense/kernel"),
         (["--rate_of=dense"], "expected PATTERN:FACTOR"),
         (["--exclude_from_weight_decay=bias"], "rmsprop has no weight_decay"),
-        (["--schedule=plateau", "--choose_by=validation loss"], "does not give"),
+        (
+            ["--schedule=plateau"],
+            "--schedule=plateau looks at validation examples, and there are none",
+        ),
+        (["--early_stopping=2"], "--early_stopping looks at validation examples"),
+        (["--until=validation accuracy > 0.9"], "there is no validation accuracy; there are"),
+        (["--freeze=."], "--freeze=. leaves nothing to train"),
     ],
 )
 def test_flags_that_go_with_a_file_are_checked(own, capsys, flags, message):
@@ -146,7 +152,7 @@ def test_outputs_that_do_not_fit_the_targets_are_named_before_training(own, caps
 def test_a_metric_that_fails_is_named_and_training_goes_on(own, tmp_path):
     """Of one class only there is no area under the curve."""
     own(GOOD.replace("x[40:], y[40:]", "x[40:], 0 * y[40:]"))
-    with pytest.warns(UserWarning, match="roc_auc_score is left out of this evaluation"):
+    with pytest.warns(UserWarning, match="roc_auc_score is left out: it is nan"):
         assert train("--metrics=roc_auc_score") == 0
     final = json.loads((tmp_path / "runs/run-001/result.json").read_text())["final"]
     assert final["test"]["roc_auc_score"] is None and final["test"]["total"] > 0

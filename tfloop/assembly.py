@@ -223,8 +223,14 @@ def make_metrics(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in config.metrics:
         if user_code.is_reference(name):
-            function = user_code.load(name, "metrics").function
-            found[getattr(function, "__name__", name)] = function
+            own = name.rpartition(":")[2]
+            if own in found:
+                raise UserError(f"--metrics: {own} comes twice; name the functions differently")
+            function = user_code.load(name, "metrics", or_dict=True).function
+            if isinstance(function, dict):
+                found.update(function)  # by name, or by output
+            else:
+                found[own] = function
         else:
             found[name] = scores.named(name)
     return found
@@ -251,13 +257,16 @@ def make_state(
         model, initial_weights = make_model(config, spec)
     if config.freeze:
         models.freeze(model, config.freeze)
+        if not model.trainable_variables:
+            raise UserError(f"--freeze={config.freeze} leaves nothing to train")
+    tells_layers_apart = bool(models.keras_layers(model))
     state = TrainState(
         model,
         optimizer,
         schedule,
         l1=config.l1,
         l2=config.l2,
-        penalize=config.penalize,
+        penalize=config.penalize if tells_layers_apart else _of_any(config),
         label_smoothing=config.label_smoothing,
         loss=make_loss(config),
         metrics=make_metrics(config),
@@ -275,6 +284,11 @@ def make_state(
         given = models.outputs(model, state.standardize(inputs), as_logits=False)
     state.settle(spec.kinds, targets, given)
     return state
+
+
+def _of_any(config: Config) -> str:
+    """Whose kernels penalties count in a model that does not tell its layers apart."""
+    return "all" if config.penalize == FIELDS["penalize"].default else config.penalize
 
 
 def make_loop(

@@ -105,6 +105,13 @@ class Evaluator:
                         f"{what}{of} to evaluate are {array.dtype}, those of the training "
                         f"{expected[name].dtype}"
                     )
+                one, two = tuple(array.shape[1:]), tuple(expected[name].shape[1:])
+                pairs = zip(one, two, strict=False)
+                if len(one) != len(two) or any(b not in (None, a) for a, b in pairs):
+                    of = f" of {name}" if name else ""
+                    raise UserError(
+                        f"{what}{of} to evaluate are {one}, those of the training {two}"
+                    )
 
     def _rows(self, split: Split, rows: slice) -> tuple[tf.Tensor, Any]:
         """(sums, outputs) of some rows; the time counts without reading them."""

@@ -72,7 +72,7 @@ class Code(NamedTuple):
         for name, text in options.items():
             if not takes_all and (name not in accepted or name in known):
                 raise UserError(
-                    f"--{flag}_options: {self.reference} takes no {name}; it takes "
+                    f"--{_options(flag)}: {self.reference} takes no {name}; it takes "
                     f"{listed(accepted) or 'nothing'}"
                 )
             given[name] = parsed(text)
@@ -85,7 +85,7 @@ class Code(NamedTuple):
         if missing:
             raise UserError(
                 f"--{flag}={self.reference}: the function needs {missing[0]}, which is none of "
-                f"{listed(known) or 'nothing'}; give it a default, or --{flag}_options="
+                f"{listed(known) or 'nothing'}; give it a default, or --{_options(flag)}="
                 f"{missing[0]}=VALUE"
             )
         folder = Path(next(iter(self.files), "")).resolve().parent
@@ -99,6 +99,11 @@ class Code(NamedTuple):
     def told(self, flag: str) -> contextlib.AbstractContextManager[None]:
         """Errors in this block are told with the line of the user's own code."""
         return _told_with_line(f"--{flag}={self.reference}", list(self.files))
+
+
+def _options(flag: str) -> str:
+    """The setting that holds the options of the function that another names."""
+    return "data_options" if flag == "dataset" else f"{flag}_options"
 
 
 def options_of(pairs: Sequence[str], flag: str) -> dict[str, str]:

@@ -50,8 +50,8 @@ def evaluate(config: Config, options: dict[str, Any], arguments: list[str]) -> i
     for line in reports.lines(loops[0], found.outputs):
         print(line)
     if options["plot"]:
-        reports.draw(loops[0], found.outputs, options["plot"])
-        print(options["plot"])
+        for path in reports.draw(loops[0], found.outputs, options["plot"]):
+            print(path)
     return 0
 
 
@@ -64,9 +64,7 @@ def _open(folder: str, options: dict[str, Any], config: Config) -> tuple[str, An
 
     trained, state, manifest = saved_run.open_run(folder, options["best"], warn, options)
     if options["dataset"]:
-        trained = trained.replace(
-            dataset=options["dataset"], cache="", split="standard", validation_size=0
-        )
+        trained = trained.replace(cache="", split="standard", validation_size=0)
     data = assembly.load_data(trained)
     where = f"--dataset={trained.dataset}"
     if not len(data.test):
@@ -108,6 +106,7 @@ COMMAND = Command(
             "values, into this PNG file",
         ),
         "dataset": ("", "other data than the run's own: its test examples"),
+        "data_options": ("", "with --dataset=FILE.py:function, its arguments"),
         "best": BEST,
         **CODE_OPTIONS,
     },

@@ -227,6 +227,8 @@ def _arrays(nest: Any, where: str, convert: Callable) -> Any:
         return tuple(_arrays(part, f"{where} {i}", convert) for i, part in enumerate(nest))
     try:
         return convert(nest, where)
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
 

@@ -8,6 +8,8 @@ skipping forward.
 
 import dataclasses
 import functools
+import time
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,7 @@ from tfloop.errors import UserError
 from tfloop.nests import leaves, map_leaves, named_leaves
 
 LOOKED_AT = 1000  # examples whose targets tell what they are
+PATIENCE = 5.0  # seconds of counting until that is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +209,11 @@ def from_dataset(
     kinds = _kinds(sample, highest, classes, class_names, name)
     of_example = map_leaves(_without_rows, spec[:2]) if batched else spec[:2]
     of_example = of_example[0], map_leaves(_of_target, of_example[1])
-    again = next(iter(_made(make, name).take(1)))
+    again = next(iter(_made(make, name).take(1)), None)
+    if again is None:
+        raise UserError(
+            f"{name}: can be read once only; give a function that makes the dataset anew"
+        )
     stream = Stream(make, of_example, sum(sizes), batch_size, _are_equal(first, again))
     like = stream.first(1)
     held_out = {
@@ -266,10 +273,19 @@ def _gone_through(
       UserError: a label or weight that is none.
     """
     batches = dataset.map(lambda *x: x[1:])  # without the inputs
+    is_unknown = dataset.cardinality() == tf.data.UNKNOWN_CARDINALITY
+    started = time.monotonic()
     sizes: list[int] = []
     highest: dict[str, int] = {}
     sample: list = []
     for batch in batches if batched else batches.batch(1024):
+        if is_unknown and time.monotonic() - started > PATIENCE:
+            is_unknown = False  # said once
+            warnings.warn(
+                f"{where}: its examples are being counted, {sum(sizes)} so far; one without an end "
+                "needs .take(N)",
+                stacklevel=2,
+            )
         _, targets, weight = _with_weight(None, *batch)
         sizes.append(int(leaves(targets)[0].shape[0]))
         if not (tf.reduce_all(weight >= 0) and tf.reduce_all(tf.math.is_finite(weight))):

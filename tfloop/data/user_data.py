@@ -6,7 +6,7 @@ from typing import Any
 
 from tfloop import user_code
 from tfloop.data.arrays import from_arrays, hold_out
-from tfloop.data.dataset import Dataset, Standardizer
+from tfloop.data.dataset import Dataset, Split, Standardizer
 from tfloop.errors import UserError
 from tfloop.wording import listed
 
@@ -86,7 +86,12 @@ def _arguments(made: Any, name: str) -> dict[str, Any]:
 def _cut(made: Dataset, cut: Any, name: str) -> Dataset:
     """A data set as it is, with what the settings ask for."""
     if cut.split != "standard":
-        raise UserError(f"--split={cut.split}: {name} gives a tfloop.Dataset, which is cut already")
+        raise UserError(f"--split={cut.split}: {name} gives data that are cut already")
+    if cut.validation_size and not isinstance(made.train, Split):
+        raise UserError(
+            f"--validation_size={cut.validation_size}: a tf.data.Dataset cannot be cut; let {name} "
+            "give (train, test, validation)"
+        )
     if cut.validation_size:
         if len(made.validation):
             raise UserError(
@@ -94,6 +99,6 @@ def _cut(made: Dataset, cut: Any, name: str) -> Dataset:
             )
         train, held_out = hold_out(made.train, cut.validation_size, cut.seed, made.kinds)
         made = dataclasses.replace(made, train=train, validation=held_out)
-    if not cut.standardize:
+    if not cut.standardize and isinstance(made.train, Split):
         made = dataclasses.replace(made, standardizer=Standardizer.identities(made.train.inputs))
     return made

@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfloop import assembly, models, penalties
 from tfloop.config import Config
 from tfloop.cross_entropy import binary_cross_entropy, cross_entropy
-from tfloop.data.dataset import Dataset
+from tfloop.data.dataset import Dataset, Split
 from tfloop.errors import UserError
 from tfloop.loop import Epoch, Loop
 from tfloop.models.program import Call, program_of
@@ -76,9 +76,14 @@ def check_gradients(
         model = _in_float64(models.build(config, image_shape, classes))
     elif program_of(config) is None:
         raise UserError("check_gradients: the model shows no graph whose layers could be checked")
+    elif any(x.dtype != "float32" for x in config.inputs) or len(config.outputs) != 1:
+        raise UserError(
+            "check_gradients: takes models of floats with one output; this one takes "
+            f"{', '.join(x.dtype for x in config.inputs)} and gives {len(config.outputs)}"
+        )
     else:
         model = _in_float64(config)
-        image_shape, classes = model.input_shape[1:], model.output_shape[-1]
+        classes = model.output_shape[-1]
     weights, _ = models.named_variables(model)
     for weight in weights.values():
         inputs = max(np.prod(weight.shape[:-1]), 1)
@@ -112,7 +117,8 @@ def check_gradients(
         of_kernel = functools.partial(penalty, kernel)
         yield from _compare(f"penalty {penalty.__name__}", of_kernel, {"kernel": kernel}, random)
 
-    images, projection = normal(2, *image_shape), random.normal(size=(2, classes))
+    given = [normal(2, *program.shapes[number][1:]) for number in range(program.inputs)]
+    projection = random.normal(size=(2, *program.shapes[program.outputs[0]][1:]))
     passes: dict[str, Callable] = {
         "plain forward pass": models.outputs,
         "fast forward pass": functools.partial(models.outputs, fast=True),
@@ -121,9 +127,13 @@ def check_gradients(
     for name, forward in passes.items():
 
         def whole(forward: Callable = forward) -> tf.Tensor:
-            return projection * forward(model, tf.convert_to_tensor(images), True, key)
+            inputs = [tf.convert_to_tensor(x) for x in given]
+            return projection * forward(model, inputs if len(inputs) > 1 else inputs[0], True, key)
 
-        yield from _compare(name, whole, {"images": images, **weights}, random)
+        names = ["images"] if len(given) == 1 else [f"input {n}" for n in range(1, len(given) + 1)]
+        yield from _compare(
+            name, whole, {**dict(zip(names, given, strict=True)), **weights}, random
+        )
 
 
 def _in_float64(model: keras.Model) -> keras.Model:
@@ -248,7 +258,8 @@ def _weights(
     }
     with tf.device(device):
         # A split of its own, whose tensors will lie on this device.
-        own = dataclasses.replace(data, train=dataclasses.replace(data.train))
+        train = dataclasses.replace(data.train) if isinstance(data.train, Split) else data.train
+        own = dataclasses.replace(data, train=train)
         loop = assembly.make_loop(config.replace(**{**plain, **settings}), own)
         for call in loop.train_epoch():
             if call.step > steps:

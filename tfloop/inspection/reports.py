@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tfloop.data.targets import Target, class_numbers
+from tfloop.errors import UserError
 from tfloop.inspection import evaluation, plots
 from tfloop.loop import Loop
 from tfloop.nests import leaves
@@ -39,17 +40,29 @@ def lines(loop: Loop, outputs: Any) -> Iterator[str]:
             yield from _mistakes(term.target, targets, shares, loop.data.noun)
 
 
-def draw(loop: Loop, outputs: Any, path: str | Path) -> None:
-    """The picture that goes with the report: for each output what fits."""
-    drawn = list(_by_output(loop, outputs))
-    for number, (term, targets, given) in enumerate(drawn):
+def draw(loop: Loop, outputs: Any, path: str | Path) -> list[Path]:
+    """Draw what goes with the report, for each output what fits; the files.
+
+    Raises:
+      UserError: there is nothing that could be drawn.
+    """
+    written: list[Path] = []
+    for term, targets, given in _by_output(loop, outputs):
         place = Path(path)
-        if number:  # one picture for each output
+        if written:  # one picture for each output
             place = place.with_name(f"{place.stem}-{term.name.replace('/', '-')}{place.suffix}")
         if term.target.kind == "values":
             plots.save(plots.predicted(_flat(targets), _flat(given)), place)
+            written.append(place)
         elif term.target.is_one_class and given.ndim == 2:
             plots.save(_picture(loop, term.target, targets, _shares(given)), place)
+            written.append(place)
+    if not written:
+        raise UserError(
+            f"--plot={path}: there is no picture for {loop.data.targets_text}; classes and values "
+            "have one"
+        )
+    return written
 
 
 def _by_output(loop: Loop, outputs: Any) -> Iterator[tuple[Term, np.ndarray, np.ndarray]]:

@@ -14,6 +14,7 @@ from tfloop import models
 from tfloop.errors import UserError
 from tfloop.nests import named_leaves
 from tfloop.state import TrainState
+from tfloop.wording import first_sentence
 
 FORMATS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite", "weights": ".weights.h5"}
 
@@ -31,7 +32,8 @@ def plain_model(state: TrainState) -> keras.Model:
     if not isinstance(model, keras.Sequential) and not models.output_activations(model):
         raise UserError(
             f"export takes a Sequential or functional Keras model; this one is a "
-            f"{type(model).__name__}, which Keras saves itself: state.model.save(…)"
+            f"{type(model).__name__}; --format=weights writes its weights, and in Python Keras "
+            "saves it itself: state.model.save(…)"
         )
     twin = keras.models.clone_model(model, clone_function=_in_float32)
     graph = model._functional if isinstance(model, keras.Sequential) else model
@@ -130,16 +132,15 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
         raise UserError(f"--out={path}: a {format} file ends in {ending}")
     if path.exists():
         raise UserError(f"--out={path}: exists already; name another")
-    model = plain_model(state)
+    model = None if format == "weights" else plain_model(state)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             partial = Path(folder) / path.name
-            if format == "keras":
+            if model is None:
+                _save_weights(state, partial)
+            elif format == "keras":
                 model.save(partial)
-            elif format == "weights":
-                with state.using_ema():
-                    state.model.save_weights(partial)
             elif format == "saved_model":
                 model.export(partial, verbose=False)
             else:
@@ -153,3 +154,19 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
             _write_names(state, path)
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever Keras or TensorFlow Lite make of layers they lack
+        raise UserError(
+            f"--format={format}: the model cannot be written so: {first_sentence(error)}"
+        ) from None
+
+
+def _save_weights(state: TrainState, path: Path) -> None:
+    if not isinstance(state.model, keras.Model):
+        raise UserError(
+            f"--format=weights: a {type(state.model).__name__} is no keras.Model; "
+            "tf.train.Checkpoint keeps its variables"
+        )
+    with state.using_ema():
+        state.model.save_weights(path)

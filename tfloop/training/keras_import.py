@@ -121,7 +121,7 @@ def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
 def _front(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers that scale the pixels, in front of the first layer with weights."""
     front = []
-    for layer in model.layers:
+    for layer in model._flatten_layers(include_self=False):
         if isinstance(layer, (keras.layers.Normalization, keras.layers.Rescaling)):
             front.append(layer)
         elif layer.weights:
@@ -132,8 +132,8 @@ def _front(model: keras.Model) -> list[keras.layers.Layer]:
 def _with_weights(model: keras.Model) -> list[keras.layers.Layer]:
     return [
         layer
-        for layer in model.layers
-        if layer.weights and not isinstance(layer, keras.layers.Dropout)
+        for layer in model._flatten_layers(include_self=False)  # those in a model in it, too
+        if layer.weights and not layer._layers and not isinstance(layer, keras.layers.Dropout)
     ]
 
 

@@ -28,14 +28,14 @@ from tfloop.inspection.progress import Display
 from tfloop.inspection.summaries import Summaries
 from tfloop.loop import Call, Epoch, Evaluation, Loop, PendingCall, Record
 from tfloop.machine.replicas import Replicas
-from tfloop.metrics import Metrics
+from tfloop.metrics import NAMES, Metrics
 from tfloop.training import checkpoints, code, folders
 from tfloop.training.profile import Profile
 from tfloop.vectors import count_elements
 from tfloop.version import __version__
-from tfloop.wording import names_text
 
 MOST_REWINDS = 3
+NAMES_WITHOUT_CLASSES = tuple(name for name in NAMES if name != "accuracy")
 
 
 @dataclasses.dataclass
@@ -121,6 +121,7 @@ class Run:
             return folders.result(self._folder)
         self._started = started
         code.store(self._folder, self._config)
+        self._check_steering()
         resumed = self._resume()
         self._count("setup", time.perf_counter() - started)
         diverged = yield from self._go_on(stop, resumed)
@@ -311,17 +312,14 @@ class Run:
             self._reached.epochs.append(entry)
         else:
             self._reached.evaluations.append(entry)
-        if goal := criterion.parse_goal(self._config.until) if self._config.until else None:
-            self._check_given(goal.criterion, entry, f"--until={self._config.until}")
-            if goal.is_reached(entry):
-                self._reached.goal = self._config.until
+        until = self._config.until
+        if until and criterion.parse_goal(until).is_reached(entry):
+            self._reached.goal = until
         return self._is_best(record, entry)
 
     def _is_best(self, record: Epoch | Evaluation, entry: dict[str, Any]) -> bool:
         config = self._config
         by = criterion.parse(config.choose_by) if config.choose_by else criterion.default(entry)
-        if config.choose_by or config.early_stopping:
-            self._check_given(by, entry, f"--choose_by={by.text}")
         value, best = by.of(entry), self._reached.best
         if best and best.get("metric", by.text) != by.text:  # --override chose another
             best = None
@@ -336,15 +334,32 @@ class Run:
         }
         return True
 
-    def _check_given(self, by: criterion.Criterion, entry: dict[str, Any], flag: str) -> None:
-        """Raises UserError where evaluations give no such metric; one that failed may come yet."""
-        parts = {part: entry[part] for part in criterion.PARTS if part in entry}
-        was_evaluated = set(parts) - {"train"}
-        metrics = parts.get(by.part, {})
-        if not was_evaluated or ("total" if by.name == "loss" else by.name) in metrics:
-            return
-        given = names_text(criterion.given(parts), most=12)
-        raise UserError(f"{flag}: there is no {by.text}; there are {given}")
+    def _check_steering(self) -> None:
+        """Raises UserError for a metric to choose, stop or steer by that there is none of."""
+        config, loop = self._config, self._loop
+        objective, data = loop.state.objective, loop.data
+        common = ["loss", *NAMES] if objective.classifies else ["loss", *NAMES_WITHOUT_CLASSES]
+        held_out = [*common, *objective.extra, *objective.whole_metrics]
+        known = {"train": [*common, *objective.extra]}
+        known |= {"test": held_out} if len(data.test) else {}
+        known |= {"validation": held_out} if len(data.validation) else {}
+        asked = {}
+        if config.choose_by:
+            asked[f"--choose_by={config.choose_by}"] = criterion.parse(config.choose_by)
+        if config.until:
+            asked[f"--until={config.until}"] = criterion.parse_goal(config.until).criterion
+        for flag, by in asked.items():
+            if by.name not in known.get(by.part, []):
+                own = [f"{part} {name}" for part in known for name in known[part]]
+                shown = [text for text in own if text.split()[1] not in NAMES[:-2]]
+                raise UserError(f"{flag}: there is no {by.text}; there are {', '.join(shown)}")
+        looks = config.early_stopping or loop.state.schedule.slots
+        if looks and not config.choose_by and "validation" not in known:
+            flag = "--early_stopping" if config.early_stopping else "--schedule=plateau"
+            raise UserError(
+                f"{flag} looks at validation examples, and there are none; set --validation_size, "
+                "or --choose_by"
+            )
 
     def save(self, events: dict[str, int]) -> None:
         """Make a checkpoint; `events` are the sizes of the event files at this moment."""

@@ -57,10 +57,17 @@ def _own_code(folder: Path, config: Config, named: Mapping[str, Any]) -> Config:
     replaced = {name: value for name, value in given.items() if name != "dataset"}
     config = config.replace(**replaced) if replaced else config
     if given.get("dataset"):  # the run's own is not read
-        options = config.data_options if is_reference(given["dataset"]) else ()
+        options = config.data_options if _function(given) == _function(vars(config)) else ()
+        if named.get("data_options"):
+            options = tuple(named["data_options"].split(","))
         config = config.replace(dataset=given["dataset"], data_options=options)
     needed = [name for name in CODE if name != "dataset" or "dataset" in named]
     return code.trusted(folder, config, given, needed=needed)
+
+
+def _function(settings: Mapping[str, Any]) -> str:
+    """The name of the file and function that gives the data; "" where none does."""
+    return Path(settings["dataset"]).name if is_reference(settings["dataset"]) else ""
 
 
 def spec_of(manifest: dict[str, Any]) -> spec.Spec:

@@ -24,7 +24,7 @@ from tfloop.loop import Epoch, Loop
 from tfloop.machine.replicas import Replicas
 from tfloop.nests import leaves, named_leaves
 from tfloop.state import TrainState
-from tfloop.training import folders, keras_import
+from tfloop.training import code, folders, keras_import
 from tfloop.training.ensemble import Calls, End, SideBySide, Together, judge_together
 from tfloop.training.folders import reached_text
 from tfloop.training.run import Run, may_end
@@ -234,9 +234,11 @@ class Session:
             f"{_of_data(data)}; {weights:,} weights; "
             f"{self._device or 'default device'}, {loop.pipeline.name} pipeline{auto}"
         )
-        self._display.say(_settings_line(config, loop.state))
-        if not data.train.has_images or data.target is None or data.target.kind != "classes":
-            self._display.say(f"{_scaled_text(data)}; loss: {loop.state.objective.text}")
+        self._display.say(_settings_line(config, loop.state, loop.pipeline.batch_size))
+        if config.model or config.loss:
+            self._display.say(
+                f"{_scaled_text(data)}; loss: {loop.state.objective.text}{_hint(data)}"
+            )
         if count := len(data.left_out):
             records = f"{counted(count, 'damaged record')} {'is' if count == 1 else 'are'}"
             self._display.warn(f"{records} left out; the first: {data.left_out[0]}")
@@ -313,6 +315,7 @@ def adopt(config: Config, path: str | Path) -> Path:
     some = loop.data.test if len(loop.data.test) else loop.data.train
     keras_import.import_weights(loop.state, path, some.rows(slice(64)))
     folder = folders.create(config)
+    code.store(folder, config)
     display = Display(config.epochs, loop.steps, config.quiet)
     with folders.locked(folder), display:
         Run(config, loop, folder, display, "").save({})
@@ -354,6 +357,16 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
             logdir.rmdir()
 
 
+def _hint(data: Dataset) -> str:
+    """What may have been meant otherwise: floats that are all 0 and 1."""
+    for name, array in named_leaves(data.train.targets):
+        is_value = data.kinds[name].kind == "values" and isinstance(array, np.ndarray)
+        if is_value and len(array) and bool(((array == 0) | (array == 1)).all()):
+            of = f" {name}" if name else ""
+            return f"; the targets{of} are 0.0 and 1.0: as whole numbers they would be classes"
+    return ""
+
+
 def _of_data(data: Dataset) -> str:
     """ "28×28×1, 10 classes": of images the shape alone, since the type is known."""
     inputs = shape_text(data.image_shape) if data.train.has_images else data.inputs_text
@@ -375,12 +388,12 @@ def _scaled_text(data: Dataset) -> str:
     return "; ".join(parts + ([f"as they are: {', '.join(left)}"] if left else []))
 
 
-def _settings_line(config: Config, state: TrainState) -> str:
+def _settings_line(config: Config, state: TrainState, batch_size: int) -> str:
     """The optimizer, the schedule, the penalties and their numbers, in one line."""
     optimizer, schedule = _numbers_text(state.optimizer.hyper), _numbers_text(state.schedule.hyper)
     return (
         f"{config.optimizer}: {optimizer}; {config.schedule}: {schedule}; l1 {config.l1:g}, l2 "
-        f"{config.l2:g} on {names_text(state.kernels)}; batch {config.batch_size}, "
+        f"{config.l2:g} on {names_text(state.kernels)}; batch {batch_size}, "
         f"{counted(config.epochs, 'epoch')}"
     )
 
