@@ -292,3 +292,90 @@ def test_weights_of_a_dataset_count_in_training_and_in_tests(random):
     each = tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
     assert record.train.data == pytest.approx(np.mean(w * each), rel=1e-5)
     assert record.test.data == pytest.approx(record.train.data, rel=1e-5)
+
+
+# --- sigmoids, masks
+
+
+def ends(kind):
+    """A model for images with one output for each place that ends in a sigmoid."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4, 4, 1))
+    if kind == "convolution":
+        return keras.Model(
+            inputs, layers.Conv2D(1, 3, padding="same", activation="sigmoid")(inputs)
+        )
+    x = layers.Conv2D(1, 3, padding="same")(inputs)
+    if kind == "activation":
+        return keras.Model(inputs, layers.Activation("sigmoid")(x))
+    return keras.Model(inputs, layers.Lambda(tf.sigmoid)(x))
+
+
+@pytest.mark.parametrize("kind", ["convolution", "activation"])
+@pytest.mark.parametrize("with_channel", [True, False])
+def test_a_last_sigmoid_is_applied_once_also_that_of_a_convolution(random, kind, with_channel):
+    masks = random.integers(0, 2, (10, 4, 4) + (1,) * with_channel)
+    data = tfloop.from_arrays(random.normal(size=(10, 4, 4, 1)), masks, standardize=False)
+    model = ends(kind)
+    p = model(data.train.inputs).numpy().reshape(-1)
+    found = evaluated(model, data, metrics=[sk.f1_score])
+    assert found.data == pytest.approx(sk.log_loss(masks.reshape(-1), p), rel=1e-4)
+    assert found.accuracy == pytest.approx(np.mean((p > 0.5) == masks.reshape(-1)))
+    assert found.more["f1_score"] == pytest.approx(sk.f1_score(masks.reshape(-1), p > 0.5))
+    state = tfloop.TrainState(model)
+    tfloop.Loop(state, data, batch_size=5)
+    np.testing.assert_allclose(tfloop.predict(state, data.train.inputs).reshape(-1), p, rtol=1e-5)
+
+
+@pytest.mark.quick
+def test_a_sigmoid_that_the_graph_does_not_show_is_refused(random):
+    masks = random.integers(0, 2, (10, 4, 4))
+    data = tfloop.from_arrays(random.normal(size=(10, 4, 4, 1)), masks, standardize=False)
+    with pytest.raises(UserError, match="are probabilities, those of a sigmoid"):
+        evaluated(ends("lambda"), data)
+
+
+def test_one_hot_masks_are_shares_of_classes_at_each_place(random):
+    numbers = random.integers(0, 3, (10, 4, 4))
+    images = random.normal(size=(10, 4, 4, 1))
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4, 4, 1)), layers.Conv2D(3, 3, padding="same")])
+    found = [
+        evaluated(model, tfloop.from_arrays(images, masks, standardize=False))
+        for masks in (numbers, np.eye(3)[numbers], np.eye(3, dtype=int)[numbers])
+    ]
+    for one in found[1:]:
+        assert (one.data, one.accuracy) == pytest.approx((found[0].data, found[0].accuracy))
+
+
+@pytest.mark.quick
+def test_images_are_not_moved_without_their_masks(random):
+    masks = random.integers(0, 3, (10, 4, 4))
+    data = tfloop.from_arrays(random.normal(size=(10, 4, 4, 1)), masks)
+    model = keras.Sequential([keras.Input((4, 4, 1)), layers.Conv2D(3, 3, padding="same")])
+    moving = tfloop.Augmentation(flip=True)
+    with pytest.raises(UserError, match="augment_flip: moves the images, and not the targets"):
+        tfloop.Loop(tfloop.TrainState(model, augmentation=moving), data, batch_size=5)
+
+
+@pytest.mark.quick
+def test_a_loss_that_leaves_places_out_is_refused():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255)
+    with pytest.raises(UserError, match="has ignore_class"):
+        tfloop.TrainState(dense(3), loss=loss)
+
+
+def test_scikit_learns_metrics_look_at_each_output(random):
+    labels, size = random.integers(0, 2, 30), random.normal(size=30)
+    data = data_of(random, {"kind": labels, "size": size})
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, {"kind": layers.Dense(2)(inputs), "size": layers.Dense(1)(inputs)})
+    by_output = {"kind": {"f1": sk.f1_score}, "size": {"r2": sk.r2_score}}
+    found, given = evaluated(model, data, metrics=by_output), model(data.train.inputs)
+    guesses = np.argmax(given["kind"], axis=1)
+    assert found.more["kind/f1"] == pytest.approx(sk.f1_score(labels, guesses))
+    assert found.more["size/r2"] == pytest.approx(sk.r2_score(size, given["size"][:, 0]), rel=1e-4)
+    each = evaluated(model, data, metrics={"mae": keras.metrics.mean_absolute_error})
+    expected = np.mean(np.abs(size - given["size"][:, 0]))
+    assert each.more["size/mae"] == pytest.approx(float(expected), rel=1e-5)

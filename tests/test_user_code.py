@@ -341,3 +341,106 @@ def test_an_option_is_read_as_a_number_where_it_is_one():
     with pytest.raises(UserError, match="'a'"):
         options_of(["a"], "data_options")
     assert np.isfinite(parsed("1e5"))
+
+
+def test_an_imported_run_of_a_functional_model_is_evaluated_without_naming_it_again(
+    own, tmp_path, capsys
+):
+    start, end = GOOD.index("    return keras.Sequential"), GOOD.index("def data")
+    functional = """    given = keras.Input(input_shape)
+    hidden = keras.layers.Dense(width)(given)
+    return keras.Model(given, keras.layers.Dense(classes)(hidden))
+
+
+"""
+    own(GOOD[:start] + functional + GOOD[end:])
+    assert "keras.Model(given" in Path("own.py").read_text()
+    assert train() == 0
+    assert main(["export", "runs/run-001", "--out=own.keras"]) == 0
+    flags = ["--model=own.py:model", "--dataset=own.py:data", "--logdir=runs", "--name=run"]
+    assert main(["import", "own.keras", *flags, "--batch_size=10"]) == 0
+    lines = []
+    for run in ("runs/run-001", "runs/run-002"):
+        capsys.readouterr()
+        assert main(["evaluate", run]) == 0
+        lines.append(capsys.readouterr().out.splitlines()[0])
+    assert lines[0] == lines[1]
+
+
+def test_evaluate_takes_other_data_with_options_of_their_own(own, capsys):
+    own(GOOD + "\n\ndef other(size):\n    return tuple(part[:size] for part in data())\n")
+    assert train("--data_options=shift=1") == 0
+    again = ["evaluate", "runs/run-001", "--dataset=own.py:other"]
+    assert main(again) == 2
+    assert "the function needs size" in capsys.readouterr().err
+    assert main([*again, "--data_options=size=10"]) == 0
+    assert "10 test examples" in capsys.readouterr().out
+
+
+TORCHLIKE = """
+import tensorflow as tf
+
+
+class Net(tf.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.w = tf.Variable(tf.zeros([inputs, classes]), name="w")
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def model(input_shape, classes):
+    return Net(input_shape[0], classes)
+"""
+
+
+def test_a_tf_module_trains_with_the_flags_as_they_are(own):
+    own()
+    own(TORCHLIKE, "net.py")
+    assert train(model="net.py:model") == 0
+    assert main(["export", "runs/run-001"]) == 2
+
+
+STREAMS = """
+import numpy as np
+import tensorflow as tf
+
+x, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
+
+
+def whole():
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
+
+
+def other_shape():
+    return whole(), tf.data.Dataset.from_tensor_slices((x[:, :2], y)).batch(10)
+
+
+ONCE = iter([(x[:10], y[:10])] * 4)
+
+
+def once():
+    spec = (tf.TensorSpec([None, 3], tf.float64), tf.TensorSpec([None], tf.int64))
+    return tf.data.Dataset.from_generator(lambda: ONCE, output_signature=spec)
+"""
+
+
+@pytest.mark.parametrize(
+    "command, function, flags, message",
+    [
+        ("train", "whole", ["--validation_size=5"], "a tf.data.Dataset cannot be cut"),
+        ("sweep", "whole", ["--grid=l2=0,1"], "a tf.data.Dataset cannot be cut"),
+        ("train", "other_shape", [], "inputs to evaluate are (2,), those of the training (3,)"),
+        ("train", "once", [], "once only"),
+        ("train", "whole", ["--batch_size=20"], "gives batches of 10"),
+        ("train", "whole", ["--pipeline=resident"], "use host or prefetch"),
+    ],
+)
+def test_what_a_dataset_cannot_do_is_one_line(own, capsys, command, function, flags, message):
+    own()
+    own(STREAMS, "streams.py")
+    given = ["--model=own.py:model", f"--dataset=streams.py:{function}", "--quiet", *flags]
+    assert main([command, *given, "--logdir=runs"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

@@ -115,7 +115,8 @@ class Objective:
         if len(self.terms) > 1:
             self.extra = [f"{term.name}/loss" for term in self.terms]
             self.extra += [f"{term.name}/accuracy" for term in self.terms if term.accuracy]
-        for name, metric in _named_metrics(metrics).items():
+        named = _named_metrics(metrics)
+        for name, metric in named.items() if targets is not None else ():
             taken = {"loss", *NAMES, *self.extra}
             if name in taken:
                 raise UserError(f"metrics: {name} is there already; give yours another name")

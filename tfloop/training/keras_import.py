@@ -121,7 +121,7 @@ def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
 def _front(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers that scale the pixels, in front of the first layer with weights."""
     front = []
-    for layer in model._flatten_layers(include_self=False):
+    for layer in _layers(model):
         if isinstance(layer, (keras.layers.Normalization, keras.layers.Rescaling)):
             front.append(layer)
         elif layer.weights:
@@ -129,11 +129,19 @@ def _front(model: keras.Model) -> list[keras.layers.Layer]:
     return front
 
 
+def _layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers in their order, those of a model in it among them."""
+    found: list[keras.layers.Layer] = []
+    for layer in model.layers:
+        found += _layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
 def _with_weights(model: keras.Model) -> list[keras.layers.Layer]:
     return [
         layer
-        for layer in model._flatten_layers(include_self=False)  # those in a model in it, too
-        if layer.weights and not layer._layers and not isinstance(layer, keras.layers.Dropout)
+        for layer in _layers(model)
+        if layer.weights and not isinstance(layer, keras.layers.Dropout)
     ]
 
 
