@@ -4,15 +4,12 @@ An `Objective` joins what the user asked for, what the targets are and what the 
 step asks it for the loss of each example, and for what it counts beside it.
 """
 
-import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from keras.src.losses.loss import squeeze_or_expand_to_same_rank
 
 from tfloop import models
 from tfloop.cross_entropy import binary_cross_entropy, cross_entropy, over_places, squared_error
@@ -21,7 +18,16 @@ from tfloop.data.targets import Target
 from tfloop.errors import UserError
 from tfloop.metrics import NAMES
 from tfloop.nests import filled, leaves, named_leaves
-from tfloop.user_code import told_in_one_line
+from tfloop.own_functions import (
+    as_function,
+    by_output,
+    called,
+    is_keras_function,
+    is_of_numpy,
+    named_metrics,
+    of_keras,
+    text_of,
+)
 from tfloop.wording import names_text, shape_text
 
 ONE_CLASS = {"": Target("classes", (), 0)}  # what targets are where nobody has said
@@ -102,11 +108,11 @@ class Objective:
         self._widths = [shape[-1] if shape else 0 for shape in shapes or []]
         self.terms: list[Term] = []
         if self._whole is None or len(self.names) == len(kinds) == 1:
-            by_output = _by_output(loss, self.names)
+            losses = by_output(loss, self.names)
             in_order = isinstance(outputs, (list, tuple))
             for name, target, places in _pairs(self.names, kinds, in_order):
                 shape = None if shapes is None else shapes[places[1]]
-                own, weight = by_output.get(name, (None, 1.0))
+                own, weight = losses[name]
                 self.terms.append(self._term(name, own, weight, target, shape, places))
         self.extra: list[str] = []
         self._batch_metrics: dict[str, Callable] = {}
@@ -115,8 +121,8 @@ class Objective:
         if len(self.terms) > 1:
             self.extra = [f"{term.name}/loss" for term in self.terms]
             self.extra += [f"{term.name}/accuracy" for term in self.terms if term.accuracy]
-        named = _named_metrics(metrics)
-        for name, metric in named.items() if targets is not None else ():
+        given = named_metrics(metrics)
+        for name, metric in given.items() if targets is not None else ():
             taken = {"loss", *NAMES, *self.extra}
             if name in taken:
                 raise UserError(f"metrics: {name} is there already; give yours another name")
@@ -150,7 +156,7 @@ class Objective:
                 target,
                 places,
                 is_default=False,
-                is_keras=found.func is _of_keras,
+                is_keras=found.func is of_keras,
             )
         if target.kind == "values":
             return Term(
@@ -189,10 +195,10 @@ class Objective:
             by_name = {term.name: term for term in self.terms}
             if name not in by_name:
                 raise UserError(f"metrics: there is no output {name!r}")
-            for own, function in _named_metrics(metric).items():
+            for own, function in named_metrics(metric).items():
                 self.whole_metrics[f"{name}/{own}"] = function, by_name[name]
             return
-        is_known = is_of_numpy(metric) or _is_keras_function(metric)
+        is_known = is_of_numpy(metric) or is_keras_function(metric)
         if is_known or isinstance(metric, keras.metrics.Metric):
             for term in self.terms:
                 own = metric
@@ -264,13 +270,11 @@ class Objective:
                 [x if w == 1.0 else w * x for w, x in zip(weights, losses, strict=True)]
             )
         else:
-            total = _check_shape(
-                _called(self._whole, targets, outputs, "the loss function"), [rows]
-            )
+            total = _check_shape(called(self._whole, targets, outputs, "the loss function"), [rows])
         extra = [*losses, *accuracies] if len(self.terms) > 1 else []
         shares = self.squash(outputs) if self._batch_metrics else None
         for name, metric in self._batch_metrics.items():
-            found = _called(metric, targets, shares, f"the metric {name}")
+            found = called(metric, targets, shares, f"the metric {name}")
             extra.append(tf.cast(found, tf.float32))
         columns = tf.stack(extra, axis=1) if extra else tf.zeros([rows, 0])
         accuracy = accuracies[0] if self.classifies else tf.zeros([rows])
@@ -415,133 +419,10 @@ def _is_one(shape: tuple | None, target: Target) -> bool:
     return shape is not None and shape[1:] in (target.shape, (*target.shape, 1))
 
 
-# --- what a user may give
-
-
 def _takes_nests(loss: Any, names: Sequence[str]) -> bool:
     """Is the loss a function of all targets and outputs together?"""
     is_function = callable(loss) and not isinstance(loss, keras.losses.Loss)
-    return is_function and len(names) > 1 and not _is_keras_function(loss)
-
-
-def _is_keras_function(loss: Any) -> bool:
-    return getattr(loss, "__module__", "").startswith("keras.")
-
-
-def _by_output(loss: Any, names: Sequence[str]) -> dict[str, tuple[Any, float]]:
-    """output → (its loss, or None for that which follows from its targets; its weight)."""
-    if not isinstance(loss, Mapping):
-        return dict.fromkeys(names, (loss, 1.0))
-    unknown = [name for name in loss if name not in names]
-    if unknown:
-        raise UserError(f"loss: there is no output {unknown[0]!r}; there is {names_text(names)}")
-    if missing := [name for name in names if name not in loss]:
-        raise UserError(
-            f"loss: says nothing of the output {missing[0]!r}; give None for the loss that follows "
-            "from its targets, or 0 for none"
-        )
-    found: dict[str, tuple[Any, float]] = {}
-    for name, given in loss.items():
-        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
-        pair = given if isinstance(given, tuple) else (None, given) if is_number else (given, 1.0)
-        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], (int, float)):
-            raise UserError(f"loss: {name}: expected a loss, a weight, or (loss, weight)")
-        found[name] = pair[0], float(pair[1])
-    return found
-
-
-def check_loss(loss: Any) -> None:
-    """Raises UserError for what is no loss, whatever the outputs are."""
-    if isinstance(loss, Mapping):
-        for part in loss.values():
-            own = part[0] if isinstance(part, tuple) and part else part
-            if own is not None and not isinstance(own, (int, float)):
-                check_loss(own)
-        return
-    if loss is not None:
-        as_function(loss)
-
-
-def as_function(loss: Any) -> functools.partial:
-    """(targets, outputs, smoothing) → [batch], of a function, a Keras loss or the name of one.
-
-    Raises:
-      UserError: none of these, or a Keras loss with a reduction that is not the mean.
-    """
-    if isinstance(loss, str):
-        loss = _keras_named(loss)
-    options = getattr(loss, "_fn_kwargs", None) or getattr(loss, "keywords", None) or {}
-    if options.get("ignore_class") is not None or getattr(loss, "ignore_class", None) is not None:
-        raise UserError(
-            f"loss: {text_of(loss)} has ignore_class, whose places would count in the mean; give "
-            "such examples a weight of 0, or a function of your own"
-        )
-    if isinstance(loss, keras.losses.Loss):
-        if loss.reduction not in ("sum_over_batch_size", "mean", "none", None):
-            raise UserError(
-                f"loss: {type(loss).__name__} has reduction={loss.reduction!r}; the step takes the "
-                "mean over the batch: leave it out"
-            )
-        return functools.partial(_of_keras, loss.call)
-    if not callable(loss) or isinstance(loss, type):
-        shown = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
-        raise UserError(
-            "loss: expected a function (targets, outputs) that gives a value for each example, a "
-            f"Keras loss or the name of one, found {shown}; Keras's are functions such as "
-            "keras.losses.sparse_categorical_crossentropy"
-        )
-    if _is_keras_function(loss):
-        return functools.partial(_of_keras, loss)
-    return functools.partial(_of_own, loss)
-
-
-def _keras_named(name: str) -> Any:
-    try:
-        found = keras.losses.get(name)
-    except ValueError:
-        found = None
-    if found is None:
-        raise UserError(
-            f"loss: Keras has no loss named {name!r}; names are such as mse, huber, "
-            "binary_crossentropy, or FILE.py:function"
-        )
-    return found() if isinstance(found, type) else found
-
-
-def _of_keras(loss: Callable, targets: Any, outputs: Any, _: Any) -> tf.Tensor:
-    if tf.is_tensor(targets) and tf.is_tensor(outputs):  # as Keras does before it calls a loss
-        targets, outputs = squeeze_or_expand_to_same_rank(targets, outputs)
-    found = _called(loss, targets, outputs, f"the loss {text_of(loss)}")
-    rank = getattr(getattr(found, "shape", None), "rank", None)
-    return over_places(tf.convert_to_tensor(found)) if rank else found
-
-
-def _of_own(loss: Callable, targets: Any, outputs: Any, _: Any) -> tf.Tensor:
-    return _called(loss, targets, outputs, "the loss function")
-
-
-def text_of(loss: Any) -> str:
-    """What a loss or metric is called in messages."""
-    if isinstance(loss, str):
-        return loss
-    if isinstance(loss, functools.partial):
-        return text_of(loss.func)
-    if inspect.ismethod(loss):
-        loss = loss.__self__
-    return getattr(loss, "__name__", None) or getattr(loss, "name", None) or type(loss).__name__
-
-
-def _called(function: Any, targets: Any, outputs: Any, what: str) -> Any:
-    described = f"targets {_described(targets)} and outputs {_described(outputs)}"
-    with told_in_one_line(f"{what} fails on {described}"):
-        return function(targets, outputs)
-
-
-def _described(nest: Any) -> str:
-    return ", ".join(
-        f"{name} {leaf.dtype.name} {leaf.shape}" if name else f"{leaf.dtype.name} {leaf.shape}"
-        for name, leaf in named_leaves(nest)
-    )
+    return is_function and len(names) > 1 and not is_keras_function(loss)
 
 
 def _check_shape(found: Any, shape: list[int | None]) -> tf.Tensor:
@@ -597,64 +478,3 @@ def check_outputs(objective: Objective, outputs: Any) -> None:
             f"{found} for an example; the targets{name} are {shape_text(target.shape) or 'one'} "
             f"{target.kind}, which take {expected}"
         )
-
-
-# --- metrics
-
-
-def _named_metrics(metrics: Any) -> dict[str, Any]:
-    """name → metric, of a dict or a list of functions and names."""
-    if not metrics:
-        return {}
-    if not isinstance(metrics, Mapping):
-        if not isinstance(metrics, (list, tuple)):
-            metrics = [metrics]
-        named = [text_of(metric) for metric in metrics]
-        if twice := [name for name in named if named.count(name) > 1]:
-            raise UserError(f"metrics: {twice[0]} comes twice; give a dict with a name for each")
-        metrics = dict(zip(named, metrics, strict=True))
-    for name, metric in metrics.items():
-        if isinstance(metric, Mapping):
-            continue  # by output
-        if isinstance(metric, type):
-            raise UserError(f"metrics: {name}: is the class {metric.__name__}; make one: (…)")
-        if callable(metric) and not isinstance(metric, keras.metrics.Metric):
-            _check_takes_two(name, metric)
-        if not callable(metric):
-            raise UserError(
-                f"metrics: {name}: expected a function (targets, outputs) or a keras.metrics.Metric"
-                f", found {metric!r}"
-            )
-    return dict(metrics)
-
-
-def _check_takes_two(name: str, metric: Callable) -> None:
-    with contextlib.suppress(ValueError):  # some of C have no signature
-        try:
-            inspect.signature(metric).bind(None, None)
-        except TypeError as error:
-            raise UserError(
-                f"metrics: {name}: expected a function of (targets, outputs): {error}"
-            ) from None
-
-
-class Negated:
-    """A metric whose sign is changed, so that more is better."""
-
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-
-    def __call__(self, targets: Any, outputs: Any) -> float:
-        return -self.function(targets, outputs)
-
-
-def inner_metric(metric: Any) -> Any:
-    """The function itself, behind a partial or a sign."""
-    while isinstance(metric, (functools.partial, Negated)):
-        metric = metric.func if isinstance(metric, functools.partial) else metric.function
-    return metric
-
-
-def is_of_numpy(metric: Any) -> bool:
-    """Is it one of scikit-learn's, which take NumPy?"""
-    return (getattr(inner_metric(metric), "__module__", None) or "").startswith("sklearn.")

@@ -13,7 +13,8 @@ import numpy as np
 from tfloop.data.targets import Target
 from tfloop.errors import UserError
 from tfloop.nests import leaves
-from tfloop.objective import Negated, Objective, Term, inner_metric, is_of_numpy
+from tfloop.objective import Objective, Term
+from tfloop.own_functions import Negated, inner_metric, is_of_numpy
 from tfloop.wording import first_sentence
 
 # Of scikit-learn's metrics with the argument y_pred those that take probabilities in it.

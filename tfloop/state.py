@@ -25,8 +25,9 @@ from tfloop.errors import UserError, WithoutGradient
 from tfloop.keras_optimizers import KerasOptimizer
 from tfloop.metrics import SUMS
 from tfloop.nests import is_leaf, map_leaves, named_leaves
-from tfloop.objective import Objective, check_loss, check_outputs
+from tfloop.objective import Objective, check_outputs
 from tfloop.optimizers import Optimizer, f32
+from tfloop.own_functions import check_loss
 from tfloop.randomness import Key, Part, seed_of
 from tfloop.schedules import Schedule
 from tfloop.vectors import count_elements, flatten
