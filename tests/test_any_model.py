@@ -452,6 +452,49 @@ def test_targets_that_are_no_class_numbers_are_kept_as_they_are():
     assert loop.fit(1).train.data == pytest.approx(np.mean(y**2))
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("shows_graph", [True, False])
+def test_a_loop_calls_the_model_once_before_it_trains(shows_graph):
+    """On as many rows as a batch has, whether it shows its graph or not."""
+    rows = []
+
+    class Counting(layers.Layer):
+        def call(self, x):
+            if tf.executing_eagerly():
+                rows.append(int(x.shape[0]))
+            return x
+
+    class Whole(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.counting, self.dense = Counting(), layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(layers.Flatten()(self.counting(x)))
+
+    if shows_graph:
+        model = keras.Sequential(
+            [keras.Input((1, 2, 1)), Counting(), layers.Flatten(), layers.Dense(2)]
+        )
+    else:
+        model = Whole()
+        model(np.zeros((1, 1, 2, 1), np.float32))
+    rows.clear()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    tfloop.Loop(tfloop.TrainState(model, loss=loss), two_classes(), batch_size=5)
+    assert rows == [5]
+
+
+@pytest.mark.quick
+def test_targets_that_are_not_what_the_data_set_says_are_refused():
+    part = tfloop.Split(np.zeros((4, 1), np.float32), np.linspace(0, 1, 4))
+    scale = tfloop.Standardizer.identity((1,))
+    data = tfloop.Dataset("line", part, part, part, 2, scale)  # 2 classes
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(2)])
+    with pytest.raises(tfloop.UserError, match=r"training targets: found float64 \(4,\)"):
+        tfloop.Loop(tfloop.TrainState(model), data, batch_size=4)
+
+
 # --- training or not, seeds, types, names
 
 

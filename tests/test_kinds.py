@@ -288,3 +288,13 @@ def test_two_epochs_are_those_of_fit(case, own_loss, random):
 
 def spec_of(tensor):
     return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype)
+
+
+def test_a_dataset_whose_order_differs_each_time_is_said_to_be_one(file, capsys):
+    source = FILE.replace("shuffle(33, seed=2)", "shuffle(33)")
+    file.write_text(source)
+    flags = [
+        flag for flag in command(file, ("table", "classes"), source="stream") if flag != "--quiet"
+    ]
+    assert main(flags) == 0
+    assert "its order differs each time it is begun" in capsys.readouterr().err

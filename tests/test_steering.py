@@ -1,6 +1,7 @@
 """What a run is chosen by, stopped by and steered by; rates and weights by name; mixed examples."""
 
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -104,7 +105,7 @@ def test_a_run_on_a_plateau_resumes_with_the_same_bits(config):
     stops = iter([False] * 9 + [True] * 99)
     cut = session.train(config(**settings), stop=lambda: next(stops))[0]
     assert 0 < cut["steps"] < whole["steps"]
-    folder = __import__("pathlib").Path(cut["folder"])
+    folder = Path(cut["folder"])
     ended = session.train(config(**settings), resume=[folder])[0]
     assert ended["state_sha256"] == whole["state_sha256"]
     assert ended["evaluations"] == whole["evaluations"]
@@ -205,18 +206,22 @@ def test_decay_leaves_out_what_is_excluded_as_with_keras(ours, theirs, random):
     if optimizer.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias"])
     optimizer.build(model.trainable_variables)
+    check_steps(state, loop, model, optimizer)
+
+
+def check_steps(state, loop, model, optimizer):
+    """Five steps of ours on one batch are those of a plain GradientTape loop with Keras's."""
+    batch, weights = loop.batch(0), model.trainable_variables
     for _ in range(5):
-        batch = loop.batch(0)
         tfloop.train_step(state, batch)
         with tf.GradientTape() as tape:
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
                 batch.targets, model(batch.inputs)
             )
             loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
-    for ours_, theirs_ in zip(state.weights.values(), model.trainable_variables):
-        np.testing.assert_allclose(ours_, theirs_, rtol=1e-4, atol=1e-6)
+        optimizer.apply(tape.gradient(loss, weights), weights)
+    for ours, theirs in zip(state.weights.values(), weights):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 # --- flip, mixup, cutmix
@@ -309,15 +314,4 @@ def test_muon_is_kerass(random):
     state = tfloop.TrainState(twins(), make_optimizer(config), tfloop.Schedule(learning_rate=0.01))
     loop = tfloop.Loop(state, data, batch_size=20)
     model, optimizer = twins(), keras.optimizers.Muon(0.01, weight_decay=0.05)
-    for _ in range(3):
-        batch = loop.batch(0)
-        tfloop.train_step(state, batch)
-        with tf.GradientTape() as tape:
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-                batch.targets, model(batch.inputs)
-            )
-            loss = tf.reduce_mean(losses)
-        weights = model.trainable_variables
-        optimizer.apply(tape.gradient(loss, weights), weights)
-    for ours, theirs in zip(state.weights.values(), model.trainable_variables):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    check_steps(state, loop, model, optimizer)

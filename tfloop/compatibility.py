@@ -44,6 +44,15 @@ def check_data(data: Dataset, sizes: dict[str, int]) -> None:
         )
     for name, value in sizes.items():
         check_setting(name, value)
+    for name, array in named_leaves(data.train.targets):
+        target, of = data.kinds.get(name), f" {name}" if name else ""
+        if target is None:
+            raise UserError(f"{data.name}: nothing says what the targets{of} are; from_arrays does")
+        if target.kind == "classes" and array.dtype.kind not in "iub":
+            raise UserError(
+                f"training targets{of}: found {array.dtype} {tuple(array.shape)}; classes are "
+                "whole numbers from 0 on"
+            )
     if sizes["batch_size"] > len(data.train):
         raise UserError(
             f"--batch_size={sizes['batch_size']} is larger than the {len(data.train)} training "
@@ -72,9 +81,13 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
     _check_moved(state, data)
     batch = pipelines.batch_at(data.train, min(LOOKED_AT, most), 0, 0, 0)
     inputs = state.standardize(batch.inputs)
-    given = _called(state, inputs, data, as_logits=False)
+    _check_count(state.model, inputs)
+    given = models.output_specs(state.model)
+    if given is not None:  # one call will do: the graph shows what it gives
+        _settle(state, data, batch.targets, given)
+    outputs = _called(state, inputs, state.objective.as_logits if given is not None else False)
     rows = batch.rows
-    for name, output in named_leaves(given):
+    for name, output in named_leaves(outputs):
         if not tf.is_tensor(output) or not output.shape.rank or output.shape[0] != rows:
             is_tensor = tf.is_tensor(output)
             found = f"shape {tuple(output.shape)}" if is_tensor else type(output).__name__
@@ -83,26 +96,38 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
                 f"the model gives {found}{of} for a batch of {rows} {data.noun}; expected a tensor "
                 "[batch, …]"
             )
-    state.settle(data.kinds, batch.targets, given)
-    if state.augmentation.mixes:
-        state.objective.check_mixing([n for n in state.augmentation.names if "mix" in n])
-    outputs = _called(state, inputs, data, as_logits=state.objective.as_logits)
+    if given is None:
+        _settle(state, data, batch.targets, outputs)
     _check_logits(state, inputs, outputs)
     _check_columns(state, batch.targets, outputs)
     return outputs
 
 
-def _called(state: TrainState, inputs: Any, data: Dataset, as_logits: Any) -> Any:
+def _settle(state: TrainState, data: Dataset, targets: Any, outputs: Any) -> None:
+    state.settle(data.kinds, targets, outputs)
+    if state.augmentation.mixes:
+        state.objective.check_mixing([n for n in state.augmentation.names if "mix" in n])
+
+
+def _check_count(model: Any, inputs: Any) -> None:
+    """Raises UserError where a model says that it takes more inputs, or fewer."""
+    taken = getattr(model, "inputs", None) or []
+    if taken and len(taken) != len(leaves(inputs)):
+        names = ", ".join(x.name for x in taken)
+        raise UserError(
+            f"the model cannot be called with {_described(inputs)}: it has "
+            f"{counted(len(taken), 'input')} ({names})"
+        )
+
+
+def _called(state: TrainState, inputs: Any, as_logits: Any) -> Any:
     try:
         return models.outputs(state.model, inputs, as_logits=as_logits)
     except UserError:
         raise
     except Exception as error:  # whatever a model of a user's own may raise
         taken, reason = getattr(state.model, "inputs", None) or [], first_sentence(error)
-        if len(taken) != len(leaves(inputs)) and taken:
-            names = ", ".join(x.name for x in taken)
-            reason = f"it has {counted(len(taken), 'input')} ({names})"
-        elif taken and "Invalid input shape" in reason:
+        if taken and "Invalid input shape" in reason:
             reason = f"it takes inputs of shape {tuple(taken[0].shape)}"
         raise UserError(
             f"the model cannot be called with {_described(inputs)}: {reason}{_whole(inputs)}"

@@ -575,6 +575,8 @@ class Loop:
         entry = {part: metrics.by_name() for part, metrics in found.items() if metrics}
         by = self.criterion or default(entry)
         value = by.of(entry)
+        if value is None and by.name in {"loss", *entry.get(by.part, {})}:
+            return  # a metric that failed this time, which was said
         if value is None:
             raise UserError(
                 f"--schedule={self.state.schedule.name} goes by the {by.text}, which an evaluation "

@@ -22,6 +22,7 @@ from tfloop.own_functions import (
     as_function,
     by_output,
     called,
+    check_shape,
     is_keras_function,
     is_of_numpy,
     named_metrics,
@@ -30,6 +31,7 @@ from tfloop.own_functions import (
 )
 from tfloop.wording import names_text, shape_text
 
+EACH = "a value for each example of the batch"  # what a loss gives
 ONE_CLASS = {"": Target("classes", (), 0)}  # what targets are where nobody has said
 
 
@@ -100,7 +102,6 @@ class Objective:
           UserError: targets and outputs that do not belong together.
         """
         kinds = dict(kinds or ONE_CLASS)
-        self._model, self._kinds = model, kinds
         shapes = None if outputs is None else [tuple(leaf.shape) for leaf in leaves(outputs)]
         self.names = [""] if outputs is None else output_names(model, outputs)
         self._whole = loss if _takes_nests(loss, self.names) else None
@@ -110,10 +111,12 @@ class Objective:
         if self._whole is None or len(self.names) == len(kinds) == 1:
             losses = by_output(loss, self.names)
             in_order = isinstance(outputs, (list, tuple))
+            activations = models.output_activations(model)
             for name, target, places in _pairs(self.names, kinds, in_order):
                 shape = None if shapes is None else shapes[places[1]]
                 own, weight = losses[name]
-                self.terms.append(self._term(name, own, weight, target, shape, places))
+                squashed = activations[places[1]] if activations else ""
+                self.terms.append(_term(name, own, weight, target, shape, squashed, places))
         self.extra: list[str] = []
         self._batch_metrics: dict[str, Callable] = {}
         self.whole_metrics: dict[str, tuple[Any, Term | None]] = {}
@@ -123,71 +126,10 @@ class Objective:
             self.extra += [f"{term.name}/accuracy" for term in self.terms if term.accuracy]
         given = named_metrics(metrics)
         for name, metric in given.items() if targets is not None else ():
-            taken = {"loss", *NAMES, *self.extra}
-            if name in taken:
-                raise UserError(f"metrics: {name} is there already; give yours another name")
             self._add_metric(name, metric, targets, outputs)
-
-    def _term(
-        self,
-        name: str,
-        loss: Any,
-        weight: float,
-        target: Target,
-        shape: tuple | None,
-        places: tuple[int, int],
-    ) -> Term:
-        activations = models.output_activations(self._model)
-        squashed = activations[places[1]] if places[1] < len(activations) else ""
-        if loss is not None:
-            found = as_function(loss)
-            if target.kind == "classes" and shape is not None and shape[-1] == target.classes:
-                accuracy: Callable | None = class_accuracy
-            else:
-                accuracy = _accuracy_of_own(loss, target, shape, squashed)
-            return Term(
-                name,
-                text_of(loss),
-                found,
-                weight,
-                False,
-                "",
-                accuracy,
-                target,
-                places,
-                is_default=False,
-                is_keras=found.func is of_keras,
-            )
-        if target.kind == "values":
-            return Term(
-                name,
-                "squared error",
-                lambda targets, outputs, _: squared_error(targets, outputs),
-                weight,
-                False,
-                "",
-                None,
-                target,
-                places,
-            )
-        is_binary = target.kind == "classes" and target.classes == 2 and _is_one(shape, target)
-        if target.kind == "labels" or is_binary:
-            return Term(
-                name,
-                "binary cross-entropy",
-                binary_cross_entropy,
-                weight,
-                squashed != "softmax",
-                "sigmoid",
-                binary_accuracy,
-                target,
-                places,
-            )
-        is_sigmoid = squashed == "sigmoid"
-        found = functools.partial(cross_entropy, sigmoid=is_sigmoid)
-        text = "binary cross-entropy of each class" if is_sigmoid else "cross-entropy"
-        activation, accuracy = squashed or "softmax", class_accuracy
-        return Term(name, text, found, weight, True, activation, accuracy, target, places)
+        taken = ["loss", *NAMES, *self.extra, *self.whole_metrics]
+        if twice := [name for name in taken if taken.count(name) > 1]:
+            raise UserError(f"metrics: {twice[0]} is there already; give yours another name")
 
     def _add_metric(self, name: str, metric: Any, targets: Any, outputs: Any) -> None:
         """Scikit-learn's and Keras's look at each output, others at all of them together."""
@@ -207,7 +149,7 @@ class Objective:
                 self.whole_metrics[f"{term.name}/{name}" if term.name else name] = own, term
             if self.terms:
                 return
-        if targets is not None and self._is_by_example(metric, targets, outputs):
+        if _is_by_example(metric, targets, outputs):
             self._batch_metrics[name] = metric
             self.extra.append(name)
         else:
@@ -247,10 +189,6 @@ class Objective:
         """Does the only output tell classes, so that accuracy means something?"""
         return self.term is not None and self.term.accuracy is not None
 
-    def losses(self, targets: Any, outputs: Any, smoothing: Any) -> tf.Tensor:
-        """[batch] float32: the loss of each example, all outputs together."""
-        return self.with_extra(targets, outputs, smoothing)[0]
-
     def with_extra(
         self, targets: Any, outputs: Any, smoothing: Any
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -261,7 +199,8 @@ class Objective:
             given = leaves(outputs)[term.places[1]]
             given = tf.cast(given, tf.float32) if term.is_default else given
             pair = leaves(targets)[term.places[0]], given
-            losses.append(self._loss_of(term, *pair, smoothing))
+            found = term.loss(*pair, smoothing)
+            losses.append(check_shape(found, [rows], "the loss function", EACH))
             if term.accuracy:
                 accuracies.append(tf.cast(term.accuracy(*pair), tf.float32))
         if self.terms:
@@ -270,7 +209,8 @@ class Objective:
                 [x if w == 1.0 else w * x for w, x in zip(weights, losses, strict=True)]
             )
         else:
-            total = _check_shape(called(self._whole, targets, outputs, "the loss function"), [rows])
+            found = called(self._whole, targets, outputs, "the loss function")
+            total = check_shape(found, [rows], "the loss function", EACH)
         extra = [*losses, *accuracies] if len(self.terms) > 1 else []
         shares = self.squash(outputs) if self._batch_metrics else None
         for name, metric in self._batch_metrics.items():
@@ -279,11 +219,6 @@ class Objective:
         columns = tf.stack(extra, axis=1) if extra else tf.zeros([rows, 0])
         accuracy = accuracies[0] if self.classifies else tf.zeros([rows])
         return total, accuracy, columns
-
-    def _loss_of(
-        self, term: Term, targets: tf.Tensor, outputs: tf.Tensor, smoothing: Any
-    ) -> tf.Tensor:
-        return _check_shape(term.loss(targets, outputs, smoothing), [targets.shape[0]])
 
     def squash(self, outputs: Any) -> Any:
         """The outputs with probabilities in the place of logits."""
@@ -334,24 +269,86 @@ class Objective:
             if term.target.shape and term.target.kind == "classes" and "cutmix" in how:
                 raise UserError(f"{named}: does not cut the masks that the targets are")
 
-    def _is_by_example(self, metric: Any, targets: Any, outputs: Any) -> bool:
-        """Does a metric give a value for each example, from tensors?"""
-
-        def gives_one_for_each(rows: int) -> bool:
-            specs = [
-                filled(nest, [tf.TensorSpec([rows, *x.shape[1:]], x.dtype) for x in leaves(nest)])
-                for nest in (targets, outputs)
-            ]
-            made = tf.function(metric, autograph=False).get_concrete_function(*specs)
-            return [tuple(x.shape) for x in leaves(made.structured_outputs)] == [(rows,)]
-
-        try:
-            return all(map(gives_one_for_each, PROBED))
-        except Exception:  # whatever a function of NumPy's does with a tensor
-            return False
-
 
 PROBED = (5, 7)  # rows that a metric is tried on
+
+
+def _is_by_example(metric: Any, targets: Any, outputs: Any) -> bool:
+    """Does a metric give a value for each example, from tensors?"""
+
+    def gives_one_for_each(rows: int) -> bool:
+        specs = [
+            filled(nest, [tf.TensorSpec([rows, *x.shape[1:]], x.dtype) for x in leaves(nest)])
+            for nest in (targets, outputs)
+        ]
+        made = tf.function(metric, autograph=False).get_concrete_function(*specs)
+        return [tuple(x.shape) for x in leaves(made.structured_outputs)] == [(rows,)]
+
+    try:
+        return all(map(gives_one_for_each, PROBED))
+    except Exception:  # whatever a function of NumPy's does with a tensor
+        return False
+
+
+def _term(
+    name: str,
+    loss: Any,
+    weight: float,
+    target: Target,
+    shape: tuple | None,
+    squashed: str,
+    places: tuple[int, int],
+) -> Term:
+    """The part of the loss of one output; `squashed` is the softmax or sigmoid that it ends in."""
+    if loss is not None:
+        found = as_function(loss)
+        if target.kind == "classes" and shape is not None and shape[-1] == target.classes:
+            accuracy: Callable | None = class_accuracy
+        else:
+            accuracy = _accuracy_of_own(loss, target, shape, squashed)
+        return Term(
+            name,
+            text_of(loss),
+            found,
+            weight,
+            False,
+            "",
+            accuracy,
+            target,
+            places,
+            is_default=False,
+            is_keras=found.func is of_keras,
+        )
+    if target.kind == "values":
+        return Term(
+            name,
+            "squared error",
+            lambda targets, outputs, _: squared_error(targets, outputs),
+            weight,
+            False,
+            "",
+            None,
+            target,
+            places,
+        )
+    is_binary = target.kind == "classes" and target.classes == 2 and _is_one(shape, target)
+    if target.kind == "labels" or is_binary:
+        return Term(
+            name,
+            "binary cross-entropy",
+            binary_cross_entropy,
+            weight,
+            squashed != "softmax",
+            "sigmoid",
+            binary_accuracy,
+            target,
+            places,
+        )
+    is_sigmoid = squashed == "sigmoid"
+    found = functools.partial(cross_entropy, sigmoid=is_sigmoid)
+    text = "binary cross-entropy of each class" if is_sigmoid else "cross-entropy"
+    activation, accuracy = squashed or "softmax", class_accuracy
+    return Term(name, text, found, weight, True, activation, accuracy, target, places)
 
 
 def logits_of(shares: tf.Tensor, activation: str) -> tf.Tensor:
@@ -423,16 +420,6 @@ def _takes_nests(loss: Any, names: Sequence[str]) -> bool:
     """Is the loss a function of all targets and outputs together?"""
     is_function = callable(loss) and not isinstance(loss, keras.losses.Loss)
     return is_function and len(names) > 1 and not is_keras_function(loss)
-
-
-def _check_shape(found: Any, shape: list[int | None]) -> tf.Tensor:
-    expected = f"expected {tf.TensorShape(shape)}: a value for each example of the batch"
-    if found is None:
-        raise UserError(f"the loss function gives None, {expected}")
-    found = tf.convert_to_tensor(found)
-    if not found.shape.is_compatible_with(shape):
-        raise UserError(f"the loss function gives {found.shape}, {expected}")
-    return tf.cast(found, tf.float32)
 
 
 def _accuracy_of_own(

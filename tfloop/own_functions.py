@@ -190,6 +190,21 @@ def text_of(loss: Any) -> str:
     return getattr(loss, "__name__", None) or getattr(loss, "name", None) or type(loss).__name__
 
 
+def check_shape(found: Any, shape: Any, what: str, meaning: str) -> tf.Tensor:
+    """What a user's function gave, as float32.
+
+    Raises:
+      UserError: it has another shape; `what` names the function, `meaning` what it is to give.
+    """
+    expected = f"expected {tf.TensorShape(shape)}: {meaning}"
+    if found is None:
+        raise UserError(f"{what} gives None, {expected}")
+    found = tf.convert_to_tensor(found)
+    if not found.shape.is_compatible_with(shape):
+        raise UserError(f"{what} gives {found.shape}, {expected}")
+    return tf.cast(found, tf.float32)
+
+
 def called(function: Any, targets: Any, outputs: Any, what: str) -> Any:
     described = f"targets {_described(targets)} and outputs {_described(outputs)}"
     with told_in_one_line(f"{what} fails on {described}"):

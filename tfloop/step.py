@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from tfloop import models, penalties
 from tfloop.data.pipelines import Batch
-from tfloop.errors import UserError
 from tfloop.metrics import Loss
 from tfloop.nests import map_leaves
+from tfloop.own_functions import check_shape
 from tfloop.randomness import Part
 from tfloop.state import TrainState
 from tfloop.vectors import Vector, count_elements, select
@@ -31,15 +31,6 @@ def judged(state: TrainState, targets: Any, outputs: Any) -> tuple[tf.Tensor, tf
     """
     smoothing = tf.convert_to_tensor(state.hyper["label_smoothing"])
     return state.objective.with_extra(targets, outputs, smoothing)
-
-
-def _check_shape(tensor: Any, shape: Any, what: str, meaning: str) -> tf.Tensor:
-    if tensor is None:
-        raise UserError(f"{what} gives None, expected {tf.TensorShape(shape)}: {meaning}")
-    tensor = tf.convert_to_tensor(tensor)
-    if not tensor.shape.is_compatible_with(shape):
-        raise UserError(f"{what} gives {tensor.shape}, expected {tf.TensorShape(shape)}: {meaning}")
-    return tf.cast(tensor, tf.float32)
 
 
 def model_losses(state: TrainState) -> tf.Tensor:
@@ -66,7 +57,7 @@ def custom_penalties(state: TrainState) -> tf.Tensor:
 
     def penalize(kernel: tf.Tensor) -> tf.Tensor:
         values = [
-            _check_shape(penalty(kernel), [], "a penalty", "one number for the kernel")
+            check_shape(penalty(kernel), [], "a penalty", "one number for the kernel")
             for penalty in state.penalties
         ]
         return tf.add_n(values)

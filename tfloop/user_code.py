@@ -194,6 +194,7 @@ def load(reference: str, flag: str, or_dict: bool = False) -> Code:
 
 
 _LOADED: dict[Path, tuple[str, ModuleType]] = {}  # path → (content, module): imported once
+_IMPORTED: dict[ModuleType, list[ModuleType]] = {}  # a file → what it imported from its folder
 _HELPERS: dict[Path, set[str]] = {}  # folder → modules that lie beside what was loaded from there
 
 
@@ -225,7 +226,7 @@ def _load_file(path: Path, what: str) -> ModuleType:
         raise
     helpers = {n for n in set(sys.modules) - before if _is_under(place.parent, sys.modules[n])}
     _HELPERS.setdefault(place.parent, set()).update(helpers - {name})
-    module.__tfloop_imported__ = [sys.modules[n] for n in sorted(helpers - {name})]  # type: ignore[attr-defined]
+    _IMPORTED[module] = [sys.modules[n] for n in sorted(helpers - {name})]
     _LOADED[place] = content, module
     return module
 
@@ -261,7 +262,7 @@ def _sources(module: ModuleType) -> dict[str, str]:
         return {}
     folder = Path(module.__file__).resolve().parent
     seen, left = {id(module): module}, [module]
-    for used in getattr(module, "__tfloop_imported__", ()):  # when it was first loaded
+    for used in _IMPORTED.get(module, ()):
         seen[id(used)] = used
         left.append(used)
     while left:

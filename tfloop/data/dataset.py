@@ -65,6 +65,20 @@ class Split:
         weight = None if self.sample_weight is None else variable(self.sample_weight)
         return inputs, targets, weight
 
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of the examples in their order, 32 bits."""
+        crc = 0
+        for array in (*leaves(self.inputs), *leaves(self.targets), self.sample_weight):
+            if array is None:
+                continue
+            on_disk = getattr(array, "index", None)
+            array = array if on_disk is None else on_disk["crc"]
+            if array.dtype == object:  # text
+                array = np.frombuffer(repr(array.tolist()).encode(), np.uint8)
+            crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
+        return crc
+
     def take(self, rows: np.ndarray | slice) -> "Split":
         """Some of the examples, in this order; of inputs on disk nothing is read for it."""
 
@@ -159,7 +173,8 @@ class Dataset:
     """Training, validation (maybe empty) and test examples (maybe none) of one source.
 
     Attributes:
-      kinds: what the targets are, by the names of `nests.named_leaves`: "" where there is one.
+      kinds: what the targets are, by the names of `nests.named_leaves`: "" where there is one. A
+        number stands for class numbers below it.
     """
 
     name: str
@@ -170,6 +185,10 @@ class Dataset:
     standardizer: Standardizer
     left_out: tuple[str, ...] = ()  # damaged records, where they are left out
     digest: str = ""  # of what is on disk, where the images stay there
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kinds, int):
+            object.__setattr__(self, "kinds", {"": Target("classes", (), self.kinds)})
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -238,21 +257,7 @@ class Dataset:
     @property
     def fingerprint(self) -> int:
         """A number below 2**31 that differs, all but surely, for other training data or order."""
-        own = getattr(self.train, "fingerprint", None)
-        if own is not None:
-            return own >> 1
-        crc = 0
-        for array in leaves(self.train.inputs):
-            on_disk = getattr(array, "index", None)
-            array = array if on_disk is None else on_disk["crc"]
-            if array.dtype == object:  # text
-                array = np.frombuffer(repr(array.tolist()).encode(), np.uint8)
-            crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
-        for array in leaves(self.train.targets):
-            crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
-        if self.train.sample_weight is not None:
-            crc = zlib.crc32(self.train.sample_weight.data, crc)
-        return crc >> 1
+        return self.train.fingerprint >> 1
 
     def without_test(self) -> "Dataset":
         """The same without test examples, for choices that are not to be made on them."""

@@ -7,7 +7,6 @@ skipping forward.
 """
 
 import dataclasses
-import functools
 import time
 import warnings
 import zlib
@@ -34,7 +33,6 @@ class Column:
 
     shape: tuple[int | None, ...]  # (N, …)
     dtype: np.dtype
-    nbytes: int = 0
 
 
 class Stream:
@@ -48,7 +46,6 @@ class Stream:
 
     sample_weight = None
     is_in_memory = False
-    nbytes = 0
 
     def __init__(
         self,
@@ -93,8 +90,7 @@ class Stream:
         dataset = self._make()
         if self.batch_size is None:
             dataset = dataset.batch(batch_size)
-        options = UNTUNED
-        return dataset.map(_with_weight).repeat().skip(first).with_options(options)
+        return dataset.map(_with_weight).repeat().skip(first).with_options(UNTUNED)
 
     def first(self, rows: int) -> Split:
         """The first examples, in memory."""
@@ -221,7 +217,8 @@ def from_dataset(
         for part, given in (("test", test), ("validation", validation))
     }
     fit = Standardizer.identities(like.inputs)
-    return Dataset(name, stream, held_out["validation"], held_out["test"], kinds, fit)  # type: ignore[arg-type]
+    train_part: Any = stream  # a part like any other, but for what lies in memory
+    return Dataset(name, train_part, held_out["validation"], held_out["test"], kinds, fit)
 
 
 def _made(make: Callable, name: str) -> tf.data.Dataset:
@@ -341,7 +338,7 @@ def _in_memory(given: Any, like: Split, batched: bool, where: str) -> Split:
     if isinstance(given, tuple):
         data = from_arrays(given[0], given[1], name=where, standardize=False)
         return data.train
-    dataset = _made(given if callable(given) else functools.partial(lambda x: x, given), where)
+    dataset = _made(given if callable(given) else lambda: given, where)
     found = []
     for batch in dataset if batched else dataset.batch(1024):
         found.append(_with_weight(*batch))

@@ -71,26 +71,16 @@ def training_by_epoch(context: Context) -> Iterator[Summary]:
     yield scalars({**accuracy, "epoch_loss": train.total})
 
 
+@summary("evaluation", run="test")
 @summary("epoch", run="test")
 def test_curves(context: Context) -> Iterator[Summary]:
-    if context.epoch and context.epoch.test:
-        yield scalars(_tagged(context.epoch.test))
-
-
-@summary("epoch", run="validation")
-def validation_curves(context: Context) -> Iterator[Summary]:
-    if context.epoch and context.epoch.validation:
-        yield scalars(_tagged(context.epoch.validation))
-
-
-@summary("evaluation", run="test")
-def test_curves_within_an_epoch(context: Context) -> Iterator[Summary]:
     if context.evaluation and context.evaluation.test:
         yield scalars(_tagged(context.evaluation.test))
 
 
 @summary("evaluation", run="validation")
-def validation_curves_within_an_epoch(context: Context) -> Iterator[Summary]:
+@summary("epoch", run="validation")
+def validation_curves(context: Context) -> Iterator[Summary]:
     if context.evaluation and context.evaluation.validation:
         yield scalars(_tagged(context.evaluation.validation))
 

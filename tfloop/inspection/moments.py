@@ -29,7 +29,7 @@ class Context:
       step: the global step that the summary stands at.
       call: the last record of a compiled call; None before the first.
       epoch: the last record of an epoch; None before the first.
-      evaluation: the last record of an evaluation within an epoch; None before the first.
+      evaluation: the last record of an evaluation, within an epoch or at its end; None before.
     """
 
     def __init__(self, loop: Loop, folder: Path, settings: Mapping[str, object]) -> None:
@@ -38,7 +38,7 @@ class Context:
         self._evaluated: tuple[int, Any] | None = None  # (step, outputs)
         self.call: Call | None = None
         self.epoch: Epoch | None = None
-        self.evaluation: Evaluation | None = None
+        self.evaluation: Evaluation | Epoch | None = None
 
     def outputs(self) -> Any:
         """[test examples, …]: those of the last epoch, or of the present weights."""

@@ -82,7 +82,7 @@ class Summaries:
             self._context.evaluation = record
             self._write_all("evaluation", record.step)
         else:
-            self._context.epoch = record
+            self._context.epoch = self._context.evaluation = record
             self._write_all("epoch", record.step)
 
     def finish(self) -> None:

@@ -123,7 +123,8 @@ def predict(state: TrainState, inputs: Any) -> Any:
     parts = []
     with state.using_ema():
         for first in range(0, rows, BATCH):
-            batch = map_leaves(lambda array: tf.constant(array[first : first + BATCH]), inputs)  # noqa: B023
+            some = slice(first, first + BATCH)
+            batch = map_leaves(lambda array, some=some: tf.constant(array[some]), inputs)
             outputs = state.probabilities(state.predict(batch))
             parts.append(map_leaves(lambda x: x.numpy(), outputs))
     return map_leaves(lambda *arrays: np.concatenate(arrays), *parts)

@@ -239,6 +239,11 @@ class Session:
             self._display.say(
                 f"{_scaled_text(data)}; loss: {loop.state.objective.text}{_hint(data)}"
             )
+        if not getattr(data.train, "repeats", True):
+            self._display.warn(
+                f"{data.name}: its order differs each time it is begun, so a run does not repeat; "
+                "shuffle with a seed, and let a function make the dataset"
+            )
         if count := len(data.left_out):
             records = f"{counted(count, 'damaged record')} {'is' if count == 1 else 'are'}"
             self._display.warn(f"{records} left out; the first: {data.left_out[0]}")
@@ -419,10 +424,12 @@ def _not_all(result: dict[str, Any], folder: Path) -> str:
         return ""
     if result["reached"]:
         return f"\nstopped: {result['reached']} is reached"
-    patience, by = counted(config["early_stopping"], "epoch"), criterion.parse(best["metric"])
+    by = criterion.parse(best.get("metric", "accuracy"))  # what 0.3 went by
+    patience = counted(config["early_stopping"], "epoch")
     return (
         f"\nstopped early: no better {by.text} for {patience}; the best, "
-        f"{by.shown(best['value'])}, was that of epoch {best['epoch']}: evaluate {folder} --best"
+        f"{by.shown(folders.value_of(best))}, was that of epoch {best['epoch']}: evaluate {folder} "
+        "--best"
     )
 
 
