@@ -1,7 +1,12 @@
 import json
 
+import keras
+import numpy as np
 import pytest
+import tensorflow as tf
+from keras import layers
 
+import tfloop
 from tfloop.errors import UserError
 from tfloop.training import checkpoints
 from tfloop.training.checkpoints import Checkpoints
@@ -119,3 +124,28 @@ def test_another_models_checkpoint_is_refused(loop, saved):
 def test_a_folder_without_checkpoints_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoints.newest(tmp_path)
+
+
+def test_slots_that_an_earlier_version_kept_in_one_vector_are_read(tmp_path, digits):
+    """Before large weights had slots of their own."""
+
+    def make():
+        model = keras.Sequential(
+            [keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(1100), layers.Dense(10)]
+        )
+        return tfloop.TrainState(model, tfloop.Optimizer("adam"), 0.01)
+
+    state, random = make(), np.random.default_rng(0)
+    size = sum(weight.shape.num_elements() for weight in state.weights.values())
+    whole = {name: random.normal(size=size).astype("f4") for name in ("momentum", "mean_square")}
+    names = {name: v for name, v in state.named().items() if not name.startswith("slots/")}
+    old = {f"slots/{name}": tf.Variable(value) for name, value in whole.items()}
+    tf.train.Checkpoint(state={**names, **old}).write(str(tmp_path / "state"))
+
+    other = make()
+    checkpoints.restore(other, tmp_path)
+    slots = other.optimizer.slots
+    for name, value in whole.items():
+        large = next(v for key, v in slots.items() if key.startswith(f"{name}/"))
+        np.testing.assert_array_equal(large, value[: 64 * 1100])
+        np.testing.assert_array_equal(slots[name], value[64 * 1100 :])

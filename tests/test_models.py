@@ -108,6 +108,44 @@ def test_batch_normalisation_is_keras_own(shape):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("after", ["", "relu", "relu6"])
+@pytest.mark.parametrize("mean", [0.5, 2000.0])
+def test_batch_normalisation_over_parts_is_that_of_the_whole_in_float64(after, mean):
+    """With the ReLU behind it; also where the mean is a thousand times the deviation."""
+    random = np.random.default_rng(1)
+    x = random.normal(mean, 2, (6, 5, 3, 2))
+    x[..., 1] = 7.0  # a channel that is constant
+    layer = keras.layers.BatchNormalization()
+    layer.build(x.shape)
+    gamma, beta = np.array([2.5, 0.5]), np.array([2.0, -0.2])
+    layer.gamma.assign(gamma), layer.beta.assign(beta)
+    upstream = random.normal(size=x.shape)
+    with tf.GradientTape() as tape:
+        parts = [tf.constant(part.astype(np.float32)) for part in np.split(x, [1, 4])]
+        tape.watch(parts)
+        y = tf.concat(batch_norm(layer, parts, activation=after), axis=0)
+        loss = tf.reduce_sum(y * upstream.astype(np.float32))
+    *dx, dgamma, dbeta = tape.gradient(loss, [*parts, layer.gamma.value, layer.beta.value])
+
+    x = x.astype(np.float32).astype(np.float64)
+    variance = x.var(axis=(0, 1, 2))
+    s = 1 / np.sqrt(variance + layer.epsilon)
+    normed = (x - x.mean(axis=(0, 1, 2))) * s
+    before = gamma * normed + beta
+    limit = {"": np.inf, "relu": np.inf, "relu6": 6.0}[after]
+    clipped = np.clip(before, 0 if after else -np.inf, limit)
+    dy = upstream * (clipped == before)
+    n = x.size / 2
+    sums = dy.sum(axis=(0, 1, 2)), (dy * normed).sum(axis=(0, 1, 2))
+    expected = gamma * s * (dy - (normed * sums[1] + sums[0]) / n)
+    close = 1e-4 if mean < 10 else 5e-3  # float32 has 2e-4 at 2000
+    np.testing.assert_allclose(y, clipped, atol=close, rtol=close)
+    np.testing.assert_allclose(dbeta, sums[0], atol=10 * close)
+    np.testing.assert_allclose(dgamma[0], sums[1][0], atol=10 * close)
+    np.testing.assert_allclose(tf.concat(dx, axis=0)[..., 0], expected[..., 0], atol=10 * close)
+    np.testing.assert_allclose(layer.moving_variance, 0.99 + 0.01 * variance, rtol=1e-3)
+
+
 def test_dropout_is_a_function_of_the_key(random):
     model = build(dropout=0.5)
     images = random.normal(size=(3, *SHAPE)).astype(np.float32)

@@ -205,3 +205,67 @@ def test_clipping_follows_keras(random, ours, theirs):
         for weight, expected in zip(mine.values(), other):
             np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-7)
     assert set(ours) <= set(optimizer.hyper)
+
+
+def large_and_small(random):
+    """Two weights that lie in blocks of their own, around two that share one."""
+    shapes = {"a": (300, 250), "b": (3,), "c": (70_000,), "d": (2, 2)}
+    return {
+        name: tf.Variable(random.normal(size=shape).astype(np.float32))
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("name, hyper, reference", [CASES[1], CASES[7], CASES[9]])
+def test_large_weights_have_slots_of_their_own_and_the_same_updates(random, name, hyper, reference):
+    ours = large_and_small(random)
+    theirs = [keras.Variable(weight.numpy()) for weight in ours.values()]
+    optimizer, other = (
+        Optimizer(name, clip_global_norm=3.0, **hyper),
+        reference(0.01, global_clipnorm=3.0, **hyper),
+    )
+    optimizer.build(ours)
+    for _ in range(3):
+        gradients = {
+            key: tf.constant(random.normal(size=w.shape).astype("f4")) for key, w in ours.items()
+        }
+        updates, slots = optimizer.updates(Vector.of(gradients), ours, tf.constant(0.01))
+        optimizer.apply(updates, slots, ours, tf.constant(True))
+        other.apply(list(gradients.values()), theirs)
+        assert updates.flat.shape == [145_007] and list(updates) == ["a", "b", "c", "d"]
+    for weight, expected in zip(ours.values(), theirs):
+        np.testing.assert_allclose(weight, expected.value, rtol=2e-5, atol=1e-6)
+    momentum = {key: v.shape[0] for key, v in optimizer.slots.items() if "momentum" in key}
+    assert momentum == {"momentum": 7, "momentum/a": 75_000, "momentum/c": 70_000}
+    optimizer.reset()
+    vectors = [v for key, v in optimizer.slots.items() if key != "product"]
+    assert all(not v.numpy().any() for v in vectors)
+
+
+def test_a_rule_that_looks_at_the_whole_vector_is_given_it(random, registries):
+    @OPTIMIZERS.register
+    def along(gradient, weights, slots, count, rate):
+        return -rate * gradient / tf.norm(gradient) + 0.0 * weights(), {}
+
+    ours = large_and_small(random)
+    optimizer = Optimizer("along")
+    optimizer.build(ours)
+    gradient = random.normal(size=145_007).astype(np.float32)
+    updates, _ = optimizer.updates(Vector(tf.constant(gradient), ours), ours, tf.constant(0.5))
+    np.testing.assert_allclose(
+        updates.flat, -0.5 * gradient / np.linalg.norm(gradient), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_vector_of_blocks_is_that_of_the_parts(random):
+    tensors = {name: w.numpy() for name, w in large_and_small(random).items()}
+    flat = np.concatenate([value.ravel() for value in tensors.values()])
+    one = Vector.of({name: tf.constant(value) for name, value in tensors.items()})
+    for vector in (one, Vector(tf.constant(flat), one), Vector(one.blocks, one)):
+        assert [block.shape[0] for block in vector.blocks] == [7, 75_000, 70_000]
+        np.testing.assert_array_equal(vector.flat, flat)
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(vector[name], value)
+        np.testing.assert_allclose(vector.norm, np.linalg.norm(flat), rtol=1e-5)
+        expected = {name: np.linalg.norm(value) for name, value in tensors.items()}
+        assert vector.norms() == pytest.approx(expected, rel=1e-4)

@@ -3,7 +3,8 @@
 A rule takes the gradient, the weights and the slots, each one float32 vector [n] over all trainable
 weights, and the count of updates made before this one. It returns the update to add to the weights,
 and the new slots. The weights come as a function that puts the vector together when it is called,
-since few rules look at them.
+since few rules look at them. A rule that goes element by element says so with `@by_element`: then
+it is called for each block of the vector (`vectors.blocks_of`), and no large weight is copied.
 
 The rules and their defaults are those of keras.optimizers (3.15), which they follow to float32
 rounding.
@@ -15,6 +16,7 @@ field of `OptimizerSettings` for each hyperparameter that no other rule has.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from tfloop.errors import UserError
 from tfloop.lazy import tf
 from tfloop.registry import Registry, parameters
 from tfloop.settings import NOT_NEGATIVE, POSITIVE, SHARE, UNIT, fields_of, option
-from tfloop.vectors import Vector, count_elements, flatten, select
+from tfloop.vectors import LARGE, Blocks, Vector, blocks_of, count_elements, flatten, select
 from tfloop.wording import names_text
 
 OPTIMIZERS = Registry("optimizer")
@@ -59,6 +61,12 @@ def keeps(*slots: str | Slot) -> Callable[[Callable], Callable]:
     return mark
 
 
+def by_element(rule: Callable) -> Callable:
+    """A decorator: each element of the update depends on the same element of all else alone."""
+    rule.by_element = True  # type: ignore[attr-defined]
+    return rule
+
+
 def f32(number: Number) -> tf.Tensor:
     """float32. Hyperparameters are float64, so that 1 - beta_2 is 0.001 and not 5e-5 off it."""
     return tf.cast(number, tf.float32)
@@ -70,6 +78,7 @@ def average(old: tf.Tensor, new: tf.Tensor, decay: Number) -> tf.Tensor:
 
 
 @OPTIMIZERS.register
+@by_element
 @keeps("momentum")
 def sgd(
     gradient: tf.Tensor,
@@ -88,6 +97,7 @@ def sgd(
 
 
 @OPTIMIZERS.register
+@by_element
 @keeps("mean_square", "momentum", Slot("mean_gradient", switch="centered"))
 def rmsprop(
     gradient: tf.Tensor,
@@ -117,6 +127,7 @@ def rmsprop(
 
 
 @OPTIMIZERS.register
+@by_element
 @keeps("momentum", "mean_square")
 def adam(
     gradient: tf.Tensor,
@@ -143,6 +154,7 @@ def adam(
 
 
 @OPTIMIZERS.register
+@by_element
 @keeps("momentum", "mean_square")
 def adamw(
     gradient: tf.Tensor,
@@ -166,6 +178,7 @@ def adamw(
 
 
 @OPTIMIZERS.register
+@by_element
 @keeps("momentum", "mean_square", Slot("product", initial=1.0, is_scalar=True))
 def nadam(
     gradient: tf.Tensor,
@@ -197,6 +210,7 @@ def nadam(
 
 
 @OPTIMIZERS.register
+@by_element
 @keeps("momentum", "infinity_norm")
 def adamax(
     gradient: tf.Tensor,
@@ -230,22 +244,22 @@ def clip(
     clip_norm: each weight's gradient g to g · min(1, clip_norm / |g|).
     clip_global_norm: the same for all of them as one vector (Pascanu et al., arXiv:1211.5063).
     """
-    flat = gradients.flat
     if clip_value is not None:
-        flat = tf.clip_by_value(flat, -clip_value, clip_value)
+        gradients = gradients.map(lambda g: tf.clip_by_value(g, -clip_value, clip_value))
     if clip_norm is not None:
-        parts = Vector(flat, gradients).parts().values()
-        flat = flatten(tf.clip_by_norm(part, clip_norm) for part in parts)
+        parts = gradients.parts()
+        gradients = Vector.of({name: tf.clip_by_norm(g, clip_norm) for name, g in parts.items()})
     if clip_global_norm is not None:
-        norm = Vector(flat, gradients).norm
-        flat = flat * (clip_global_norm / tf.maximum(norm, clip_global_norm))
-    return Vector(flat, gradients)
+        share = clip_global_norm / tf.maximum(gradients.norm, clip_global_norm)
+        gradients = gradients.map(lambda g: g * share)
+    return gradients
 
 
 CLIPS = tuple(parameters(clip))
 
 
 @OPTIMIZERS.register
+@by_element
 @keeps("momentum")
 def lion(
     gradient: tf.Tensor,
@@ -398,7 +412,9 @@ class Optimizer:
       name: of the rule.
       hyper: name → float64 variable, for every hyperparameter of the rule but the rate, which the
         schedule gives.
-      slots: name → float32 variable, one vector [n] over all weights (or a scalar), after `build`.
+      slots: name → float32 variable, after `build`: one vector [n] over all weights, or a scalar.
+        Beside large weights (`vectors.blocks_of`), "momentum" is that of the others, and that of a
+        large one is "momentum/dense/kernel".
       count: int64 variable, updates made since the slots were last reset; drives the bias
         correction.
     """
@@ -456,31 +472,52 @@ class Optimizer:
             raise UserError(
                 f"this {self.name} optimizer belongs to another state already; make one for each"
             )
-        self._size = count_elements(weights.values())
-        self.slots = {
-            slot.name: tf.Variable(slot.value(self._size), trainable=False, name=slot.name)
-            for slot in self._kept()
-        }
+        names = list(names or weights)
         for pattern in (*self._rate_of, self._undecayed):
             if pattern:
-                matching(pattern, names or list(weights))
-        self._weigh(weights, names or list(weights))
+                matching(pattern, names)
+        self._lay_out(weights, names)
 
-    def _weigh(self, weights: dict[str, tf.Variable], names: Sequence[str]) -> None:
-        """By weight the factor of its update, and whether it decays: vectors [n], None where 1."""
-
-        def vector(values: Sequence[float]) -> tf.Tensor:
-            sizes = [count_elements([weight]) for weight in weights.values()]
-            return tf.repeat(tf.constant(values, tf.float32), sizes)
-
-        factors = [1.0] * len(names)
+    def _lay_out(self, weights: dict[str, tf.Variable], names: Sequence[str]) -> None:
+        """Make slots with their initial values, and what depends on the weights' order."""
+        is_whole = not getattr(self._rule, "by_element", False)
+        self._blocks: Blocks = (tuple(weights),) if is_whole else blocks_of(weights)
+        self._stable = dict(zip(weights, names, strict=True))
+        self._sizes = {name: count_elements([weight]) for name, weight in weights.items()}
+        self.slots = {
+            self._key(slot, block): tf.Variable(
+                slot.value(self._size_of(block)), trainable=False, name=slot.name
+            )
+            for slot in self._kept()
+            for block in (self._blocks[:1] if slot.is_scalar else self._blocks)
+        }
+        factors = dict.fromkeys(weights, 1.0)
         for pattern, factor in self._rate_of.items():
-            found = [bool(re.search(pattern, name)) for name in names]
-            factors = [factor if is_ else old for is_, old in zip(found, factors, strict=True)]
-        self._factors = vector(factors) if self._rate_of else None
+            found = {name: factor for name in weights if re.search(pattern, self._stable[name])}
+            factors.update(found)
+        self._factors = self._by_block(factors) if self._rate_of else None
         self._decays = None
-        if self._undecayed:
-            self._decays = vector([float(not re.search(self._undecayed, n)) for n in names])
+        if left_out := self._undecayed:
+            decays = {name: float(not re.search(left_out, self._stable[name])) for name in weights}
+            self._decays = self._by_block(decays)
+
+    def _key(self, slot: Slot, block: tuple[str, ...]) -> str:
+        """The name of a slot's variable for a block."""
+        is_one = slot.is_scalar or len(self._blocks) == 1
+        is_large = not is_one and self._sizes[block[0]] >= LARGE
+        return f"{slot.name}/{self._stable[block[0]]}" if is_large else slot.name
+
+    def _size_of(self, block: tuple[str, ...]) -> int:
+        return sum(self._sizes[name] for name in block)
+
+    def _by_block(self, values: Mapping[str, float]) -> list[tf.Tensor]:
+        """A vector for each block, that has for every element the value of its weight."""
+
+        def vector(block: tuple[str, ...]) -> tf.Tensor:
+            numbers = tf.constant([values[name] for name in block], tf.float32)
+            return tf.repeat(numbers, [self._sizes[name] for name in block])
+
+        return [vector(block) for block in self._blocks]
 
     def rebuild(
         self,
@@ -489,19 +526,42 @@ class Optimizer:
         names: Sequence[str] | None = None,
     ) -> None:
         """Make the slots anew for other weights of the same model; those that stay keep theirs."""
-        sizes = [count_elements([weight]) for weight in before.values()]
-        self._size = count_elements(weights.values())
-        self._weigh(weights, names or list(weights))
+        old = {slot.name: self._parts_of(slot) for slot in self._kept()}
+        self._lay_out(weights, list(names or weights))
         for slot in self._kept():
-            if slot.is_scalar:
-                continue
-            parts = dict(zip(before, tf.split(self.slots[slot.name], sizes), strict=True))
-            moved = [
-                parts[name] if name in parts else slot.value(count_elements([weight]))
-                for name, weight in weights.items()
+            self._set_parts(slot, old[slot.name])
+
+    def _parts_of(self, slot: Slot) -> dict[str, tf.Tensor]:
+        """The slot's values by weight, as vectors; a scalar by ""."""
+        if slot.is_scalar:
+            return {"": tf.identity(self.slots[slot.name])}
+        found: dict[str, tf.Tensor] = {}
+        for block in self._blocks:
+            sizes = [self._sizes[name] for name in block]
+            parts = tf.split(self.slots[self._key(slot, block)], sizes)
+            found.update(zip(block, parts, strict=True))
+        return found
+
+    def _set_parts(self, slot: Slot, parts: Mapping[str, tf.Tensor]) -> None:
+        if slot.is_scalar:
+            self.slots[slot.name].assign(parts[""])
+            return
+        for block in self._blocks:
+            new = [
+                parts[name] if name in parts else slot.value(self._sizes[name]) for name in block
             ]
-            value = tf.concat(moved, axis=0)
-            self.slots[slot.name] = tf.Variable(value, trainable=False, name=slot.name)
+            self.slots[self._key(slot, block)].assign(tf.concat(new, axis=0))
+
+    def in_blocks(self, name: str) -> list[str]:
+        """The names in `slots` of a slot that lies in several blocks; none where it does not."""
+        keys = [key for key in self.slots if key == name or key.startswith(f"{name}/")]
+        return keys if len(keys) > 1 else []
+
+    def set_whole(self, name: str, vector: tf.Tensor) -> None:
+        """Set a slot from one vector [n] over all weights, in their order."""
+        slot = next(slot for slot in self._kept() if slot.name == name)
+        parts = tf.split(vector, list(self._sizes.values()))
+        self._set_parts(slot, dict(zip(self._sizes, parts, strict=True)))
 
     def _kept(self) -> list[Slot]:
         """The rule's slots, less those of switches that are off."""
@@ -517,17 +577,25 @@ class Optimizer:
             clips = {key: f32(numbers.pop(key)) for key in self._clips}
             if clips:
                 gradients = clip(gradients, **clips)
-            slots = {name: tf.convert_to_tensor(slot) for name, slot in self.slots.items()}
-
-            def vector() -> tf.Tensor:
-                flat = flatten(weights.values())
-                return flat if self._decays is None else flat * self._decays
-
             hyper = numbers | self._switches
-            update, new = self._rule(gradients.flat, vector, slots, self.count, rate, **hyper)
-            if self._factors is not None:
-                update = update * self._factors
-            return Vector(update, weights), new
+            is_whole = len(self._blocks) < len(blocks_of(weights))
+            blocks = [gradients.flat] if is_whole else gradients.blocks
+            updates, new = [], {}
+            for index, (block, gradient) in enumerate(zip(self._blocks, blocks, strict=True)):
+                keys = {slot.name: self._key(slot, block) for slot in self._kept()}
+                slots = {name: tf.convert_to_tensor(self.slots[key]) for name, key in keys.items()}
+                vector = functools.partial(self._weights_in, weights, index)
+                update, after = self._rule(gradient, vector, slots, self.count, rate, **hyper)
+                if self._factors is not None:
+                    update = update * self._factors[index]
+                updates.append(update)
+                new.update({keys[name]: value for name, value in after.items()})
+            return Vector(updates[0] if is_whole else updates, weights), new
+
+    def _weights_in(self, weights: dict[str, tf.Variable], index: int) -> tf.Tensor:
+        """The weights of a block that decay, as a vector; 0 for the others."""
+        flat = flatten(weights[name] for name in self._blocks[index])
+        return flat if self._decays is None else flat * self._decays[index]
 
     def apply(
         self,
@@ -541,8 +609,8 @@ class Optimizer:
         Nothing changes where `valid`, a boolean scalar, is false.
         """
         with tf.name_scope(f"{self.name}/"):
-            update = select(valid, updates.flat, tf.zeros_like(updates.flat))
-            for name, part in Vector(update, weights).parts().items():
+            made = updates.map(lambda update: select(valid, update, tf.zeros_like(update)))
+            for name, part in made.parts().items():
                 weights[name].assign_add(tf.cast(part, weights[name].dtype))
             for name, slot in slots.items():
                 self.slots[name].assign(select(valid, slot, self.slots[name]))
@@ -552,4 +620,6 @@ class Optimizer:
         """Slots and count as they were when built; hyperparameters stay."""
         self.count.assign(0)
         for slot in self._kept():
-            self.slots[slot.name].assign(slot.value(self._size))
+            for block in self._blocks[:1] if slot.is_scalar else self._blocks:
+                variable = self.slots[self._key(slot, block)]
+                variable.assign(slot.value(self._size_of(block)))

@@ -16,7 +16,7 @@ from tfloop.nests import map_leaves
 from tfloop.own_functions import check_shape
 from tfloop.randomness import Part
 from tfloop.state import TrainState
-from tfloop.vectors import Vector, count_elements, select
+from tfloop.vectors import Vector, blocks_of, count_elements, select
 
 
 def example_losses(state: TrainState, targets: Any, outputs: Any) -> tf.Tensor:
@@ -105,9 +105,7 @@ def forward_and_backward(
         found = state.connected(tape.gradient(scaled, state.weights))
     if state.loss_scale is not None:
         found = {name: _divided(gradient, state.loss_scale) for name, gradient in found.items()}
-    loss, of_penalties = with_penalties(state, data, model)
-    for name, gradient in of_penalties.items():
-        found[name] = found[name] + gradient
+    loss, found = penalized(state, data, model, found)
     gradients = Vector.of(found)
     accuracy, more = mean_over(batch, correct), mean_over(batch, more)
     return Pass(loss, accuracy, examples, gradients, more, outputs)
@@ -115,6 +113,33 @@ def forward_and_backward(
 
 def _divided(gradient: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.convert_to_tensor(gradient), tf.float32) / scale
+
+
+def penalized(
+    state: TrainState, data: tf.Tensor, model: tf.Tensor, gradients: dict[str, tf.Tensor]
+) -> tuple[Loss, dict[str, tf.Tensor]]:
+    """The loss with its penalties, and the gradients with theirs.
+
+    On a CPU penalties whose coefficients are 0 are left out when the step runs. A GPU would be
+    waited for to ask for them.
+    """
+
+    def with_them() -> tuple[Loss, dict[str, tf.Tensor]]:
+        loss, added = with_penalties(state, data, model)
+        return loss, {
+            name: g + added[name] if name in added else g for name, g in gradients.items()
+        }
+
+    def without() -> tuple[Loss, dict[str, tf.Tensor]]:
+        zero = tf.constant(0.0)
+        return Loss(data + model, data, zero, zero, zero, model), gradients
+
+    if not state.kernels:
+        return without()
+    if state.penalties or tf.config.list_logical_devices("GPU"):
+        return with_them()
+    is_on = (state.hyper["l1"] != 0.0) | (state.hyper["l2"] != 0.0)
+    return tf.cond(is_on, with_them, without)
 
 
 def with_penalties(
@@ -240,15 +265,19 @@ class Step(NamedTuple):
     # float64 [SUMS + more]: steps, examples, Σ over the examples of each of Metrics
     sums: tf.Tensor
     learning_rate: tf.Tensor
-    gradient: tf.Tensor  # float32 [n], over all weights
-    update: tf.Tensor  # float32 [n], what was added to the weights
+    gradient: list[tf.Tensor]  # float32, over all weights: the blocks of a Vector
+    update: list[tf.Tensor]  # float32, what was added to the weights
 
 
 def no_step(state: TrainState) -> Step:
     """What is told before the first step: zeros, with sums that many steps can be added to."""
-    size = count_elements(state.weights.values())
     sums = tf.zeros(state.totals.shape, tf.float64)
-    return Step(sums, tf.constant(0.0), tf.zeros([size]), tf.zeros([size]))
+    sizes = [
+        sum(state.weights[name].shape.num_elements() for name in block)
+        for block in blocks_of(state.weights)
+    ]
+    zeros = [tf.zeros([size]) for size in sizes]
+    return Step(sums, tf.constant(0.0), zeros, zeros)
 
 
 def train_step(
@@ -290,4 +319,4 @@ def train_step(
     sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
     sums = tf.cast(select(valid, sums, tf.zeros_like(sums)), tf.float64)
     state.totals.assign_add(sums)
-    return Step(sums, learning_rate, gradients.flat, updates.flat)
+    return Step(sums, learning_rate, gradients.blocks, updates.blocks)

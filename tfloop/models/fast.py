@@ -21,6 +21,7 @@ TensorFlow derives the gradients, but for that pool's and those of batch normali
 (`normalization`).
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,28 @@ def _may_pool_first(layer: Any, following: Any) -> bool:
         return False
     is_known = is_plain_convolution(layer) or type(layer) is keras.layers.Activation
     return is_known and layer.activation in MONOTONE and layer.activity_regularizer is None
+
+
+def activation_behind(program: Program, call: Call) -> tuple[Call, str] | None:
+    """(the ReLU that alone reads what a call gives, its name); None where there is none."""
+    places = program.readers.get(call.outputs[0], ())
+    if len(places) != 1 or places[0] == len(program.calls):
+        return None
+    following = program.calls[places[0]]
+    name = _relu_name(following.operation)
+    return (following, name) if name else None
+
+
+def _relu_name(layer: Any) -> str:
+    if getattr(layer, "activity_regularizer", None) is not None:
+        return ""
+    if type(layer) is keras.layers.Activation:
+        names = {keras.activations.relu: "relu", keras.activations.relu6: "relu6"}
+        is_function = inspect.isfunction(layer.activation)
+        return names.get(layer.activation, "") if is_function else ""
+    if type(layer) is keras.layers.ReLU and not layer.negative_slope and not layer.threshold:
+        return {None: "relu", 6: "relu6"}.get(layer.max_value, "")
+    return ""
 
 
 def pool_first(

@@ -204,8 +204,12 @@ class _Walk:
         are_cut = all(len(parts) == len(self._sizes) for parts in inputs)
         over_parts = over_parts_of(operation) if self._training else None
         if over_parts and len(self._sizes) > 1 and are_cut:
-            parts = over_parts(operation, inputs[0], mask_of(inputs[0]))
+            behind = fast_pass.activation_behind(self._program, call) if self._fast else None
+            activation = behind[1] if behind else ""
+            parts = over_parts(operation, inputs[0], mask_of(inputs[0]), activation)
             self._keep(call, [with_masks_of(parts, inputs[0])])
+            if behind:  # nothing else reads what is kept for the call itself
+                self._keep(behind[0], [self._values[call.outputs[0]]])
         elif are_cut and (len(self._sizes) == 1 or is_by_example(operation, self._training)):
             results = [self._result(call, list(part)) for part in zip(*inputs, strict=True)]
             self._keep(call, [list(parts) for parts in zip(*results, strict=True)])

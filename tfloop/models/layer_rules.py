@@ -23,8 +23,8 @@ class LayerRule(NamedTuple):
     Attributes:
       by_example: does each row of the batch go through on its own, so that parts of the batch can
         be computed apart? In evaluation alone, say, where in training it looks at the whole batch.
-      over_parts: (layer, parts, mask) → parts; stands in for the layer in training, over all parts
-        of the batch.
+      over_parts: (layer, parts, mask, activation) → parts; stands in for the layer in training,
+        and a ReLU behind it, over all parts of the batch.
       draw: (layer, x, key) → x; stands in for the layer in training, with random numbers that
         depend on the position in the data alone.
       stands_in: layer → do `by_example`, `over_parts` and `draw` count for it?

@@ -16,7 +16,9 @@ from typing import Any
 import tensorflow as tf
 
 from tfloop.errors import UserError
+from tfloop.optimizers import Optimizer
 from tfloop.state import TrainState
+from tfloop.vectors import count_elements
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -173,17 +175,18 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
     try:
         saved = _names_in(path)
         _leave_out_what_it_did(state, path)
-        expected = set(state.named())
-        missing, extra = expected - saved, saved - expected
+        in_one = _slots_in_one_vector(state, path)
+        expected = set(state.named()) - in_one
+        missing, extra = expected - saved, saved - expected - in_one
         _check_trained(path, missing, extra)
         for name in sorted(missing | extra):
             if not (_is_of_no_use(name) or (other_settings and _may_differ(name))):
                 what = "has no" if name in missing else "has also"
                 raise UserError(f"{misfit}: {what} {name}")
         others = _with_other_totals(state, path)  # of other metrics: the epoch's are counted anew
-        tensors = {name: v for name, v in state.named().items() if name not in others}
+        tensors = {name: v for name, v in state.named().items() if name not in others | in_one}
         read = tf.train.Checkpoint(state=tensors).read(str(path / "state"))
-        if missing or extra or others:
+        if missing or extra or others or in_one:
             read.expect_partial()
         else:
             read.assert_consumed()
@@ -193,6 +196,26 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
         raise UserError(f"{misfit}: {str(error).splitlines()[0]}") from None
     if "averages" in missing:
         state.restart_ema()
+
+
+def _slots_in_one_vector(state: TrainState, path: Path) -> set[str]:
+    """Set the slots that an earlier version saved as one vector over all weights.
+
+    Returns: the names of their variables, in the state and in the checkpoint.
+    """
+    optimizer, found = state.optimizer, set[str]()
+    if not isinstance(optimizer, Optimizer):
+        return found
+    saved = tf.train.load_checkpoint(str(path / "state"))
+    shapes = saved.get_variable_to_shape_map()
+    size = count_elements(state.weights.values())
+    for name in {key.partition("/")[0] for key in optimizer.slots}:
+        key = f"state/slots.S{name}/.ATTRIBUTES/VARIABLE_VALUE"
+        keys = optimizer.in_blocks(name)
+        if keys and shapes.get(key) == [size]:
+            optimizer.set_whole(name, tf.constant(saved.get_tensor(key)))
+            found |= {f"slots/{name}", *(f"slots/{part}" for part in keys)}
+    return found
 
 
 def _leave_out_what_it_did(state: TrainState, path: Path) -> None:
