@@ -53,6 +53,7 @@ install_for() {
     "$found" -m venv "$venv" || fail 1 "could not make $venv"
   fi
   : >"$venv/.installing"
+  if [[ $extra == bench ]] && ! command -v nvidia-smi >/dev/null; then install_torch_for_cpu; fi
   echo "run.sh: installing tfloop${extra:+ and what '$extra' needs}; this takes a minute or two" >&2
   "$python" -m pip install -q --disable-pip-version-check \
     -c "$here/constraints.txt" -e "$here${extra:+[$extra]}" >&2 ||
@@ -60,6 +61,14 @@ install_for() {
   printf '%s' "$state" >"$venv/.installed-$extra"
   printf '%s' "$state" >"$venv/.installed-"
   rm -- "$venv/.installing"
+}
+
+# Without a GPU, PyTorch's build for CPUs, from its own index: PyPI's brings gigabytes of CUDA along
+# on Linux. Where that index cannot be reached, pip takes what it finds elsewhere.
+install_torch_for_cpu() {
+  "$python" -m pip install -q --disable-pip-version-check --no-deps --retries 1 --timeout 20 \
+    -c "$here/constraints.txt" --extra-index-url https://download.pytorch.org/whl/cpu torch >&2 ||
+    echo "run.sh: no PyTorch for CPUs to be had; trying the usual one" >&2
 }
 
 lint() {
@@ -71,11 +80,11 @@ lint() {
 }
 
 benchmark() {  # benchmark NAME [arguments]
-  local names="accuracy cluster devices ensemble fuzz kill ops overhead peers regress scaling \
+  local names="accuracy cluster devices ensemble fuzz kill models ops overhead peers regress scaling \
 stability streaming sweep"
   [[ " $names " == *" ${1:-} "* ]] || fail 2 "'${1:-}' is no benchmark; choose from ${names// /, }"
   case $1 in
-    peers) install_for bench ;;
+    peers) install_for bench ;;  # the others need no rivals, or leave them out
     fuzz) install_for test ;;
     *) install_for "" ;;
   esac

@@ -1,81 +1,89 @@
 """Who is measured: tfloop and its rivals on one job, each a process of its own that runs when it is
 told to.
 
-    python benchmarks/contenders.py NAME '{"batch_size": 64, …}'
+    python benchmarks/contenders.py NAME FOLDER
 
-The job: the network, weights, order of images, RMSprop and L2 penalty that the settings describe.
-A contender prints one JSON line when it is ready: its loss on the first batch with the initial
+The folder holds the job (`jobs.py`): network, weights, order of images, optimizer and penalty. A
+contender prints one JSON line when it is ready: its loss on the first batch with the initial
 weights, and its peak memory so far. Then, for each line "N" on its standard input, it trains N
 steps, waits for the device, and prints the seconds they took. Where it can only make some more
-(whole calls, say), it says in `run.scale` what share N is of them.
+(whole calls, say), it says in `run.scale` what share N is of them; where it knows better what a
+turn took, in `run.seconds`.
+
+Those of PyTorch and JAX, in files of their own, never import TensorFlow.
 """
 
+import importlib
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
-RATE, RHO, EPSILON = 0.001, 0.9, 1e-7
-
-
-class Job:
-    """The data, weights and settings that all contenders share."""
-
-    def __init__(self, settings: dict):
-        from tfloop.config import Config
-
-        self.settings = settings
-        self.config = Config.make(**{"l2": 0.001, **settings})
-
-    def start(self):
-        """Start TensorFlow as `train` does; the config with what that chose for this machine."""
-        from tfloop.machine.devices import start
-
-        self.config = start(self.config).config
-        return self.config
-
-    def arrays(self):
-        """(standardised images float32 in the order of the first epoch, labels, initial weights by
-        name)."""
-        import numpy as np
-
-        from tfloop import assembly, models
-        from tfloop.data import pipelines
-
-        data = assembly.load_data(self.config)
-        self.data = data
-        order = pipelines.order(self.config.seed, 0, len(data.train)).numpy()
-        images = (
-            data.train.inputs[order].astype(np.float32) - data.standardizer.mean
-        ) / data.standardizer.scale
-        model = models.build(self.config, data.image_shape, data.classes)
-        weights = {name: v.numpy() for name, v in models.named_variables(model)[0].items()}
-        return images, data.train.targets[order].astype("int64"), weights
+from jobs import EPSILON, MOMENTUM, RATE, RHO, SGD_RATE, Job, config_of, read, zoo_model
 
 
-def set_up(config, intra: int = 0, inter: int = 0, gpu: bool = True):
-    """TensorFlow's settings for a rival; without `gpu` it makes the arrays alone, and leaves the
-    GPU to that rival."""
+def start(job: Job, **more):
+    """Start TensorFlow as `train` does; the config with what that chose for this machine."""
+    from tfloop.machine.devices import start as start_tensorflow
+
+    return start_tensorflow(config_of({**job.settings, **more})).config
+
+
+def set_up(job: Job, intra: int = 0, inter: int = 0):
+    """TensorFlow's settings for a rival."""
     import tensorflow as tf
 
-    if not gpu:
-        tf.config.set_visible_devices([], "GPU")
-    tf.config.experimental.enable_tensor_float_32_execution(config.precision == "tf32")
+    tf.config.experimental.enable_tensor_float_32_execution(job.precision == "tf32")
     tf.config.threading.set_intra_op_parallelism_threads(intra)
     tf.config.threading.set_inter_op_parallelism_threads(inter)
 
 
-def tfloop(job: Job):
-    """tfloop as `train` runs it. The settings choose the rest: fast, shards, threads, eager,
-    jit_compile, pipeline."""
-    config = job.start()
+def model_of(job: Job):
+    """The job's model, from Keras's layers, with its first weights."""
+    from tfloop import models
+
+    if name := job.settings.get("zoo"):
+        model = zoo_model(name)
+    else:
+        model = models.build(config_of(job.settings), job.images.shape[1:], 10)
+    trainable, other = models.named_variables(model)
+    by_name, names = {**trainable, **other}, models.stable_names(model)
+    for name, value in zip(names, job.weights.values(), strict=True):  # in the model's order
+        by_name[name].assign(value)
+    return model
+
+
+def tfloop(job: Job, started: bool = True, **more):
+    """tfloop as `train` runs it; a model of the zoo as one runs it from Python. The settings choose
+    the rest: fast, shards, threads, eager, jit_compile, pipeline."""
+    config = start(job, **more) if started else config_of({**job.settings, **more})
+    import tensorflow as tf
+
     import tfloop
     from tfloop.data.pipelines import batch_at
 
-    loop = tfloop.make_loop(config)
-    first = batch_at(loop.data.train, job.config.batch_size, job.config.seed, 0, 0)
-    loss = float(tfloop.forward_and_backward(loop.state, first, forward=loop.forward).loss.total)
+    if "zoo" in job.settings:
+        part = job.images[:100], job.labels[:100]
+        data = tfloop.from_arrays(job.images, job.labels, *part)
+        optimizer = tfloop.Optimizer("sgd", momentum=MOMENTUM)
+        state = tfloop.TrainState(model_of(job), optimizer, SGD_RATE)
+        loop = tfloop.Loop(state, data, batch_size=config.batch_size, fast=config.fast)
+    else:
+        loop = tfloop.make_loop(config)
+
+    first = batch_at(loop.data.train, config.batch_size, config.seed, 0, 0)
+    if "zoo" in job.settings:  # its loop has another order; it computes the loss of the job's
+        n = config.batch_size
+        first = first._replace(
+            inputs=tf.constant(job.images[:n]), targets=tf.constant(job.labels[:n])
+        )
+    with loop.taken_back():
+        loss = float(
+            tfloop.forward_and_backward(loop.state, first, forward=loop.forward).loss.total
+        )
     calls = iter(())
 
     def run(steps):
@@ -96,7 +104,7 @@ def tfloop(job: Job):
 
 def side_by_side(job: Job):
     """As many models as the settings' ensemble, in one compiled call; N steps are N of each."""
-    config = job.start()
+    config = start(job)
     import tfloop
     from tfloop.data.pipelines import batch_at
     from tfloop.training.ensemble import SideBySide
@@ -140,65 +148,104 @@ def keras_fit(job: Job, onednn=None, kept=False, intra=0, inter=0, **compile_opt
         os.environ["TF_ENABLE_ONEDNN_OPTS"] = onednn
     if kept:
         os.environ["TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE"] = "0"
-    set_up(job.config, intra, inter)
+    set_up(job, intra, inter)
     import keras
 
-    from tfloop import models
-
-    images, labels, _ = job.arrays()
-    model = models.build(job.config, job.data.image_shape, job.data.classes)
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.Dense):
-            layer.kernel.regularizer = keras.regularizers.L2(job.config.l2)
-    model.compile(
-        keras.optimizers.RMSprop(RATE, RHO, epsilon=EPSILON),
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        **compile_options,
-    )
-    n = job.config.batch_size
-    loss = float(model.evaluate(images[:n], labels[:n], batch_size=n, verbose=0)[0])
+    model, n = model_of(job), job.batch_size
+    for layer in penalized_layers(job, model):
+        layer.kernel.regularizer = keras.regularizers.L2(job.network["l2"])
+    model.compile(optimizer_of(job), loss_of(job), metrics=["accuracy"], **compile_options)
+    loss = float(penalized(job, model, job.images[:n], job.labels[:n])[0])
+    clock = Clock()
 
     def run(steps):
-        rows = min(steps * n, len(images))
-        model.fit(images[:rows], labels[:rows], batch_size=n, shuffle=False, verbose=0)
+        rows = min(steps * n, len(job.images))
+        epochs = max(1, round(steps * n / rows))
+        images, labels = job.images[:rows], job.labels[:rows]
+        options = {"shuffle": False, "verbose": 0, "callbacks": [clock.callback]}
+        model.fit(images, labels, batch_size=n, epochs=epochs, **options)
+        run.seconds = clock.seconds * steps * n / (rows * epochs)
 
     return loss, run, 1
+
+
+class Clock:
+    """Takes the time of fit's epochs, without what fit does before and after them."""
+
+    def __init__(self):
+        import keras
+
+        self.callback = keras.callbacks.LambdaCallback(
+            on_train_begin=self._begin, on_epoch_end=self._end
+        )
+        self.callback.on_epoch_begin = self._start
+        self.seconds, self._started = 0.0, None
+
+    def _begin(self, logs):
+        self.seconds, self._started = 0.0, None
+
+    def _start(self, epoch, logs=None):
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def _end(self, epoch, logs):
+        self.seconds = time.perf_counter() - self._started
+
+
+def penalized_layers(job: Job, model):
+    """The layers whose kernels the article's network penalises."""
+    import keras
+
+    dense = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)]
+    return [] if "zoo" in job.settings else dense
+
+
+def optimizer_of(job: Job):
+    import keras
+
+    if "zoo" in job.settings:
+        return keras.optimizers.SGD(SGD_RATE, momentum=MOMENTUM)
+    return keras.optimizers.RMSprop(RATE, RHO, epsilon=EPSILON)
+
+
+def loss_of(job: Job):
+    import keras
+
+    return keras.losses.SparseCategoricalCrossentropy(from_logits="zoo" in job.settings)
+
+
+def penalized(job: Job, model, x, y):
+    """(the loss of a batch in training with its penalties, what the model gives)."""
+    import tensorflow as tf
+
+    predictions, loss = model(x, training=True), loss_of(job)
+    total = loss(y, predictions)
+    kernels = [layer.kernel for layer in penalized_layers(job, model)]
+    if kernels:
+        total += job.network["l2"] * tf.add_n([tf.reduce_sum(tf.square(k)) for k in kernels])
+    return total, predictions
 
 
 def tf_guide(job: Job):
     """The loop of TensorFlow's guide: tf.data, a tf.function step, a Keras optimizer and metric."""
     import tensorflow as tf
 
-    set_up(job.config)
+    set_up(job)
     import keras
 
-    from tfloop import models
-
-    images, labels, _ = job.arrays()
-    model = models.build(job.config, job.data.image_shape, job.data.classes)
-    optimizer = keras.optimizers.RMSprop(RATE, RHO, epsilon=EPSILON)
-    loss_function, metric = (
-        keras.losses.SparseCategoricalCrossentropy(),
-        keras.metrics.SparseCategoricalAccuracy(),
-    )
-    kernels = [layer.kernel for layer in model.layers if isinstance(layer, keras.layers.Dense)]
+    model, optimizer = model_of(job), optimizer_of(job)
+    metric = keras.metrics.SparseCategoricalAccuracy()
     dataset = (
-        tf.data.Dataset.from_tensor_slices((images, labels))
-        .batch(job.config.batch_size)
+        tf.data.Dataset.from_tensor_slices((job.images, job.labels))
+        .repeat()
+        .batch(job.batch_size)
         .prefetch(tf.data.AUTOTUNE)
     )
-
-    def loss_of(x, y):
-        predictions = model(x, training=True)
-        return loss_function(y, predictions) + job.config.l2 * tf.add_n(
-            [tf.reduce_sum(tf.square(k)) for k in kernels]
-        ), predictions
 
     @tf.function
     def train_step(x, y):
         with tf.GradientTape() as tape:
-            loss, predictions = loss_of(x, y)
+            loss, predictions = penalized(job, model, x, y)
         optimizer.apply_gradients(
             # AutoGraph's zip takes no `strict`.
             zip(tape.gradient(loss, model.trainable_weights), model.trainable_weights)  # noqa: B905
@@ -211,187 +258,13 @@ def tf_guide(job: Job):
             loss = train_step(x, y)
         loss.numpy()
 
-    n = job.config.batch_size
-    return float(loss_of(images[:n], labels[:n])[0]), run, 1
+    n = job.batch_size
+    return float(penalized(job, model, job.images[:n], job.labels[:n])[0]), run, 1
 
 
-def torch_eager(job: Job, channels_last=False, compiled=False, captured=False):
-    """The usual PyTorch loop on tensors in memory; `captured`: its step is one CUDA graph."""
-    import torch
-    from torch import nn
-
-    if captured and not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU")
-    set_up(job.config, gpu=False)
-    images, labels, weights = job.arrays()
-    config, shape = job.config, job.data.image_shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
-        config.precision == "tf32"
-    )
-    if config.batch_norm or config.padding == "same" or len(set(config.kernel)) > 1:
-        raise SystemExit("this contender knows the default network only")
-    layers, channels, size = [], shape[2], shape[0]
-    for i, filters in enumerate(config.conv):
-        layers += [nn.Conv2d(channels, filters, config.kernel[0]), nn.ReLU()]
-        channels, size = filters, size - config.kernel[0] + 1
-        if i < len(config.pool) and config.pool[i] > 1:
-            layers.append(nn.MaxPool2d(config.pool[i]))
-            size //= config.pool[i]
-    layers.append(nn.Flatten())
-    inputs, spatial = channels * size * size, (size, size, channels)
-    for units in config.dense:
-        layers += [nn.Linear(inputs, units), nn.ReLU()]
-        inputs = units
-    model = nn.Sequential(*layers, nn.Linear(inputs, job.data.classes))
-    convolutions = iter([m for m in model if isinstance(m, nn.Conv2d)])
-    linears = [m for m in model if isinstance(m, nn.Linear)]
-    with torch.no_grad():
-        dense = iter(linears)
-        for name, value in weights.items():
-            if not name.endswith("kernel"):
-                continue
-            if value.ndim == 4:
-                module, value = next(convolutions), value.transpose(3, 2, 0, 1)
-            else:
-                module = next(dense)
-                if module is linears[0]:  # rows in the order of PyTorch's flatten
-                    value = (
-                        value.reshape(*spatial, -1)
-                        .transpose(2, 0, 1, 3)
-                        .reshape(-1, value.shape[1])
-                    )
-                value = value.T
-            module.weight.copy_(torch.from_numpy(value.copy()))
-            module.bias.zero_()
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
-    y, model = torch.from_numpy(labels).to(device), model.to(device)
-    if channels_last:
-        model, x = (
-            model.to(memory_format=torch.channels_last),
-            x.contiguous(memory_format=torch.channels_last),
-        )
-    optimizer = torch.optim.RMSprop(
-        model.parameters(), lr=RATE, alpha=RHO, eps=EPSILON, capturable=captured
-    )
-    criterion = nn.CrossEntropyLoss()
-
-    def loss_of(x, y):
-        return criterion(model(x), y) + config.l2 * sum(m.weight.square().sum() for m in linears)
-
-    forward = torch.compile(loss_of) if compiled else loss_of
-    n = config.batch_size
-
-    def train_step(x, y):
-        optimizer.zero_grad(set_to_none=True)
-        loss = forward(x, y)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    with torch.no_grad():
-        first_loss = loss_of(x[:n], y[:n]).item()
-    step = capture(train_step, x[:n].clone(), y[:n].clone()) if captured else train_step
-
-    def run(steps):
-        for i in range(steps):
-            loss = step(x[i * n : (i + 1) * n], y[i * n : (i + 1) * n])
-        loss.item()
-
-    return first_loss, run, 1
-
-
-def capture(step, x, y):
-    """`step` as a CUDA graph, after three warm-up steps; it reads every batch from where `x` and
-    `y` are."""
-    import torch
-
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step(x, y)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step(x, y)
-
-    def replay(images, labels):
-        x.copy_(images)
-        y.copy_(labels)
-        graph.replay()
-        return loss
-
-    return replay
-
-
-def jax_jit(job: Job, steps_per_call=1):
-    """A jitted JAX step, with convolutions in NHWC and RMSprop written out; several to a call are a
-    `lax.scan`."""
-    import jax
-    import jax.numpy as jnp
-
-    set_up(job.config, gpu=False)
-    images, labels, weights = job.arrays()
-    config, n = job.config, job.config.batch_size
-    jax.config.update(
-        "jax_default_matmul_precision", "tensorfloat32" if config.precision == "tf32" else "float32"
-    )
-    if config.batch_norm or config.padding == "same":
-        raise SystemExit("this contender knows the default network only")
-    x, y = jnp.asarray(images), jnp.asarray(labels)
-
-    def forward(w, x):
-        for i in range(1, len(config.conv) + 1):
-            x = jax.lax.conv_general_dilated(
-                x, w[f"conv{i}/kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            x = jax.nn.relu(x + w[f"conv{i}/bias"])
-            if i <= len(config.pool) and (p := config.pool[i - 1]) > 1:
-                x = jax.lax.reduce_window(
-                    x, -jnp.inf, jax.lax.max, (1, p, p, 1), (1, p, p, 1), "VALID"
-                )
-        x = x.reshape(x.shape[0], -1)
-        for i in range(1, len(config.dense) + 1):
-            x = jax.nn.relu(x @ w[f"dense{i}/kernel"] + w[f"dense{i}/bias"])
-        return x @ w["output/kernel"] + w["output/bias"]
-
-    def loss_of(w, x, y):
-        log_p = jax.nn.log_softmax(forward(w, x))
-        penalty = sum(
-            jnp.sum(jnp.square(v)) for k, v in w.items() if k.endswith("kernel") and v.ndim == 2
-        )
-        return -jnp.mean(jnp.take_along_axis(log_p, y[:, None], axis=1)) + config.l2 * penalty
-
-    def step(w, s, i):
-        xb, yb = (jax.lax.dynamic_slice_in_dim(a, i * n, n) for a in (x, y))
-        loss, g = jax.value_and_grad(loss_of)(w, xb, yb)
-        s = {k: RHO * s[k] + (1 - RHO) * g[k] ** 2 for k in w}
-        return {k: w[k] - RATE * g[k] * jax.lax.rsqrt(s[k] + EPSILON) for k in w}, s, loss
-
-    state = [
-        {k: jnp.asarray(v) for k, v in weights.items()},
-        {k: jnp.zeros_like(v) for k, v in weights.items()},
-    ]
-
-    @jax.jit
-    def call(w, s, i):
-        if steps_per_call == 1:
-            return step(w, s, i)
-
-        def scanned(state, i):
-            *state, loss = step(*state, i)
-            return state, loss
-
-        state, losses = jax.lax.scan(scanned, [w, s], i + jnp.arange(steps_per_call))
-        return *state, losses[-1]
-
-    def run(steps):
-        for i in range(0, steps, steps_per_call):
-            *state[:], loss = call(*state, i)
-        loss.block_until_ready()
-
-    return float(loss_of(state[0], x[:n], y[:n])), run, steps_per_call
+def elsewhere(module: str, **options) -> Callable:
+    """A contender of a file of its own, which is imported when it runs."""
+    return lambda job: importlib.import_module(module).contender(job, **options)
 
 
 def floor(job: Job):
@@ -399,13 +272,10 @@ def floor(job: Job):
     core at once."""
     import tensorflow as tf
 
-    from tfloop import assembly, models
     from tfloop.machine.devices import cores
 
-    set_up(job.config, 1, cores())
-    data = assembly.load_data(job.config.replace(standardize=False))
-    model = models.build(job.config, data.image_shape, data.classes)
-    flop = flop_per_image(model) * job.config.batch_size
+    set_up(job, 1, cores())
+    flop = flop_per_image(model_of(job)) * job.batch_size
     start = [tf.random.stateless_normal([1024, 1024], [0, k]) / 32 for k in range(cores())]
 
     @tf.function
@@ -442,9 +312,10 @@ def flop_per_image(model) -> float:
     return total
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[Job], Any]] = {
     "tfloop": tfloop,
-    "tfloop, XLA": lambda job: tfloop(Job({**job.settings, "jit_compile": True})),
+    "tfloop, XLA": lambda job: tfloop(job, jit_compile=True),
+    "tfloop, without start": lambda job: tfloop(job, started=False),
     "side by side": side_by_side,
     "floor": floor,
     "keras fit": keras_fit,
@@ -460,13 +331,15 @@ CONTENDERS = {
     ),
     "keras fit, XLA": lambda job: keras_fit(job, jit_compile=True),
     "TensorFlow guide": tf_guide,
-    "PyTorch": torch_eager,
-    "PyTorch, channels last": lambda job: torch_eager(job, channels_last=True),
-    "PyTorch, compiled": lambda job: torch_eager(job, compiled=True),
-    "PyTorch, CUDA graphs": lambda job: torch_eager(job, captured=True),
-    "JAX": jax_jit,
-    "JAX, lax.scan": lambda job: jax_jit(job, steps_per_call=50),
+    "PyTorch": elsewhere("torch_contender"),
+    "PyTorch, channels last": elsewhere("torch_contender", channels_last=True),
+    "PyTorch, compiled": elsewhere("torch_contender", compiled=True),
+    "PyTorch, CUDA graphs": elsewhere("torch_contender", captured=True),
+    "JAX": elsewhere("jax_contender"),
+    "JAX, lax.scan": elsewhere("jax_contender", steps_per_call=50),
 }
+# Those that are not measured with all others: variants for one kind of device, or for another job.
+LEFT_OUT = ("side by side", "tfloop, without start")
 ON_A_CPU = (
     "keras fit, 50 steps, primitives kept",
     "keras fit, 50 steps, one thread an op",
@@ -479,23 +352,26 @@ ON_A_GPU = (
 
 
 def main() -> None:
-    name, settings = sys.argv[1], json.loads(sys.argv[2])
-    onednn = "0" if settings.get("onednn") == "off" else "1"
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", onednn)
+    name, job = sys.argv[1], read(sys.argv[2])
+    os.environ.setdefault(
+        "TF_ENABLE_ONEDNN_OPTS", "0" if job.settings.get("onednn") == "off" else "1"
+    )
 
     def memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     try:
-        loss, run, least = CONTENDERS[name](Job(settings))
+        loss, run, least = CONTENDERS[name](job)
     except ModuleNotFoundError as error:
         print(json.dumps({"missing": error.name}), flush=True)
         return
-    print(json.dumps({"loss": loss, "least": least}), flush=True)
+    own = [name for name in ("tensorflow", "torch", "jax") if name in sys.modules]
+    print(json.dumps({"loss": loss, "least": least, "imported": own}), flush=True)
     for line in sys.stdin:
         started = time.perf_counter()
         run(int(line))
-        seconds = (time.perf_counter() - started) * getattr(run, "scale", 1.0)
+        seconds = getattr(run, "seconds", time.perf_counter() - started)
+        seconds *= getattr(run, "scale", 1.0)
         print(json.dumps({"seconds": seconds, "memory_mib": memory()}), flush=True)
 
 

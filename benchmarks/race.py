@@ -1,14 +1,18 @@
 """Contenders take turns: A B C, A B C, …, so that a machine whose speed drifts does so for all of
 them."""
 
+import contextlib
 import json
 import math
 import os
 import platform
 import random
+import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,18 +21,62 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that each benchmark also runs as a plain script
 
 
+# What TensorFlow, abseil and XLA write to stderr beside what ends a process.
+LOG_LINE = re.compile(
+    r"[IWEF]\d{4} |WARNING: All log messages|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|To enable the following"
+)
+# Settings that say how a job is done, not what it is.
+HOW = (
+    "cores",
+    "eager",
+    "ensemble",
+    "fast",
+    "inter_op_threads",
+    "intra_op_threads",
+    "jit_compile",
+    "onednn",
+    "pipeline",
+    "shards",
+    "steps_per_call",
+)
+_jobs: dict[str, tempfile.TemporaryDirectory] = {}
+
+
+def job_folder(settings: dict) -> str:
+    """The folder with the files of a job, made once."""
+    key = json.dumps({k: v for k, v in settings.items() if k not in HOW}, sort_keys=True)
+    if key not in _jobs:
+        folder = tempfile.TemporaryDirectory(prefix="tfloop-job-")
+        command = [sys.executable, str(HERE / "jobs.py"), folder.name, key]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        made = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if made.returncode:
+            last = made.stderr.strip().splitlines()[-1:]
+            raise SystemExit(f"the job's files could not be made: {' '.join(last)}")
+        _jobs[key] = folder
+    own = Path(tempfile.mkdtemp(dir=_jobs[key].name))
+    for file in Path(_jobs[key].name).glob("*.np*"):
+        (own / file.name).symlink_to(file)
+    known = json.loads((Path(_jobs[key].name) / "job.json").read_text())
+    (own / "job.json").write_text(json.dumps({**known, "settings": settings}))
+    return str(own)
+
+
+def _on_cores(count: int | None) -> list[str]:
+    """What to put before a command so that it has so many cores."""
+    if not count:
+        return []
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    return ["taskset", "-c", ",".join(map(str, cores))]
+
+
 class Contender:
     """A process that trains when told to. `name` is one of contenders.CONTENDERS; `label` is what
     tables call it."""
 
     def __init__(self, name: str, settings: dict, label: str = ""):
-        self.name, self.label, self.settings, self.turns, self.memory = (
-            name,
-            label or name,
-            settings,
-            [],
-            0.0,
-        )
+        self.name, self.label, self.settings = name, label or name, settings
+        self.turns, self.memory = [], 0.0
         paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         # All live at once.
         environment = {
@@ -39,32 +87,43 @@ class Contender:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         environment.pop("TF_ENABLE_ONEDNN_OPTS", None)
+        command = [sys.executable, str(HERE / "contenders.py"), name, job_folder(settings)]
+        # A pipe that nobody reads fills up.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "contenders.py"), name, json.dumps(settings)],
+            [*_on_cores(settings.get("cores")), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env=environment,
         )
         ready = self._answer()
-        self.missing, self.loss, self.least = (
-            ready.get("missing"),
-            ready.get("loss"),
-            ready.get("least", 1),
-        )
+        self.missing, self.loss = ready.get("missing"), ready.get("loss")
+        self.least, self.imported = ready.get("least", 1), ready.get("imported", [])
 
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            error = self._process.stderr.read().strip().splitlines()
-            raise SystemExit(f"{self.label}: failed: {error[-1] if error else 'no message'}")
+            raise SystemExit(f"{self.label}: {self._end()}")
         return json.loads(line)
+
+    def _end(self) -> str:
+        """How the process ended: its signal or exit code, and the last line that is its own."""
+        code = self._process.wait(timeout=60)
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors if line.strip()]
+        own = [line for line in lines if not LOG_LINE.match(line)]
+        how = f"exit code {code}"
+        if code < 0:
+            how = f"ended by {signal.Signals(-code).name}"
+        return f"{how}; its last line: {own[-1] if own else 'none'}"
 
     def run(self, steps: int) -> float:
         """Seconds that `steps` steps take."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # what it died of, `_answer` says
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
         answer = self._answer()
         self.memory = answer["memory_mib"]
         return answer["seconds"]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tfloop.loop import Call as Call
     from tfloop.loop import Epoch as Epoch
     from tfloop.loop import Loop as Loop
+    from tfloop.machine.setup import start as start
     from tfloop.metrics import Loss as Loss
     from tfloop.metrics import Metrics as Metrics
     from tfloop.optimizers import Optimizer as Optimizer
@@ -85,6 +86,7 @@ _HOME = {
     "make_state": "assembly",
     "open_run": "training.saved_run",
     "predict": "training.predictions",
+    "start": "machine.setup",
     "train": "training.session",
     "train_step": "step",
 }

@@ -328,7 +328,7 @@ def make_loop(
         jit_compile=config.jit_compile,
         eager=config.eager,
         fast=config.fast,
-        shards=max(config.shards, 1),
+        shards=config.shards,
         accumulate=config.accumulate,
         time_input=not config.deterministic,
         check_numerics=config.check_numerics,

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from tfloop import models
+from tfloop import models, parallelism
 from tfloop.compatibility import batch_size_of, check_data, check_fit
 from tfloop.config import check_setting
 from tfloop.criterion import Criterion, Every, default, given
@@ -123,6 +123,7 @@ class Loop:
     Attributes:
       seconds: {"tracing", "training", "evaluation"} so far.
       steps: steps in an epoch.
+      shards: parts of a batch that are computed side by side.
       graph: that of the compiled step, for TensorBoard; None where nothing is compiled yet, or
         ever.
       single: steps, by the global_step before each, that get a compiled call of their own.
@@ -148,7 +149,7 @@ class Loop:
         jit_compile: bool = False,
         eager: bool = False,
         fast: bool = True,
-        shards: int = 1,
+        shards: int = 0,
         accumulate: int = 1,
         replicas: Any = None,
         grad_fn: Callable | None = None,
@@ -169,7 +170,9 @@ class Loop:
             call.
           eager: run the step op by op.
           fast: rearrange the forward pass (see `models.fast`).
-          shards: parts of a batch to compute side by side, with `fast`.
+          shards: parts of a batch to compute side by side, with `fast`; 0 chooses: as many as
+            TensorFlow runs operations side by side, where each has one thread, as after
+            `tfloop.start()`; else 1.
           accumulate: parts of a batch to compute one after the other.
           replicas: machine.replicas.Replicas to compute on, in whose scope the model was made; the
             batch is that of all together.
@@ -198,7 +201,6 @@ class Loop:
         }
         check_data(data, sizes)
         batch_size, steps_per_call, shards, accumulate = map(int, sizes.values())
-        shards = max(shards, 1)
         if batch_size % accumulate:
             raise UserError(f"--accumulate={accumulate} does not divide --batch_size={batch_size}")
         check_setting("evaluation_batch_size", evaluation_batch_size)
@@ -232,6 +234,11 @@ class Loop:
         self._check_numerics = check_numerics
         self.seconds = dict.fromkeys(("tracing", "training", "evaluation"), 0.0)
         self.forward = models.outputs
+        if not shards:
+            parts = accumulate * (replicas.total if replicas else 1)
+            is_one = eager or jit_compile or not fast or kind == "GPU"
+            shards = 1 if is_one else _shards_for_threads(batch_size // parts)
+        self.shards = shards
         if fast:
             self.forward = functools.partial(models.outputs, fast=True, shards=shards)
         grad_fn = grad_fn or functools.partial(forward_and_backward, forward=self.forward)
@@ -702,6 +709,14 @@ def _check_replicas(state: TrainState, replicas: Any, accumulate: int) -> None:
             f"--accumulate={accumulate}: batch normalisation looks at all replicas, which does not "
             "work in parts one after the other; take more replicas or a smaller batch"
         )
+
+
+def _shards_for_threads(rows: int) -> int:
+    """Parts of so many rows that suit the threads which TensorFlow has."""
+    threads = tf.config.threading
+    if threads.get_intra_op_parallelism_threads() != 1:
+        return 1
+    return parallelism.shards(rows, threads.get_inter_op_parallelism_threads() or 1)
 
 
 def _look(state: TrainState, batch: Batch) -> None:

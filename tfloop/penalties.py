@@ -33,4 +33,4 @@ def total(penalty: Callable[[tf.Tensor], tf.Tensor], kernels: Sequence) -> tf.Te
     """The penalty summed over kernels; 0 where there are none."""
     if not kernels:
         return tf.constant(0.0)
-    return tf.add_n([tf.cast(penalty(kernel), tf.float32) for kernel in kernels])
+    return tf.reduce_sum(tf.stack([tf.cast(penalty(kernel), tf.float32) for kernel in kernels]))

@@ -55,6 +55,13 @@ def losses(state: TrainState, data: tf.Tensor, model: tf.Tensor) -> Loss:
 def custom_penalties(state: TrainState) -> tf.Tensor:
     """The user's own penalties, summed over the penalised kernels; a float32 scalar."""
 
+    kernels = list(state.kernels.values()) if state.penalties else []
+    return penalties.total(own_penalty(state), kernels)
+
+
+def own_penalty(state: TrainState) -> Callable[[tf.Tensor], tf.Tensor]:
+    """kernel → the sum of the user's own penalties."""
+
     def penalize(kernel: tf.Tensor) -> tf.Tensor:
         values = [
             check_shape(penalty(kernel), [], "a penalty", "one number for the kernel")
@@ -62,7 +69,7 @@ def custom_penalties(state: TrainState) -> tf.Tensor:
         ]
         return tf.add_n(values)
 
-    return penalties.total(penalize, list(state.kernels.values()) if state.penalties else [])
+    return penalize
 
 
 class Pass(NamedTuple):
@@ -120,26 +127,46 @@ def penalized(
 ) -> tuple[Loss, dict[str, tf.Tensor]]:
     """The loss with its penalties, and the gradients with theirs.
 
-    On a CPU penalties whose coefficients are 0 are left out when the step runs. A GPU would be
-    waited for to ask for them.
+    On a CPU a penalty whose coefficient is 0 is left out when the step runs. A GPU would be waited
+    for to ask for it.
+    """
+    asks = not tf.config.list_logical_devices("GPU")
+    l1, gradients = _with(state, state.hyper["l1"], penalties.l1, gradients, asks)
+    l2, gradients = _with(state, state.hyper["l2"], penalties.l2, gradients, asks)
+    custom = tf.constant(0.0)
+    if state.penalties:
+        one = tf.constant(1.0)
+        custom, gradients = _with(state, one, own_penalty(state), gradients, asks=False)
+    return Loss(data + l1 + l2 + custom + model, data, l1, l2, custom, model), gradients
+
+
+def _with(
+    state: TrainState,
+    coefficient: tf.Tensor,
+    penalty: Callable,
+    gradients: dict[str, tf.Tensor],
+    asks: bool,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+    """(coefficient · penalty, the gradients with its own).
+
+    One penalty at a time, of two summands each: in a branch that is not taken, TensorFlow's memory
+    optimizer breaks a sum of three (its temporary variable is made all the same).
     """
 
-    def with_them() -> tuple[Loss, dict[str, tf.Tensor]]:
-        loss, added = with_penalties(state, data, model)
-        return loss, {
-            name: g + added[name] if name in added else g for name, g in gradients.items()
-        }
+    def on() -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            tape.watch(list(state.kernels.values()))
+            value = coefficient * penalties.total(penalty, list(state.kernels.values()))
+        own = tape.gradient(value, state.kernels)
+        sums = {name: gradients[name] + g for name, g in own.items() if g is not None}
+        return value, {**gradients, **sums}
 
-    def without() -> tuple[Loss, dict[str, tf.Tensor]]:
-        zero = tf.constant(0.0)
-        return Loss(data + model, data, zero, zero, zero, model), gradients
+    def off() -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        return tf.constant(0.0), gradients
 
     if not state.kernels:
-        return without()
-    if state.penalties or tf.config.list_logical_devices("GPU"):
-        return with_them()
-    is_on = (state.hyper["l1"] != 0.0) | (state.hyper["l2"] != 0.0)
-    return tf.cond(is_on, with_them, without)
+        return off()
+    return tf.cond(tf.not_equal(coefficient, 0.0), on, off) if asks else on()
 
 
 def with_penalties(

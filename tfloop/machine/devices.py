@@ -1,18 +1,15 @@
 """Devices, threads and memory through tf.config, and a quiet start of TensorFlow."""
 
 import contextlib
-import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from tfloop import parallelism
 from tfloop.config import Config
 from tfloop.errors import UserError
-
-FEWEST, MOST = 16, 64  # images in a shard: fewer do not repay its operations, more leave the cache
-MOST_SHARDS = 32  # as a rule; each is a copy of the model in the graph
 
 
 def choose(config: Config, cores: int, replicas: int = 1, workers: int = 1) -> Config:
@@ -20,9 +17,9 @@ def choose(config: Config, cores: int, replicas: int = 1, workers: int = 1) -> C
 
     oneDNN is on: the step takes 6.1 ms with it and 9.7 ms without (AMD EPYC with AVX-512, 2 cores;
     without AVX-512 12.4 and 15.5 ms). With a shard for every core, operations need no threads of
-    their own: 3.3 ms. So it is with the models of an ensemble, which share the cores. There is
-    nothing to shard where a shard would have fewer than 16 images. Where it would have more than
-    64, every core takes several, one after the other: 51 ms in place of 61 at batch 1024.
+    their own: 3.3 ms. So it is with the models of an ensemble, which share the cores. With more
+    than 64 images to a shard, every core takes several: 51 ms in place of 61 at batch 1024. For
+    other models see `benchmarks/models.py`.
 
     Args:
       config: the settings.
@@ -50,9 +47,7 @@ def _shards(config: Config, cores: int, replicas: int, workers: int) -> int:
     if not config.fast or not on_cpu or config.eager or config.jit_compile:
         return 1
     images = config.batch_size // (config.accumulate * replicas * workers)
-    at_once = max(1, min(cores // config.ensemble, images // FEWEST))
-    in_turn = min(math.ceil(images / (at_once * MOST)), max(1, MOST_SHARDS // at_once))
-    return at_once * in_turn
+    return parallelism.shards(images, cores // config.ensemble)
 
 
 class Machine(NamedTuple):
