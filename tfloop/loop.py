@@ -299,9 +299,10 @@ class Loop:
     def _take(self, source: Any, index: tf.Tensor, rows: int) -> tuple[Batch, tf.Tensor]:
         """(the batch with this index, the seconds it was waited for)."""
         if not self._time_input:
-            return self.pipeline.take(source, index, rows), tf.constant(0.0, tf.float64)
+            with tf.name_scope("input/"):
+                return self.pipeline.take(source, index, rows), tf.constant(0.0, tf.float64)
         started = tf.timestamp()
-        with tf.control_dependencies([started]):
+        with tf.control_dependencies([started]), tf.name_scope("input/"):
             batch = self.pipeline.take(source, index, rows)
         with tf.control_dependencies(leaves(batch)):
             return batch, tf.timestamp() - started

@@ -98,23 +98,28 @@ def forward_and_backward(
       forward: `models.outputs`, or with `fast=True` its fast twin.
     """
     key = state.key(part)
-    inputs = state.prepared(batch.inputs, key)
-    examples = tf.reduce_sum(batch.counts)
+    with tf.name_scope("input/"):
+        inputs = state.prepared(batch.inputs, key)
+        examples = tf.reduce_sum(batch.counts)
     with models.counting(examples):
         with tf.GradientTape() as tape:
             tape.watch(list(state.weights.values()))  # one that was made frozen, too
             outputs = state.forward(inputs, forward, training=True, key=key)
-            each, correct, more = judged(state, batch.targets, outputs)
-            data, model = data_loss(batch, each), model_losses(state)
-            scaled = data + model
+            with tf.name_scope("loss"):
+                each, correct, more = judged(state, batch.targets, outputs)
+                data, model = data_loss(batch, each), model_losses(state)
+                scaled = data + model
             if state.loss_scale is not None:
                 scaled = state.loss_scale * scaled
         found = state.connected(tape.gradient(scaled, state.weights))
     if state.loss_scale is not None:
         found = {name: _divided(gradient, state.loss_scale) for name, gradient in found.items()}
-    loss, found = penalized(state, data, model, found)
-    gradients = Vector.of(found)
-    accuracy, more = mean_over(batch, correct), mean_over(batch, more)
+    with tf.name_scope("penalties"):
+        loss, found = penalized(state, data, model, found)
+    with tf.name_scope("update"):
+        gradients = Vector.of(found)
+    with tf.name_scope("loss/"):
+        accuracy, more = mean_over(batch, correct), mean_over(batch, more)
     return Pass(loss, accuracy, examples, gradients, more, outputs)
 
 
@@ -333,7 +338,8 @@ def train_step(
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
 
     # One test for all the values that the three hold.
-    finite = tf.math.is_finite(loss.total + gradients.norm + updates.norm)
+    with tf.name_scope("update/"):
+        finite = tf.math.is_finite(loss.total + gradients.norm + updates.norm)
     overflowed = state.overflowed(loss.total, finite)
     valid = finite & ~state.diverged
     state.optimizer.apply(updates, slots, state.weights, valid)

@@ -29,6 +29,7 @@ from tfloop.data.dataset import Split
 from tfloop.inspection import pictures, plots
 from tfloop.inspection.moments import Context, summary
 from tfloop.loop import Call
+from tfloop.machine import arithmetic
 from tfloop.metrics import Metrics
 from tfloop.state import TrainState
 
@@ -100,8 +101,19 @@ def _speed(context: Context, call: Call) -> dict[str, float]:
         "speed/examples_per_second": examples / call.seconds,
         "gradient_norm/all": float(call.gradients.norm),
         "speed/input_wait_ms": 1000 * call.input_seconds / call.steps,
+        **_arithmetic(context, call),
         **_memory(),
+        **context.usage.scalars(),
     }
+
+
+def _arithmetic(context: Context, call: Call) -> dict[str, float]:
+    """How much a step multiplies, and what share of its time the machine's matmul would take."""
+    flop = context.flop
+    if not flop:
+        return {}
+    floor = flop / arithmetic.peak()
+    return {"speed/gflop_per_step": flop / 1e9, "speed/of_floor": floor * call.steps / call.seconds}
 
 
 def _memory() -> dict[str, float]:

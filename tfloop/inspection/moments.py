@@ -4,6 +4,7 @@ Each summary is a function that is registered for the moments when it is written
 its function in `dashboards` with `@summary`.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,8 @@ import tensorflow as tf
 from tfloop import models
 from tfloop.config import FIELDS
 from tfloop.loop import Call, Epoch, Evaluation, Loop
+from tfloop.machine import arithmetic
+from tfloop.machine.usage import Usage
 from tfloop.nests import is_leaf, map_leaves
 
 LEVELS = tuple(FIELDS["summaries"].choices)
@@ -30,6 +33,7 @@ class Context:
       call: the last record of a compiled call; None before the first.
       epoch: the last record of an epoch; None before the first.
       evaluation: the last record of an evaluation, within an epoch or at its end; None before.
+      usage: how busy the processors are.
     """
 
     def __init__(self, loop: Loop, folder: Path, settings: Mapping[str, object]) -> None:
@@ -39,6 +43,12 @@ class Context:
         self.call: Call | None = None
         self.epoch: Epoch | None = None
         self.evaluation: Evaluation | Epoch | None = None
+        self.usage = Usage()
+
+    @functools.cached_property
+    def flop(self) -> float | None:
+        """Multiplications and additions of matrices in a step, as it was first traced."""
+        return arithmetic.flop_per_step(self.loop)
 
     def outputs(self) -> Any:
         """[test examples, …]: those of the last epoch, or of the present weights."""

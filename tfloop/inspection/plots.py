@@ -491,6 +491,23 @@ def _draw_calibration(figure: Any, calibration: Any, noun: str) -> None:
     below.set(xlabel="confidence", ylabel=noun, yscale="log", ylim=(0.7, None))
 
 
+def profile(found: Any, title: str, path: str | Path) -> None:
+    """A `step_profile.Profile` as bars: ms of each layer, forward, backward and update."""
+    rows, left = found.rows, np.zeros(len(found.rows))
+    figure, axes = _figure(size=(8, 0.28 * len(rows) + 1.6))
+    for index, way in enumerate(("forward", "backward", "update")):
+        values = np.array([getattr(row, way) for row in rows])
+        axes.barh(range(len(rows)), values, left=left, color=COLOURS[index], label=way)
+        left = left + values
+    axes.set_yticks(range(len(rows)), [row.layer for row in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower right", frameon=False)
+    axes.set(xlabel="ms a step, of all threads together", xlim=(0, 1.05 * max(left)))
+    axes.set_title(f"{title}: {found.step:.3g} ms a step\n{found.verdict}", fontsize=10)
+    save(figure, path)
+
+
 def save(figure: Any, path: str | Path) -> None:
     """Write a Figure to a PNG file, whole or not at all.
 

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfloop import parallelism
@@ -197,6 +198,12 @@ def _set_threads(asked: Config, chosen: Config) -> Config:
                 ) from None
             chosen = chosen.replace(**{name: present})
     return chosen
+
+
+def state_folder() -> Path:
+    """Where tfloop notes what it found out on this machine."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "tfloop"
 
 
 def cores() -> int:

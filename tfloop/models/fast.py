@@ -138,6 +138,7 @@ def _bias_relu_pool(x: tf.Tensor, bias: tf.Tensor, pool: keras.layers.MaxPooling
         "strides": [1, *pool.strides, 1],
         "padding": pool.padding.upper(),
     }
+    scope = "" if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_name_scope()
 
     @tf.custom_gradient
     def pooled(x: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, Callable]:
@@ -145,11 +146,12 @@ def _bias_relu_pool(x: tf.Tensor, bias: tf.Tensor, pool: keras.layers.MaxPooling
         largest = tf.raw_ops.MaxPool(input=active, **window)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            upstream = tf.raw_ops.ReluGrad(gradients=upstream, features=largest)
-            placed = tf.raw_ops.MaxPoolGrad(
-                orig_input=active, orig_output=largest, grad=upstream, **window
-            )
-            return placed, tf.raw_ops.BiasAddGrad(out_backprop=upstream)
+            with tf.name_scope(f"gradient_tape/{scope}/"):
+                upstream = tf.raw_ops.ReluGrad(gradients=upstream, features=largest)
+                placed = tf.raw_ops.MaxPoolGrad(
+                    orig_input=active, orig_output=largest, grad=upstream, **window
+                )
+                return placed, tf.raw_ops.BiasAddGrad(out_backprop=upstream)
 
         return largest, gradient
 

@@ -161,6 +161,7 @@ def _normalized(
     counts = [math.prod(part.shape[:-1]) for part in parts]
     n = float(sum(counts))
     activate, back_through = ACTIVATIONS[activation]
+    scope = "" if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_name_scope()
 
     @tf.custom_gradient
     def normalize(gamma: tf.Tensor, beta: tf.Tensor, *parts: tf.Tensor) -> tuple[tuple, Callable]:
@@ -169,6 +170,10 @@ def _normalized(
         ys = [activate(_scaled(part, gamma * s, beta - mean * gamma * s)) for part in parts]
 
         def back(*upstream: tf.Tensor) -> tuple:
+            with tf.name_scope(f"gradient_tape/{scope}/"):
+                return gradients_of(*upstream)
+
+        def gradients_of(*upstream: tf.Tensor) -> tuple:
             # As if mean and variance were constants.
             gradients = [
                 tf.raw_ops.FusedBatchNormGradV3(

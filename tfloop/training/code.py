@@ -8,7 +8,6 @@ never run unless it is named. Needs no TensorFlow.
 """
 
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from tfloop import user_code
 from tfloop.config import CODE, Config
 from tfloop.errors import UserError
+from tfloop.machine import devices
 from tfloop.training import folders
 from tfloop.user_code import is_reference
 
@@ -35,8 +35,7 @@ def _values(config: Config, name: str) -> tuple[str, ...]:
 
 def notes() -> Path:
     """The file that notes which functions the user has named: a line each."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "tfloop" / "code.txt"
+    return devices.state_folder() / "code.txt"
 
 
 def _key(reference: str) -> str:

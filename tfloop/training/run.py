@@ -27,6 +27,7 @@ from tfloop.inspection.plots import LivePlot
 from tfloop.inspection.progress import Display
 from tfloop.inspection.summaries import Summaries
 from tfloop.loop import Call, Epoch, Evaluation, Loop, PendingCall, Record
+from tfloop.machine import arithmetic
 from tfloop.machine.replicas import Replicas
 from tfloop.metrics import NAMES, Metrics
 from tfloop.training import checkpoints, code, folders
@@ -393,6 +394,13 @@ class Run:
             spent[key] = earlier + self._loop.seconds[key] - before
         return spent
 
+    def _arithmetic(self, milliseconds: float) -> dict[str, float | None]:
+        """What a step multiplies, and what share of it the machine's matmul would need for that."""
+        flop = arithmetic.flop_per_step(self._loop)
+        if not flop or not milliseconds:
+            return {"flop_per_step": flop, "of_floor": None}
+        return {"flop_per_step": flop, "of_floor": 1000 * flop / arithmetic.peak() / milliseconds}
+
     def _result(self, diverged: DivergenceError | None) -> dict[str, Any]:
         loop, state, reached = self._loop, self._loop.state, self._reached
         seconds, steps = self._seconds(), int(state.global_step)
@@ -416,6 +424,7 @@ class Run:
             "left_out": self._left_out(),
             "seconds": {key: round(value, 4) for key, value in seconds.items()},
             "ms_per_step": 1000 * seconds["training"] / max(steps, 1),
+            **self._arithmetic(1000 * seconds["training"] / max(steps, 1)),
             "peak_memory_mib": _peak_memory(),
             "traces": loop.traces,
             "pipeline": loop.pipeline.name,

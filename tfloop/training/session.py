@@ -433,6 +433,14 @@ def _not_all(result: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _arithmetic_text(result: dict[str, Any]) -> str:
+    """How much a step multiplies, and how near the machine's matmul that is."""
+    flop, share = result.get("flop_per_step"), result.get("of_floor")
+    if not flop or not share:
+        return ""
+    return f", {flop / 1e9:.3g} GFLOP, {100 * share:.0f} % of the floor"
+
+
 def _closing_line(result: dict[str, Any]) -> str:
     """What a run reached, and in what time."""
     seconds, final = result["seconds"], result["final"]
@@ -441,9 +449,10 @@ def _closing_line(result: dict[str, Any]) -> str:
         part = next(part for part in ("test", "validation", "train") if part in final)
         reached = f"{part} {reached_text(final[part])}"
     summaries = seconds["summaries"] + seconds["pictures"]
+    step = f"{result['ms_per_step']:.1f} ms/step{_arithmetic_text(result)}"
     return (
         f"{reached} after {result['steps']} steps: {seconds['training']:.1f} s of training "
-        f"({result['ms_per_step']:.1f} ms/step), {seconds['setup']:.1f} s set-up, "
+        f"({step}), {seconds['setup']:.1f} s set-up, "
         f"{seconds['tracing']:.1f} s tracing, {seconds['evaluation']:.1f} s evaluation, "
         f"{summaries:.1f} s summaries"
     )

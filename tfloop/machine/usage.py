@@ -1,0 +1,79 @@
+"""How busy the processors are: each core, and a GPU by NVIDIA's own library."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+
+class Usage:
+    """Shares of time since it was last asked, and what a GPU reports of itself."""
+
+    def __init__(self, stat: str | Path = "/proc/stat") -> None:
+        """Make one.
+
+        Args:
+          stat: Linux's file of the time that each core spent.
+        """
+        self._stat, self._before = Path(stat), dict[int, tuple[int, int]]()
+        self._gpu: Any = None
+        self._nvml = _nvml() if tf.config.list_logical_devices("GPU") else None
+        if self._nvml:
+            self._gpu = self._nvml.nvmlDeviceGetHandleByIndex(0)
+        self._cores()
+
+    def scalars(self) -> dict[str, float]:
+        """By tag: "cpu/core_0" in percent, and "gpu/…" where there is a GPU."""
+        return {f"cpu/core_{core}": share for core, share in self._cores().items()} | self._of_gpu()
+
+    def _cores(self) -> dict[int, float]:
+        """Percent of the time since the last call that each core of this process was busy."""
+        try:
+            lines = self._stat.read_text(encoding="ascii").splitlines()
+        except OSError:  # not Linux
+            return {}
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        found = {}
+        for line in lines:
+            name, *numbers = line.split()
+            if not name.startswith("cpu") or not name[3:].isdigit() or int(name[3:]) not in allowed:
+                continue
+            core, spent = int(name[3:]), [int(number) for number in numbers[:8]]
+            total, idle = sum(spent), spent[3] + spent[4]  # idle, and waiting for a disk
+            before = self._before.get(core, (0, 0))
+            if core in self._before and total > before[0]:
+                found[core] = 100.0 * (1.0 - (idle - before[1]) / (total - before[0]))
+            self._before[core] = total, idle
+        return found
+
+    def _of_gpu(self) -> dict[str, float]:
+        if not self._nvml:
+            return {}
+        nvml, gpu = self._nvml, self._gpu
+        asked = {
+            "gpu/utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            "gpu/memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**20,
+            "gpu/power_w": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000.0,
+            "gpu/temperature_c": lambda: nvml.nvmlDeviceGetTemperature(
+                gpu, nvml.NVML_TEMPERATURE_GPU
+            ),
+        }
+        found = {}
+        for tag, ask in asked.items():
+            try:
+                found[tag] = float(ask())
+            except nvml.NVMLError:  # what this GPU does not tell
+                continue
+        return found
+
+
+def _nvml() -> Any:
+    """NVIDIA's library (nvidia-ml-py, in the extra `gpu`), ready to be asked; None without it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # not installed, or no driver
+        return None
+    return pynvml
