@@ -136,6 +136,7 @@ def penalized(
     for to ask for it.
     """
     asks = not tf.config.list_logical_devices("GPU")
+    gradients = {name: tf.convert_to_tensor(g) for name, g in gradients.items()}  # not sparse
     l1, gradients = _with(state, state.hyper["l1"], penalties.l1, gradients, asks)
     l2, gradients = _with(state, state.hyper["l2"], penalties.l2, gradients, asks)
     custom = tf.constant(0.0)

@@ -16,6 +16,7 @@ from tfloop.machine import devices
 
 # What multiplies matrices; all else is little beside it, and bound by memory.
 PRODUCTS = ("MatMul", "Conv2D", "Conv2d", "Conv3D", "Einsum", "XlaDot")
+MOST_TURNS = 1000  # of a loop in a step that are counted
 SIDE = {"CPU": 1024, "GPU": 8192}  # of the matrices that a machine's speed is measured with
 
 
@@ -34,9 +35,30 @@ def operations(graph: tf.Graph) -> Iterator[tf.Operation]:
         waiting += [tensor.op for tensor in operation.inputs] + list(operation.control_inputs)
         yield operation
         if "PartitionedCall" in operation.type:
-            called = graph._get_function(operation.get_attr("f").name)
-            if called is not None:
-                yield from operations(called.graph)
+            yield from _called(graph, operation, "f")
+        elif operation.type in ("While", "StatelessWhile"):
+            for _ in range(_turns(graph, operation)):
+                yield from _called(graph, operation, "body")
+
+
+def _called(graph: tf.Graph, operation: tf.Operation, attribute: str) -> Iterator[tf.Operation]:
+    called = graph._get_function(operation.get_attr(attribute).name)
+    if called is not None:
+        yield from operations(called.graph)
+
+
+def _turns(graph: tf.Graph, loop: tf.Operation) -> int:
+    """How often a loop's body runs, where its condition compares with a constant; else 0."""
+    condition = graph._get_function(loop.get_attr("cond").name)
+    if condition is None:
+        return 0
+    known = [
+        tf.get_static_value(operation.inputs[1])
+        for operation in condition.graph.get_operations()
+        if operation.type == "Less"
+    ]
+    found = [int(value) for value in known if value is not None]
+    return min(found) if found and min(found) <= MOST_TURNS else 0
 
 
 def flop_of(operation: tf.Operation) -> float:
@@ -79,7 +101,7 @@ def _of_convolution(operation: tf.Operation) -> float:
 def flop_per_step(loop: Any) -> float | None:
     """Multiplications and additions of matrices in a loop's full step; None before it is traced.
 
-    What layers compute in loops of their own, over time say, is not counted.
+    What layers compute in loops of unknown length, over time say, is not counted.
     """
     graph = getattr(loop, "graph", None)
     if graph is None:
