@@ -4,10 +4,15 @@ They are compared from the event files.
 
     ./run.sh bench devices [--epochs=1 --repeats=3 --preset=article2]
     ./run.sh bench devices --compare RUN RUN …      # finished runs, from other machines too
+    ./run.sh bench devices --by_layer [--batches=16,64,256,1024] [--rehearse]
 
 Every training is a process of its own, `tfloop train`, and they take turns. Time per step is the
 median over the calls of a run, as TensorBoard shows it; set-up, tracing and evaluation are counted
 apart.
+
+By layer, the CPU and the first GPU are compared by `tfloop profile`, at several batch sizes, and it
+is said from which one on the GPU pays. With `--rehearse` the plain forward pass on the CPU stands
+in for a GPU.
 """
 
 import json
@@ -122,6 +127,65 @@ def report(found: dict[str, list[dict]]) -> list[list[str]]:
     return rows
 
 
+def profiled(flags: list[str]) -> dict | None:
+    """What `tfloop profile` finds with these flags; None where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "profile.json"
+        command = [sys.executable, "-m", "tfloop", "profile", f"--json={file}", *flags]
+        found = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+        if found.returncode:
+            print(f"left out: {' '.join(flags)}: {found.stderr.strip().splitlines()[-1:]}")
+            return None
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def by_layer(preset: str, batches: list[int], other: tuple[str, list[str]] | None) -> dict:
+    """{device: {batch size: profile}} of the CPU and the other device, with their tables."""
+    devices = {"CPU": ["--device=cpu"]} | ({other[0]: other[1]} if other else {})
+    found: dict[str, dict[int, dict]] = {}
+    for label, flags in devices.items():
+        for batch in batches:
+            profile = profiled([f"--preset={preset}", f"--batch_size={batch}", *flags])
+            if profile:
+                found.setdefault(label, {})[batch] = profile
+    labels, pays = list(found), None
+    for batch in batches:
+        profiles = [found[label][batch] for label in labels if batch in found[label]]
+        if len(profiles) < len(labels):
+            continue
+        rows = {row["layer"]: [row] for row in profiles[0]["rows"]}
+        for profile in profiles[1:]:
+            for row in profile["rows"]:
+                rows.setdefault(row["layer"], []).append(row)
+
+        def wall(profile, row):
+            """ms of a step that a layer takes of the time that passes."""
+            return (row["forward"] + row["backward"] + row["update"]) / profile["lanes"]
+
+        cells = [
+            [layer, *(f"{wall(p, r):.3f}" for p, r in zip(profiles, both, strict=True))]
+            for layer, both in rows.items()
+            if len(both) == len(profiles)
+        ]
+        cells.append(["a step", *(f"{profile['step']:.3f}" for profile in profiles)])
+        if len(profiles) == 2:
+            for row in cells:
+                first, second = float(row[1]), float(row[2])
+                row.append(f"{first / second:.2f}" if second else "")
+            if pays is None and profiles[1]["step"] < profiles[0]["step"]:
+                pays = batch
+        ratio = ["CPU ÷ it"] if len(labels) == 2 else []
+        print(f"\nbatch {batch}\n")
+        print(table(["ms", *labels, *ratio], cells))
+    if len(labels) == 2:
+        print(
+            f"\n{labels[1]} pays from a batch of {pays} on"
+            if pays
+            else f"\n{labels[1]} pays at none of these batch sizes"
+        )
+    return {"profiles": found, "pays_from": pays}
+
+
 HEADER = [
     "",
     "ms per step (95 %)",
@@ -142,6 +206,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--preset", default="article2")
     parser.add_argument("--only", default="", help="a part of the settings' names")
+    parser.add_argument("--by_layer", action="store_true", help="profiles, layer by layer")
+    parser.add_argument("--batches", default="16,64,256,1024", help="with --by_layer")
+    parser.add_argument("--rehearse", action="store_true", help="with --by_layer: without a GPU")
     options = parser.parse_args()
     start_quietly()
     if options.compare:
@@ -153,6 +220,15 @@ def main() -> None:
     gpus = len(tf.config.list_physical_devices("GPU"))
     if not gpus:
         print("TensorFlow sees no GPU here: CPU settings only.")
+    if options.by_layer:
+        other = ("GPU", ["--device=gpu:0"]) if gpus else None
+        if options.rehearse and not gpus:
+            other = ("CPU in a GPU's place", ["--device=cpu", "--nofast"])
+        batches = [int(size) for size in options.batches.split(",")]
+        print(f"{describe(found)}; {options.preset}")
+        content = by_layer(options.preset, batches, other)
+        save("devices-by-layer", options.out, {"environment": found, **content})
+        return
     chosen = {
         label: flags
         for label, flags in settings(gpus, found["cores"]).items()

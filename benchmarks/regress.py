@@ -1,5 +1,5 @@
 """Has the step become slower? A fresh run of tfloop against Keras's fit and against its own plain
-twin, compared with the ratios stored for this kind of machine. Exits with 1 where the upper end of
+twin, for the default network and for three others, compared with the ratios stored for this kind of machine. Exits with 1 where the upper end of
 a fresh ratio's interval lies below the stored one's lower end.
 
 Ratios only: absolute times belong to one machine and one moment. Ratios still differ from one kind
@@ -13,6 +13,9 @@ from pathlib import Path
 from race import Contender, arguments, describe, environment, machine, race, ratios, save, table
 
 
+MODELS = ("resnet", "mobilenet", "mlp")  # of the zoo
+
+
 def measure(seconds: float, rounds: int) -> dict[str, tuple[float, float, float]]:
     """How many times as long each rival takes as tfloop: (median, low, high)."""
     fast = Contender("tfloop", {})
@@ -23,7 +26,14 @@ def measure(seconds: float, rounds: int) -> dict[str, tuple[float, float, float]
     race([fast, *rivals], seconds, rounds)
     for contender in (fast, *rivals):
         contender.close()
-    return {rival.label: ratios(rival, fast) for rival in rivals}
+    found = {rival.label: ratios(rival, fast) for rival in rivals}
+    for model in MODELS:
+        ours, fit = (Contender(name, {"zoo": model}) for name in ("tfloop", "keras fit, 50 steps"))
+        race([ours, fit], seconds, rounds)
+        for contender in (ours, fit):
+            contender.close()
+        found[f"{model}: keras fit, 50 steps"] = ratios(fit, ours)
+    return found
 
 
 def main() -> None:
@@ -58,7 +68,12 @@ def main() -> None:
             {**stored, machine(found): {"environment": found, "ratios": fresh}},
         )
         return
-    worse = [name for name, (_, _, high) in fresh.items() if high < known["ratios"][name][1]]
+    stored_ratios = known["ratios"]
+    if new := [name for name in fresh if name not in stored_ratios]:
+        print(f"not stored before, to compare with from now on: {'; '.join(new)}\n")
+        stored_ratios |= {name: fresh[name] for name in new}
+        save("regress", options.out, stored)
+    worse = [name for name, (_, _, high) in fresh.items() if high < stored_ratios[name][1]]
     print(f"now: {describe(found)}\nstored: {describe(known['environment'])}\n")
     print(
         table(
@@ -66,7 +81,7 @@ def main() -> None:
             [
                 [
                     name,
-                    shown(known["ratios"][name]),
+                    shown(stored_ratios[name]),
                     shown(ratio),
                     "worse" if name in worse else "kept",
                 ]

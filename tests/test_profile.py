@@ -1,5 +1,6 @@
 """Where the time of a step goes: what is counted, how it is told apart, and the verdict."""
 
+import json
 import time
 import types
 
@@ -162,9 +163,12 @@ def test_the_command_prints_the_table_of_flags_and_of_a_run(tmp_path, capsys):
     tags = {s.tag: s.value for s in read_scalars(tmp_path / "digits-001")}
     assert tags["speed/gflop_per_step"] > 0 and 0 < tags["speed/of_floor"] < 1.5
     for command in (["profile", str(tmp_path / "digits-001")], ["profile", *small]):
-        assert main([*command, f"--plot={tmp_path / 'profile.png'}"]) == 0
+        picture, figures = tmp_path / "profile.png", tmp_path / "profile.json"
+        assert main([*command, f"--plot={picture}", f"--json={figures}"]) == 0
         told = capsys.readouterr().out
-        assert "conv1 " in told and "update" in told and "bound" in told.splitlines()[-2]
+        assert "conv1 " in told and "update" in told and "bound" in told.splitlines()[-3]
+        found = json.loads(figures.read_text())
+        assert found["verdict"] == told.splitlines()[-3] and found["rows"][0]["layer"] == "conv1"
         assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
 
 

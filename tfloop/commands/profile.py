@@ -1,5 +1,7 @@
 """Where the time of a training step goes."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ def profile(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     if options["plot"]:
         plots.profile(found, str(folder or config.model or config.preset), options["plot"])
         print(options["plot"])
+    if options["json"]:
+        figures = {**dataclasses.asdict(found), "rows": [row._asdict() for row in found.rows]}
+        figures |= {"device": device, "verdict": found.verdict, "of_floor": found.of_floor}
+        Path(options["json"]).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        print(options["json"])
     return 0
 
 
@@ -57,5 +64,8 @@ COMMAND = Command(
     settings=without(
         HOW, "epochs", "seeds", "runs", "ensemble", "on_nan", "eager", "validation_size"
     ),
-    options={"plot": ("", "draw the table into this PNG file")},
+    options={
+        "plot": ("", "draw the table into this PNG file"),
+        "json": ("", "write all figures to this file"),
+    },
 )
