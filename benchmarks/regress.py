@@ -1,6 +1,7 @@
 """Has the step become slower? A fresh run of tfloop against Keras's fit and against its own plain
-twin, for the default network and for three others, compared with the ratios stored for this kind of machine. Exits with 1 where the upper end of
-a fresh ratio's interval lies below the stored one's lower end.
+twin, for the default network, and against fit for three others, compared with the ratios stored for
+this kind of machine. Exits with 1 where the upper end of a fresh ratio's interval lies below the
+stored one's lower end.
 
 Ratios only: absolute times belong to one machine and one moment. Ratios still differ from one kind
 of CPU to another; where none are stored for this one, or with `--store`, the fresh ones are kept.
@@ -11,7 +12,6 @@ import sys
 from pathlib import Path
 
 from race import Contender, arguments, describe, environment, machine, race, ratios, save, table
-
 
 MODELS = ("resnet", "mobilenet", "mlp")  # of the zoo
 
