@@ -149,7 +149,9 @@ def test_it_sees_what_crosses():
     ],
     ids=lambda settings: " ".join(map(str, settings.values())) or "default",
 )
-def test_nothing_crosses_inside_a_step(loop, settings):
+def test_nothing_crosses_inside_a_step(loop, settings, monkeypatch):
+    # On a CPU the step asks for the coefficients of the penalties.
+    monkeypatch.setattr("tfloop.step.has_gpu", lambda: True)
     # Which leaves out the clock that a CPU has around the input.
     job = loop(**settings, deterministic=True)
     job.warm_up()

@@ -135,7 +135,7 @@ def penalized(
     On a CPU a penalty whose coefficient is 0 is left out when the step runs. A GPU would be waited
     for to ask for it.
     """
-    asks = not tf.config.list_logical_devices("GPU")
+    asks = not has_gpu()
     gradients = {name: tf.convert_to_tensor(g) for name, g in gradients.items()}  # not sparse
     l1, gradients = _with(state, state.hyper["l1"], penalties.l1, gradients, asks)
     l2, gradients = _with(state, state.hyper["l2"], penalties.l2, gradients, asks)
@@ -144,6 +144,11 @@ def penalized(
         one = tf.constant(1.0)
         custom, gradients = _with(state, one, own_penalty(state), gradients, asks=False)
     return Loss(data + l1 + l2 + custom + model, data, l1, l2, custom, model), gradients
+
+
+def has_gpu() -> bool:
+    """Does TensorFlow compute on a GPU here?"""
+    return bool(tf.config.list_logical_devices("GPU"))
 
 
 def _with(
