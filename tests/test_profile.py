@@ -205,6 +205,7 @@ def test_the_use_of_each_core_is_a_share_of_the_time_since_the_last_look(tmp_pat
     watch = usage.Usage(stat)
     write(25, 100, 50)
     assert watch.scalars() == {"cpu/core_0": 75.0, "cpu/core_1": 0.0}
+    assert watch.scalars()["cpu/core_0"] == 75.0  # where no tick of the clock came between
     assert usage.Usage(tmp_path / "none").scalars() == {}
 
 

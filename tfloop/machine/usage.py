@@ -17,6 +17,7 @@ class Usage:
           stat: Linux's file of the time that each core spent.
         """
         self._stat, self._before = Path(stat), dict[int, tuple[int, int]]()
+        self._last = dict[int, float]()
         self._gpu: Any = None
         self._nvml = _nvml() if tf.config.list_logical_devices("GPU") else None
         if self._nvml:
@@ -41,9 +42,11 @@ class Usage:
                 continue
             core, spent = int(name[3:]), [int(number) for number in numbers[:8]]
             total, idle = sum(spent), spent[3] + spent[4]  # idle, and waiting for a disk
-            before = self._before.get(core, (0, 0))
-            if core in self._before and total > before[0]:
-                found[core] = 100.0 * (1.0 - (idle - before[1]) / (total - before[0]))
+            if core in self._before:
+                before = self._before[core]
+                if total > before[0]:  # else the clock, of 10 ms, has not ticked
+                    self._last[core] = 100.0 * (1.0 - (idle - before[1]) / (total - before[0]))
+                found[core] = self._last.get(core, 0.0)
             self._before[core] = total, idle
         return found
 
