@@ -67,7 +67,7 @@ part gpu-tests 120 "${tests[@]}" tests/test_gpu.py
 part exactness $(short 300 90) "${tests[@]}" tests/test_any_model.py -k "compiled or XLA"
 part peers $(short 400 150) "$python" "$here/peers.py" --rounds=$rounds --seconds=$seconds --out="$out" --plot
 part profile $(short 120 40) "${profile[@]}" --json="$out/profile.json" --plot="$out/profile.png"
-part profile-xla $(short 120 40) "${profile[@]}" --jit_compile --json="$out/profile-xla.json"
+part profile-xla $(short 120 40) "${profile[@]}" $(short "" --jit_compile) --json="$out/profile-xla.json"
 part by-layer $(short 200 90) "$python" "$here/devices.py" --by_layer ${rehearse:+--rehearse} --batches=$(short 64 64,256,1024) --out="$out"
 part xla $(short 300 90) "$python" "$here/xla.py" ${rehearse:+--rehearse} --rounds=$few --seconds=$seconds --members=$(short 2 8) --out="$out"
 part models $(short 300 120) "$python" "$here/models.py" --rounds=$few --seconds=$seconds --only="$(short mlp 'resnet;mobilenet;mlp')" --out="$out"

@@ -19,6 +19,12 @@ def profile(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     if config.eager:
         raise UserError("--eager: only a compiled step is profiled; leave it out")
     config, device = start(config.replace(ensemble=1))
+    import tensorflow as tf
+
+    if config.jit_compile and not tf.config.list_logical_devices("GPU"):
+        raise UserError(
+            "--jit_compile: on a CPU the profiler does not see inside XLA's program; leave it out"
+        )
     from tfloop.assembly import make_loop
     from tfloop.inspection import plots, step_profile
 

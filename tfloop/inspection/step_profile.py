@@ -33,8 +33,10 @@ FORWARD, BACKWARD, UPDATE, INPUT, LOSS, REST = (
     "loss",
     "other",
 )
+STEPS = {"while", "cond"}  # the scopes of the steps of a call
 SECONDS = 1.5  # of training without the profiler, and half of it with
 INPUT_BOUND, OVERHEAD_BOUND = 0.2, 0.35  # shares of a step from which on that is the verdict
+WITH_PREPARING = 0.25  # the same with the cores' time in which batches are prepared
 SMALL = 0.05  # ms: an operation that costs less is not much more than its start
 PRODUCTS_BOUND = 0.5  # of the time of operations
 
@@ -78,6 +80,7 @@ class Profile:
       between: of it, outside compiled calls: Python, and what takes records.
       busy: of operations, of all threads together.
       lanes: how many operations can run side by side.
+      preparing: of `busy`, in the pipeline's own operations, beside the step.
       products: of `busy`, in operations that multiply matrices.
       operations: how many run a step.
       flop: multiplications and additions of matrices, a step.
@@ -95,6 +98,7 @@ class Profile:
     between: float
     busy: float
     lanes: int
+    preparing: float
     products: float
     operations: float
     flop: float
@@ -125,6 +129,12 @@ class Profile:
         waiting, between = self.waiting / self.step, self.between / self.step
         if waiting >= INPUT_BOUND:
             return f"input-bound: {100 * waiting:.0f} % waiting; {self._for_input()}"
+        preparing = self.preparing / (self.lanes * self.step)
+        if waiting + preparing >= WITH_PREPARING:
+            return (
+                f"input-bound: {100 * waiting:.0f} % waiting, and batches are prepared in "
+                f"{100 * preparing:.0f} % of the cores' time; {self._for_input()}"
+            )
         idle = self.idle / (self.lanes * self.step)
         if between >= OVERHEAD_BOUND or (idle >= OVERHEAD_BOUND and self._is_small()):
             return f"overhead-bound: steps of {self.step:.2g} ms; {self._for_overhead(between)}"
@@ -344,11 +354,14 @@ def summed_up(
     layers = layers_of(loop.state.model)
     layers |= {loop.state.optimizer.name: UPDATE}
     spent: dict[tuple[str, str], float] = defaultdict(float)
-    products, busy, count = 0.0, 0.0, 0
+    products, preparing, busy, count = 0.0, 0.0, 0.0, 0
     for event in events:
         if event.kind in ("While", "If", "StatelessIf", "StatelessWhile", "PartitionedCall"):
             continue  # what is in them is told by itself
         layer, way = place_of(event.name, layers)
+        if device == "CPU" and not STEPS.intersection(event.name.split("/")):
+            layer, way = INPUT, FORWARD  # of tf.data, which has threads of its own
+            preparing += event.milliseconds / steps
         spent[layer, UPDATE if layer == UPDATE else way] += event.milliseconds / steps
         busy += event.milliseconds / steps
         count += 1
@@ -374,6 +387,7 @@ def summed_up(
         between,
         busy,
         max(1, min(inter or devices.cores(), devices.cores())) if is_split else 1,
+        preparing,
         products,
         count / steps,
         sum(flop.values()),
