@@ -338,8 +338,6 @@ CONTENDERS: dict[str, Callable[[Job], Any]] = {
     "JAX": elsewhere("jax_contender"),
     "JAX, lax.scan": elsewhere("jax_contender", steps_per_call=50),
 }
-# Those that are not measured with all others: variants for one kind of device, or for another job.
-LEFT_OUT = ("side by side", "tfloop, without start")
 ON_A_CPU = (
     "keras fit, 50 steps, primitives kept",
     "keras fit, 50 steps, one thread an op",

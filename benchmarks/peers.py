@@ -5,6 +5,7 @@ All must first compute the same loss on the same weights and batch, to 1e-4 (wit
 Every contender has a process of its own, they take turns, and ratios are formed round by round.
 """
 
+import sys
 from pathlib import Path
 
 from race import (
@@ -21,6 +22,26 @@ from race import (
 )
 
 
+def smoke(names: list[str], batch_size: int) -> int:
+    """Ten steps of each contender that is installed, in its own process; 1 where one fails."""
+    failed = 0
+    for name in names:
+        try:
+            contender = Contender(name, {"batch_size": batch_size})
+            if contender.missing:
+                print(f"{name}: left out, {contender.missing} is not installed", flush=True)
+                continue
+            contender.run(max(10, contender.least))
+            contender.close()
+        except SystemExit as error:
+            print(f"{name}: FAILED: {error}", flush=True)
+            failed = 1
+            continue
+        loss = "" if contender.loss is None else f", first loss {contender.loss:.6f}"
+        print(f"{name}: runs{loss}", flush=True)
+    return failed
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64)
@@ -29,6 +50,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--only", default="", help="contenders to run, by a part of their names, comma-separated"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="ten steps of each, one by one: does each still run?"
     )
     options = parser.parse_args()
     from contenders import CONTENDERS, ON_A_CPU, ON_A_GPU
@@ -42,6 +66,8 @@ def main() -> None:
         if name in ("tfloop", "floor")
         or (any(p in name for p in parts) if parts else name not in left_out)
     ]
+    if options.smoke:
+        sys.exit(smoke(names, options.batch_size))
     contenders, skipped = [], []
     for name in names:
         try:

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: same job for all, sound statistics. Their long runs are not
 repeated here."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,42 @@ def test_contenders_compute_the_same_loss_and_train():
     for contender in present:
         assert contender.loss == pytest.approx(running[0].loss, rel=1e-4), contender.label
         assert contender.run(contender.least) > 0 and contender.memory > 50
+        if contender.label.startswith(("PyTorch", "JAX")):
+            assert "tensorflow" not in contender.imported, contender.label
+        contender.close()
+
+
+def test_rivals_import_no_tensorflow_even_where_they_are_not_installed():
+    """The job comes to them as files."""
+    for module in ("jobs", "torch_contender", "jax_contender"):
+        code = f"import sys, {module}; sys.exit('tensorflow' in sys.modules)"
+        command = [sys.executable, "-c", code]
+        assert subprocess.run(command, cwd=BENCHMARKS).returncode == 0, module
+
+
+def test_a_contender_that_dies_says_of_which_signal_and_its_last_own_line():
+    contender = race.Contender("tfloop", {"preset": "digits", "conv": [4], "pool": [2]})
+    contender._process.send_signal(signal.SIGSEGV)
+    with pytest.raises(SystemExit, match="tfloop: ended by SIGSEGV; its last line: "):
+        contender.run(1)
+    with pytest.raises(
+        SystemExit, match="PyTorch: exit code 1; its last line: KeyError: 'nothing'"
+    ):
+        contender = race.Contender("tfloop", {"preset": "digits"}, "PyTorch")
+        contender._process.kill()
+        contender._process = subprocess.Popen(
+            [sys.executable, "-c", "{}['nothing']"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=contender._errors, text=True,
+        )  # fmt: skip
+        contender.run(1)
+
+
+def test_models_of_the_zoo_compute_the_same_loss_and_train():
+    names = ["tfloop", "keras fit, 50 steps", "TensorFlow guide"]
+    running = [race.Contender(name, {"zoo": "resnet", "batch_size": 32}) for name in names]
+    for contender in running:
+        assert contender.loss == pytest.approx(running[0].loss, rel=1e-4), contender.label
+        assert contender.run(contender.least) > 0
         contender.close()
 
 

@@ -87,8 +87,8 @@ class Made(types.SimpleNamespace):
     def of(**numbers):
         usual = dict(
             rows=(), step=10.0, waiting=0.1, between=0.1, busy=18.0, lanes=2, products=15.0,
-            preparing=0.0, operations=60.0, flop=1e9, peak=2e11, pipeline="prefetch", steps_per_call=50,
-            batch_size=64, steps=900, device="CPU",
+            preparing=0.0, operations=60.0, flop=1e9, peak=2e11, pipeline="prefetch",
+            steps_per_call=50, batch_size=64, steps=900, device="CPU",
         )  # fmt: skip
         return step_profile.Profile(**{**usual, **numbers})
 
