@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+import tfloop
 from tfloop import models
 from tfloop.config import Config
 from tfloop.machine.devices import _hidden, choose, start
@@ -205,6 +206,30 @@ def test_a_relu_behind_a_normalisation_goes_with_it_where_nothing_else_reads_tha
         for fast in (False, True)
     )
     np.testing.assert_allclose(shared, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 500.0])
+def test_many_shards_train_with_normalisation_and_penalties_that_come_and_go(random, mean):
+    """Branches that are not taken in a compiled loop over steps, with sums of many in them."""
+    x = random.normal(mean, 1, size=(64, 8, 8, 3)).astype(np.float32)
+    data = tfloop.from_arrays(x, np.arange(64) % 10, x[:4], np.arange(4))
+    results = []
+    for shards in (1, 5):
+        keras.utils.set_random_seed(1)
+        stack = [layers.BatchNormalization(), layers.Conv2D(8, 3), layers.BatchNormalization()]
+        model = keras.Sequential([keras.Input((8, 8, 3)), *stack, layers.ReLU()])
+        for layer in (layers.Flatten(), layers.Dense(40), layers.Dense(10)):
+            model.add(layer)
+        state = tfloop.TrainState(model, tfloop.Optimizer("sgd", momentum=0.9), 0.01)
+        loop = tfloop.Loop(state, data, batch_size=32, shards=shards)
+        losses = [loop.fit(1).train.total]
+        state.hyper["l2"].assign(0.01), state.hyper["l1"].assign(0.001)
+        losses.append(loop.fit(2).train.total)
+        state.hyper["l2"].assign(0.0)
+        losses.append(loop.fit(3).train.total)
+        assert loop.traces["train"] == 1
+        results.append(losses)
+    np.testing.assert_allclose(*results, rtol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,9 @@ def _moments(parts: Sequence[tf.Tensor], counts: list[int]) -> tuple[tf.Tensor, 
             for part, m in zip(parts, means, strict=True)
         ]
         within = zip(counts, means, variances, strict=True)
-        return tf.add_n([k / n * (v + tf.square(m - mean)) for k, m, v in within])
+        each = [k / n * (v + tf.square(m - mean)) for k, m, v in within]
+        # No add_n in a branch: TensorFlow's memory optimizer breaks one that is not taken.
+        return tf.reduce_sum(tf.stack(each), axis=0)
 
     is_near = tf.reduce_all(tf.square(mean) <= FAR_FROM_ZERO * quick)
     return mean, tf.cond(is_near, lambda: quick, in_two_looks)
