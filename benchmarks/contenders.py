@@ -119,7 +119,7 @@ def side_by_side(job: Job):
     ]
     batch = batch_at(first.data.train, config.batch_size, config.seed, 0, 0)
     loss = float(tfloop.forward_and_backward(first.state, batch, forward=first.forward).loss.total)
-    make = SideBySide(loops).make if len(loops) > 1 else lambda calls: calls[0].make()
+    make = SideBySide(loops).make if len(loops) > 1 else lambda calls: first.make(calls[0])
 
     def endless(loop):
         while True:
