@@ -125,6 +125,7 @@ def test_a_slow_input_a_tiny_model_and_a_large_matmul_are_told_apart(random):
     tiny = keras.Sequential([keras.Input((4,)), layers.Dense(10)])
     found = step_profile.profile(loop_of(tiny, data, batch_size=20, steps_per_call=5), 0.3)
     assert found.verdict.startswith("input-bound: ") and found.waiting > 0.8 * found.step
+    assert ".cache() or .prefetch()" in found.verdict
 
     tiny = keras.Sequential([keras.Input((4,)), layers.Dense(10)])
     found = step_profile.profile(loop_of(tiny, data_of(random, (4,))), 0.3)
@@ -223,13 +224,12 @@ def test_what_nvidias_library_tells_of_a_gpu_becomes_scalars(tmp_path, monkeypat
     nvml = types.SimpleNamespace(
         NVMLError=NVMLError,
         NVML_TEMPERATURE_GPU=0,
-        nvmlDeviceGetHandleByIndex=lambda index: f"gpu {index}",
         nvmlDeviceGetUtilizationRates=lambda gpu: types.SimpleNamespace(gpu=83),
         nvmlDeviceGetMemoryInfo=lambda gpu: types.SimpleNamespace(used=2**30),
         nvmlDeviceGetTemperature=lambda gpu, kind: 61,
         nvmlDeviceGetPowerUsage=power,
     )
-    monkeypatch.setattr(usage, "_nvml", lambda: nvml)
+    monkeypatch.setattr(usage, "_nvml", lambda: (nvml, "gpu 0"))
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
     found = usage.Usage(tmp_path / "none").scalars()
     expected = {"utilisation_percent": 83.0, "memory_mib": 1024.0, "temperature_c": 61.0}

@@ -49,10 +49,9 @@ def profile(config: Config, options: dict[str, Any], arguments: list[str]) -> in
 
 
 def _settings_of(folder: Path, options: dict[str, Any]) -> Config:
-    """The settings of a run, with what the command line says of the machine.
+    """The settings of a run, with what the command line says otherwise.
 
-    Raises:
-      UserError: flags that say what is trained, beside a run that says it too.
+    Threads, shards and device are chosen anew, for this machine.
     """
     from tfloop.training import code, folders
 

@@ -29,7 +29,6 @@ from tfloop.data.dataset import Split
 from tfloop.inspection import pictures, plots
 from tfloop.inspection.moments import Context, summary
 from tfloop.loop import Call
-from tfloop.machine import arithmetic
 from tfloop.metrics import Metrics
 from tfloop.state import TrainState
 
@@ -112,7 +111,7 @@ def _arithmetic(context: Context, call: Call) -> dict[str, float]:
     flop = context.flop
     if not flop:
         return {}
-    floor = flop / arithmetic.peak()
+    floor = flop / context.peak
     return {"speed/gflop_per_step": flop / 1e9, "speed/of_floor": floor * call.steps / call.seconds}
 
 

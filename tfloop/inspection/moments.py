@@ -50,6 +50,11 @@ class Context:
         """Multiplications and additions of matrices in a step, as it was first traced."""
         return arithmetic.flop_per_step(self.loop)
 
+    @functools.cached_property
+    def peak(self) -> float:
+        """Multiplications and additions a second of this machine's matmul."""
+        return arithmetic.peak()
+
     def outputs(self) -> Any:
         """[test examples, …]: those of the last epoch, or of the present weights."""
         if self.epoch is not None and self.epoch.outputs is not None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from tfloop.data.pipelines import FromDataset
 from tfloop.errors import UserError
 from tfloop.loop import Call, Loop
 from tfloop.machine import arithmetic, devices
@@ -33,6 +34,7 @@ FORWARD, BACKWARD, UPDATE, INPUT, LOSS, REST = (
     "loss",
     "other",
 )
+OWN = "tf.data"  # what the user's own pipeline is called
 STEPS = {"while", "cond"}  # the scopes of the steps of a call
 SECONDS = 1.5  # of training without the profiler, and half of it with
 INPUT_BOUND, OVERHEAD_BOUND = 0.2, 0.35  # shares of a step from which on that is the verdict
@@ -153,7 +155,7 @@ class Profile:
     def _for_input(self) -> str:
         if self.pipeline == "resident":
             return "rows are gathered from memory: a larger --batch_size gathers more at once"
-        if self.pipeline == "dataset":
+        if self.pipeline == OWN:
             return "it is your tf.data pipeline: .cache() or .prefetch() in it"
         return "--cache=FOLDER (of shards) or --pipeline=resident"
 
@@ -392,7 +394,7 @@ def summed_up(
         count / steps,
         sum(flop.values()),
         arithmetic.peak(again=True),
-        loop.pipeline.name,
+        OWN if isinstance(loop.pipeline, FromDataset) else loop.pipeline.name,
         loop.steps_per_call,
         loop.pipeline.batch_size,
         loop.steps,

@@ -18,10 +18,7 @@ class Usage:
         """
         self._stat, self._before = Path(stat), dict[int, tuple[int, int]]()
         self._last = dict[int, float]()
-        self._gpu: Any = None
         self._nvml = _nvml() if tf.config.list_logical_devices("GPU") else None
-        if self._nvml:
-            self._gpu = self._nvml.nvmlDeviceGetHandleByIndex(0)
         self._cores()
 
     def scalars(self) -> dict[str, float]:
@@ -53,7 +50,7 @@ class Usage:
     def _of_gpu(self) -> dict[str, float]:
         if not self._nvml:
             return {}
-        nvml, gpu = self._nvml, self._gpu
+        nvml, gpu = self._nvml
         asked = {
             "gpu/utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
             "gpu/memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**20,
@@ -72,11 +69,11 @@ class Usage:
 
 
 def _nvml() -> Any:
-    """NVIDIA's library (nvidia-ml-py, in the extra `gpu`), ready to be asked; None without it."""
+    """(NVIDIA's library, its first GPU), ready to be asked; None without nvidia-ml-py."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # not installed, or no driver
+        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception:  # not installed, no driver, or a GPU that may not be asked
         return None
-    return pynvml

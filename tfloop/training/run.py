@@ -404,6 +404,7 @@ class Run:
     def _result(self, diverged: DivergenceError | None) -> dict[str, Any]:
         loop, state, reached = self._loop, self._loop.state, self._reached
         seconds, steps = self._seconds(), int(state.global_step)
+        milliseconds = 1000 * seconds["training"] / max(steps, 1)
         where = {"step": diverged.step, "layer": diverged.layer} if diverged else None
         return {
             "config": dataclasses.asdict(self._config),
@@ -423,8 +424,8 @@ class Run:
             "reached": reached.goal or None,
             "left_out": self._left_out(),
             "seconds": {key: round(value, 4) for key, value in seconds.items()},
-            "ms_per_step": 1000 * seconds["training"] / max(steps, 1),
-            **self._arithmetic(1000 * seconds["training"] / max(steps, 1)),
+            "ms_per_step": milliseconds,
+            **self._arithmetic(milliseconds),
             "peak_memory_mib": _peak_memory(),
             "traces": loop.traces,
             "pipeline": loop.pipeline.name,
