@@ -161,7 +161,7 @@ def test_the_command_prints_the_table_of_flags_and_of_a_run(tmp_path, capsys):
     train = [*small, "--epochs=1", f"--logdir={tmp_path}"]
     assert main(["train", *train]) == 0
     told = capsys.readouterr().out
-    assert " GFLOP, " in told and "% of the floor), " in told
+    assert " GFLOP at " in told and " % of matmul's speed), " in told
     tags = {s.tag: s.value for s in read_scalars(tmp_path / "digits-001")}
     assert tags["speed/gflop_per_step"] > 0 and 0 < tags["speed/of_floor"] < 1.5
     for command in (["profile", str(tmp_path / "digits-001")], ["profile", *small]):

@@ -35,9 +35,9 @@ from tfloop.step import (
     accumulated,
     forward_and_backward,
     no_step,
+    penalized,
     rows_of,
     train_step,
-    with_penalties,
 )
 from tfloop.tracing import Traced
 from tfloop.vectors import Vector
@@ -672,7 +672,8 @@ class Loop:
         if not _is_finite(result.loss.total):
             return "loss", "loss"
         loss = result.loss
-        for name, gradient in with_penalties(state, loss.data, loss.model)[1].items():
+        zeros = {name: tf.zeros_like(weight) for name, weight in state.weights.items()}
+        for name, gradient in penalized(state, loss.data, loss.model, zeros)[1].items():
             if not _is_finite(gradient):
                 return "gradient of a penalty of your own", name.split("/")[0]
         for name, gradient in result.gradients.items():

@@ -180,18 +180,6 @@ def _with(
     return tf.cond(tf.not_equal(coefficient, 0.0), on, off) if asks else on()
 
 
-def with_penalties(
-    state: TrainState, data: tf.Tensor, model: tf.Tensor
-) -> tuple[Loss, dict[str, tf.Tensor]]:
-    """The loss with its penalties, and their gradients by weight, for those that they count."""
-    with tf.GradientTape() as tape:
-        tape.watch(list(state.kernels.values()))
-        loss = losses(state, data, model)
-        penalty = loss.l1 + loss.l2 + loss.custom
-    gradients = tape.gradient(penalty, state.kernels) if state.kernels else {}
-    return loss, {name: g for name, g in gradients.items() if g is not None}
-
-
 def data_loss(batch: Batch, each: tf.Tensor) -> tf.Tensor:
     """Σ w · loss / N, over the N examples of the batch that count: as Keras's fit has it.
 

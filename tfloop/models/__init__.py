@@ -18,6 +18,7 @@ from tfloop.models.output_kind import output_activations as output_activations
 from tfloop.models.output_kind import output_specs as output_specs
 from tfloop.models.output_kind import probabilities as probabilities
 from tfloop.models.output_kind import squashed_values as squashed_values
+from tfloop.models.program import graph_of as graph_of
 from tfloop.models.seeded import seeded as seeded
 from tfloop.models.table import table as table
 from tfloop.models.variables import Penalize as Penalize

@@ -210,12 +210,17 @@ class _Walk:
             self._keep(call, [with_masks_of(parts, inputs[0])])
             if behind:  # nothing else reads what is kept for the call itself
                 self._keep(behind[0], [self._values[call.outputs[0]]])
-        elif are_cut and (len(self._sizes) == 1 or is_by_example(operation, self._training)):
+        elif are_cut and self._goes_by_part(call):
             results = [self._result(call, list(part)) for part in zip(*inputs, strict=True)]
             self._keep(call, [list(parts) for parts in zip(*results, strict=True)])
         else:
             whole = self._result(call, [join(parts) for parts in inputs])
             self._keep(call, [self._split(x) if call.by_rows else [x] for x in whole])
+
+    def _goes_by_part(self, call: Call) -> bool:
+        if len(self._sizes) == 1:
+            return True
+        return call.by_rows and is_by_example(call.operation, self._training)
 
     def _result(self, call: Call, values: list[tf.Tensor]) -> list[tf.Tensor]:
         """The outputs of a call, from its inputs."""

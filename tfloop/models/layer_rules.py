@@ -120,37 +120,100 @@ def _used_by_pool(layer: keras.layers.MaxPooling2D, used: Size) -> Size | None:
     return used[0] * height, used[1] * width
 
 
-def _keeps_rows(layer: keras.layers.Concatenate) -> bool:
-    return layer.axis == -1 or layer.axis > 0
+def _is_not_over_rows(layer: Any) -> bool:
+    """Are all axes that it looks along, or puts side by side, others than that of the rows?"""
+    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+    return all(axis == -1 or axis > 0 for axis in axes)
 
 
-def _is_over_last(layer: keras.layers.Softmax) -> bool:
-    return layer.axis == -1
+def _draws_nothing(layer: keras.layers.MultiHeadAttention) -> bool:
+    return not layer.dropout and layer._activity_regularizer is None
 
 
-_layers = keras.layers
+_layers, _numpy, _nn = keras.layers, keras.src.ops.numpy, keras.src.ops.nn
 for _kind in (
     _layers.Dense,
     _layers.Flatten,
-    _layers.AveragePooling2D,
-    _layers.GlobalAveragePooling2D,
     _layers.Reshape,
-    _layers.ReLU,
+    _layers.Permute,
+    _layers.RepeatVector,
+    _layers.Identity,
     _layers.Rescaling,
-    _layers.ZeroPadding2D,
-    _layers.GlobalMaxPooling2D,
+    _layers.Embedding,
+    _layers.ReLU,
+    _layers.LeakyReLU,
+    _layers.ELU,
+    _layers.PReLU,
+    _layers.Conv1D,
+    _layers.Conv3D,
+    _layers.Conv1DTranspose,
+    _layers.Conv2DTranspose,
+    _layers.Conv3DTranspose,
+    _layers.DepthwiseConv1D,
     _layers.DepthwiseConv2D,
+    _layers.SeparableConv1D,
     _layers.SeparableConv2D,
+    _layers.MaxPooling1D,
+    _layers.MaxPooling3D,
+    _layers.AveragePooling1D,
+    _layers.AveragePooling2D,
+    _layers.AveragePooling3D,
+    _layers.GlobalMaxPooling1D,
+    _layers.GlobalMaxPooling2D,
+    _layers.GlobalMaxPooling3D,
+    _layers.GlobalAveragePooling1D,
+    _layers.GlobalAveragePooling2D,
+    _layers.GlobalAveragePooling3D,
+    _layers.ZeroPadding1D,
+    _layers.ZeroPadding2D,
+    _layers.ZeroPadding3D,
+    _layers.Cropping1D,
+    _layers.Cropping2D,
+    _layers.Cropping3D,
+    _layers.UpSampling1D,
+    _layers.UpSampling2D,
+    _layers.UpSampling3D,
+    _layers.GroupNormalization,
     _layers.Add,
     _layers.Subtract,
     _layers.Multiply,
     _layers.Average,
     _layers.Maximum,
     _layers.Minimum,
+    # Python's operators and keras.ops, in a functional model.
+    _numpy.Add,
+    _numpy.Subtract,
+    _numpy.Multiply,
+    _numpy.Divide,
+    _numpy.TrueDivide,
+    _numpy.Maximum,
+    _numpy.Minimum,
+    _numpy.Negative,
+    _numpy.Absolute,
+    _numpy.Square,
+    _numpy.Sqrt,
+    _numpy.Exp,
+    _numpy.Log,
+    _numpy.Tanh,
+    _nn.Relu,
+    _nn.Relu6,
+    _nn.LeakyRelu,
+    _nn.Elu,
+    _nn.Gelu,
+    _nn.Silu,
+    _nn.Sigmoid,
 ):
     register(_kind, LayerRule("always"))
-register(_layers.Concatenate, LayerRule("always", stands_in=_keeps_rows))
-register(_layers.Softmax, LayerRule("always", stands_in=_is_over_last))
+for _kind in (
+    _layers.Concatenate,
+    _layers.Softmax,
+    _layers.LayerNormalization,
+    _layers.RMSNormalization,
+    _layers.UnitNormalization,
+):
+    register(_kind, LayerRule("always", stands_in=_is_not_over_rows))
+# Recurrent layers stay whole: each is a loop, and one costs less than one for each part.
+register(_layers.MultiHeadAttention, LayerRule("always", stands_in=_draws_nothing))
 register(_layers.Activation, LayerRule("always", used=lambda layer, used: used))
 register(_layers.Conv2D, LayerRule("always", used=_used_by_convolution))
 register(_layers.MaxPooling2D, LayerRule("always", used=_used_by_pool))

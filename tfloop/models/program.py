@@ -23,7 +23,7 @@ class Call(NamedTuple):
     operation: Callable
     inputs: tuple[int, ...]  # numbers of values
     outputs: tuple[int, ...]
-    by_rows: bool  # do all outputs have a row for each of the batch?
+    by_rows: bool  # is each row of the outputs that of one row of the batch?
     arguments: Callable  # the values of the inputs → (args, kwargs) of the operation
 
 
@@ -166,8 +166,11 @@ class _Writer:
         outputs = [self._values + i for i in range(len(node.outputs))]
         self._values += len(outputs)
         self.shapes.update(zip(outputs, (x.shape for x in node.outputs), strict=True))
+        given = node.arguments.keras_tensors
         by_rows = all(x.shape and x.shape[0] is None for x in node.outputs)
-        ids = [id(x) for x in node.arguments.keras_tensors]
+        if not isinstance(node.operation, keras.layers.Layer):  # keras.ops: rows go with rows
+            by_rows = by_rows and len({len(x.shape) for x in given}) == 1
+        ids = [id(x) for x in given]
 
         def arguments(values: list[tf.Tensor]) -> tuple[tuple, dict]:
             return node.arguments.fill_in(dict(zip(ids, values, strict=True)))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfloop import criterion
+from tfloop import criterion, models
 from tfloop.assembly import load_data, make_loop
 from tfloop.config import Config
 from tfloop.data.dataset import Dataset
@@ -239,6 +239,11 @@ class Session:
             self._display.say(
                 f"{_scaled_text(data)}; loss: {loop.state.objective.text}{_hint(data)}"
             )
+        if loop.shards > 1 and models.graph_of(loop.state.model) is None:
+            self._display.say(
+                "the model shows no graph, so it is computed whole, each operation on one core; "
+                "--shards=1 lets operations share the cores"
+            )
         if not getattr(data.train, "repeats", True):
             self._display.warn(
                 f"{data.name}: its order differs each time it is begun, so a run does not repeat; "
@@ -438,7 +443,7 @@ def _arithmetic_text(result: dict[str, Any]) -> str:
     flop, share = result.get("flop_per_step"), result.get("of_floor")
     if not flop or not share:
         return ""
-    return f", {flop / 1e9:.3g} GFLOP, {100 * share:.0f} % of the floor"
+    return f", {flop / 1e9:.3g} GFLOP at {100 * share:.0f} % of matmul's speed"
 
 
 def _closing_line(result: dict[str, Any]) -> str:
