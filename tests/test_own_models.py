@@ -11,6 +11,7 @@ from keras import layers
 
 import tfloop
 from tfloop import models
+from tfloop.randomness import Key, seed_of
 from tfloop.training import checkpoints
 
 fast = functools.partial(models.outputs, fast=True)
@@ -466,3 +467,81 @@ def test_what_does_not_fit_the_data_is_named(train, digits):
 def test_arrays_may_be_lists():
     images = [[[1, 2], [3, 4]]] * 4
     assert len(tfloop.from_arrays(images, [0, 1, 0, 1], images[:2], [0, 1]).train) == 4
+
+
+def check_as_keras(model, inputs, shards):
+    """The model's outputs in training are those of Keras's call."""
+    found = models.outputs(model, inputs, True, Key(seed_of(0, 1)), fast=True, shards=shards)
+    np.testing.assert_allclose(found, model(inputs, training=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_nested_model_takes_its_inputs_by_name(random, shards):
+    first, second = keras.Input((6,), name="z"), keras.Input((6,), name="a")
+    inner = keras.Model([first, second], layers.Concatenate()([first, 0 * second]))
+    inputs = keras.Input((6,))
+    outputs = layers.Dense(2)(inner({"z": inputs, "a": layers.Dense(6)(inputs)}))
+    images = tf.constant(random.normal(size=(8, 6)).astype(np.float32))
+    check_as_keras(keras.Model(inputs, outputs), images, shards)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_nested_model_of_several_inputs_changes_types_and_axes(random, shards):
+    floats, whole = keras.Input((4,)), keras.Input((4,), dtype="int32")
+    inner = keras.Model([floats, whole], floats + keras.ops.cast(whole, "float32"))
+    inputs = keras.Input((4, 1))
+    outputs = layers.Dense(2)(inner([inputs, 3.7 * layers.Flatten()(inputs)]))
+    images = tf.constant(random.normal(size=(8, 4, 1)).astype(np.float32))
+    check_as_keras(keras.Model(inputs, outputs), images, shards)
+
+
+class ByKeyword(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.out = (
+            layers.BatchNormalization(),
+            layers.Dropout(0.0),
+            layers.Dense(2),
+        )
+
+    def call(self, inputs, training=False):
+        x = self.norm(inputs=inputs, training=training)
+        return self.out(inputs=self.drop(inputs=x, training=training))
+
+
+def test_layers_may_be_called_by_keyword(random):
+    model, images = ByKeyword(), tf.constant(random.normal(size=(8, 6)).astype(np.float32))
+    model(images)
+    check_as_keras(model, images, 1)
+
+
+def test_a_causal_convolution_may_come_last(random):
+    model = keras.Sequential(
+        [keras.Input((10, 4)), layers.Conv1D(3, 3, padding="causal", activation="sigmoid")]
+    )
+    inputs = random.normal(size=(64, 10, 4)).astype(np.float32)
+    data = tfloop.from_arrays(inputs, inputs[..., :3] > 0, inputs[:8], inputs[:8, :, :3] > 0)
+    loop = tfloop.Loop(tfloop.TrainState(model, "adam", 0.05), data, batch_size=16)
+    first, last = loop.fit(1), loop.fit(20)
+    assert last.train.total < 0.9 * first.train.total
+
+
+def test_batch_normalisation_in_16_bits_throughout(random):
+    norm = layers.BatchNormalization(dtype="bfloat16")
+    inputs = keras.Input((4, 4, 3), dtype="bfloat16")
+    model = keras.Model(inputs, norm(inputs))
+    images = tf.constant(random.normal(size=(8, 4, 4, 3)), tf.bfloat16)
+    found = models.outputs(model, images, True, Key(seed_of(0, 1)), fast=True)
+    np.testing.assert_allclose(found, tf.cast(model(images, training=True), tf.float32), atol=0.05)
+
+
+def test_an_evaluation_leaves_weights_of_64_bits_as_they_are(random):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2, dtype="float64")])
+    inputs = random.normal(size=(64, 6)).astype(np.float32)
+    data = tfloop.from_arrays(inputs, (inputs[:, 0] > 0).astype(int), inputs, inputs[:, 0] > 0)
+    state = tfloop.TrainState(model, "adam", 0.01, ema=0.9)
+    loop = tfloop.Loop(state, data, batch_size=16)
+    loop.fit(1)
+    before = state.digest("weights")
+    loop.evaluate(data.test)
+    assert state.digest("weights") == before

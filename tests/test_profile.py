@@ -48,13 +48,21 @@ def test_the_multiplications_of_a_step_are_those_of_a_hand_made_count(random):
 
 @pytest.mark.quick
 def test_a_layer_is_known_by_its_scope_on_both_ways():
-    layers = {"conv1": "conv1", "norm": "norm", "sgd": "update"}
+    names = ("conv1", "norm", "update", "loss", "in/input")
+    layers = {name: name for name in names}
     for path, place in {
-        "while/body/_1/conv1/conv1_1/convolution": ("conv1", "forward"),
-        "while/body/_1/gradient_tape/conv1/conv1_1/Conv2DBackpropFilter": ("conv1", "backward"),
-        "while/body/_1/gradient_tape/norm/sub": ("norm", "backward"),
-        "while/body/_1/sgd/mul": ("update", "forward"),
-        "while/body/_1/penalties/cond/Abs": ("update", "update"),
+        "while/body/_1/forward/conv1/conv1_1/convolution": ("conv1", "forward"),
+        "while/body/_1/gradient_tape/forward/conv1/conv1_1/Conv2DBackpropFilter": (
+            "conv1",
+            "backward",
+        ),
+        "while/body/_1/gradient_tape/forward/norm/sub": ("norm", "backward"),
+        "while/body/_1/forward/update/MatMul": ("update", "forward"),
+        "while/body/_1/forward/loss_1/MatMul": ("loss", "forward"),
+        "while/body/_1/forward/in/input/Cast": ("in/input", "forward"),
+        "while/body/_1/forward/AddN": ("other", "forward"),
+        "while/body/_1/update/sgd/mul": ("update", "update"),
+        "while/body/_1/loss/penalties/cond/Abs": ("update", "update"),
         "while/body/_1/input/GatherV2": ("input", "forward"),
         "while/body/_1/loss/Softmax": ("loss", "forward"),
         "while/body/_1/gradient_tape/loss/Tile": ("loss", "backward"),
@@ -68,9 +76,9 @@ def test_times_are_summed_up_by_layer_and_step(random):
     loop = loop_of(model, data_of(random, (8, 8, 1)))
     dense = model.layers[-1].name
     events = [
-        Event(f"while/body/_1/{dense}/MatMul", "MatMul", 3.0),
-        Event(f"while/body/_1/gradient_tape/{dense}/MatMul_1", "_MklMatMul", 5.0),
-        Event("while/body/_1/sgd/Sub", "Sub", 1.0),
+        Event(f"while/body/_1/forward/{dense}/MatMul", "MatMul", 3.0),
+        Event(f"while/body/_1/gradient_tape/forward/{dense}/MatMul_1", "_MklMatMul", 5.0),
+        Event("while/body/_1/update/sgd/Sub", "Sub", 1.0),
         Event("while", "While", 99.0),
     ]
     found = summed_up(loop, events, 2, (6.0, 0.5, 0.1), "CPU")
@@ -87,7 +95,7 @@ class Made(types.SimpleNamespace):
     def of(**numbers):
         usual = dict(
             rows=(), step=10.0, waiting=0.1, between=0.1, busy=18.0, lanes=2, products=15.0,
-            preparing=0.0, operations=60.0, flop=1e9, peak=2e11, pipeline="prefetch",
+            preparing=0.0, operations=60.0, recorded=1.0, flop=1e9, peak=2e11, pipeline="prefetch",
             steps_per_call=50, batch_size=64, steps=900, device="CPU",
         )  # fmt: skip
         return step_profile.Profile(**{**usual, **numbers})
@@ -251,3 +259,20 @@ def test_a_model_that_shows_no_graph_is_told_apart_by_its_keras_layers(random):
     found = step_profile.profile(loop_of(model, data_of(random, (300,))), 0.2)
     rows = {row.layer: row for row in found.rows}
     assert rows["body"].backward > 0 and rows["body"].flop > rows["head"].flop
+
+
+@pytest.mark.quick
+def test_where_the_profiler_saw_a_part_speeds_are_left_out():
+    row = step_profile.Row("lstm", 0.1, 0.0, 0.0, 1e8)
+    whole, part = (
+        "\n".join(step_profile.lines(Made.of(rows=(row,), recorded=share), "CPU"))
+        for share in (0.95, 0.3)
+    )
+    assert " 1,000 " in whole and "none of these operations runs" in whole
+    assert " 1,000 " not in part and "recorded 30 % of the step's products" in part
+
+
+@pytest.mark.quick
+def test_a_gpu_is_known_by_its_place_among_all():
+    for shown, number, place in [("", 1, "1"), ("2,3", 1, "3"), ("GPU-ab, GPU-cd", 0, "GPU-ab")]:
+        assert usage._place(shown, number) == place

@@ -153,7 +153,7 @@ class KerasOptimizer:
         self, gradients: Vector, weights: dict[str, tf.Variable], rate: tf.Tensor
     ) -> tuple[Vector, Any]:
         """(the updates to add to the weights, every variable's value after it). Changes nothing."""
-        with tf.name_scope(f"{self.name}/"):
+        with tf.name_scope(f"update/{self.name}/"):
             before = [tf.identity(variable) for variable in self._all(weights)]
             own_rate = tf.identity(self.rate)
             self.rate.assign(rate)
@@ -174,7 +174,7 @@ class KerasOptimizer:
     ) -> None:
         """Go where `updates` led; nothing changes where `valid`, a boolean scalar, is false."""
         values, rate = after
-        with tf.name_scope(f"{self.name}/"):
+        with tf.name_scope(f"update/{self.name}/"):
             for variable, value in zip(self._all(weights), values, strict=True):
                 variable.assign(select(valid, value, variable))
             self.rate.assign(rate)

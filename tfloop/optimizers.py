@@ -572,7 +572,7 @@ class Optimizer:
         self, gradients: Vector, weights: dict[str, tf.Variable], rate: tf.Tensor
     ) -> tuple[Vector, Any]:
         """(the updates to add to the weights, the new slots). Changes nothing."""
-        with tf.name_scope(f"{self.name}/"):
+        with tf.name_scope(f"update/{self.name}/"):
             numbers = {key: tf.convert_to_tensor(value) for key, value in self.hyper.items()}
             clips = {key: f32(numbers.pop(key)) for key in self._clips}
             if clips:
@@ -608,7 +608,7 @@ class Optimizer:
 
         Nothing changes where `valid`, a boolean scalar, is false.
         """
-        with tf.name_scope(f"{self.name}/"):
+        with tf.name_scope(f"update/{self.name}/"):
             made = updates.map(lambda update: select(valid, update, tf.zeros_like(update)))
             for name, part in made.parts().items():
                 weights[name].assign_add(tf.cast(part, weights[name].dtype))

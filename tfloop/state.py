@@ -443,12 +443,14 @@ class TrainState(tf.Module):
         if self.ema_weights is None:
             yield
             return
-        raw = self._flat()
+        variables = self._averaged_variables()
+        raw = [tf.identity(variable) for variable in variables]
         self._assign(self.ema_weights)
         try:
             yield
         finally:
-            self._assign(raw)
+            for variable, value in zip(variables, raw, strict=True):
+                variable.assign(value)
 
     def adopt_ema(self) -> None:
         """The moving average becomes the weights, where one is kept."""

@@ -43,6 +43,9 @@ def model_losses(state: TrainState) -> tf.Tensor:
     return tf.add_n(total) if total else tf.constant(0.0)
 
 
+FORWARD_SCOPE = "forward"  # of what the layers compute, each in its own scope below
+
+
 def losses(state: TrainState, data: tf.Tensor, model: tf.Tensor) -> Loss:
     """The loss, term by term, from the mean data loss and the model's own term."""
     kernels = list(state.kernels.values())
@@ -104,7 +107,8 @@ def forward_and_backward(
     with models.counting(examples):
         with tf.GradientTape() as tape:
             tape.watch(list(state.weights.values()))  # one that was made frozen, too
-            outputs = state.forward(inputs, forward, training=True, key=key)
+            with tf.name_scope(FORWARD_SCOPE):
+                outputs = state.forward(inputs, forward, training=True, key=key)
             with tf.name_scope("loss"):
                 each, correct, more = judged(state, batch.targets, outputs)
                 data, model = data_loss(batch, each), model_losses(state)
@@ -114,7 +118,7 @@ def forward_and_backward(
         found = state.connected(tape.gradient(scaled, state.weights))
     if state.loss_scale is not None:
         found = {name: _divided(gradient, state.loss_scale) for name, gradient in found.items()}
-    with tf.name_scope("penalties"):
+    with tf.name_scope("loss/penalties/"):
         loss, found = penalized(state, data, model, found)
     with tf.name_scope("update"):
         gradients = Vector.of(found)

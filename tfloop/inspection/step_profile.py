@@ -24,6 +24,7 @@ from tfloop.loop import Call, Loop
 from tfloop.machine import arithmetic, devices
 from tfloop.models import is_leaf, keras_layers
 from tfloop.models.program import program_of
+from tfloop.step import FORWARD_SCOPE
 from tfloop.wording import counted
 
 FORWARD, BACKWARD, UPDATE, INPUT, LOSS, REST = (
@@ -40,6 +41,7 @@ SECONDS = 1.5  # of training without the profiler, and half of it with
 INPUT_BOUND, OVERHEAD_BOUND = 0.2, 0.35  # shares of a step from which on that is the verdict
 WITH_PREPARING = 0.25  # the same with the cores' time in which batches are prepared
 SMALL = 0.05  # ms: an operation that costs less is not much more than its start
+MOSTLY = 0.9  # of the products recorded: with fewer, times are not those of the whole step
 PRODUCTS_BOUND = 0.5  # of the time of operations
 
 
@@ -85,6 +87,8 @@ class Profile:
       preparing: of `busy`, in the pipeline's own operations, beside the step.
       products: of `busy`, in operations that multiply matrices.
       operations: how many run a step.
+      recorded: the share of the step's products that the profiler saw; TensorFlow leaves out
+        operations that it takes for cheap, and which those are differs from run to run.
       flop: multiplications and additions of matrices, a step.
       peak: those a second of this machine's matmul, on all cores.
       pipeline: of the loop.
@@ -103,6 +107,7 @@ class Profile:
     preparing: float
     products: float
     operations: float
+    recorded: float
     flop: float
     peak: float
     pipeline: str
@@ -248,18 +253,27 @@ def lines(found: Profile, device: str) -> Iterator[str]:
     width = max(len(row.layer) for row in found.rows)
     names = ("forward", "backward", "update", "ms", "share", "MFLOP", "GFLOP/s", "of peak")
     yield f"{'':{width}}" + "".join(f"{name:>10}" for name in names)
+    is_whole = found.recorded >= MOSTLY
     for row in found.rows:
         cells = [f"{ms:10.3f}" if ms else f"{'':10}" for ms in row[1:4]]
         cells += [f"{row.milliseconds:10.3f}", f"{row.milliseconds / found.busy:10.1%}"]
         if row.flop:
             share = row.gflops * 1e9 * found.lanes / found.peak
-            cells += [f"{row.flop / 1e6:10,.1f}", f"{row.gflops:10,.0f}", f"{share:10.0%}"]
+            cells += [f"{row.flop / 1e6:10,.1f}"]
+            cells += [f"{row.gflops:10,.0f}", f"{share:10.0%}"] if is_whole else []
         yield f"{row.layer:{width}}{''.join(cells)}".rstrip()
     yield f"{'all':{width}}{'':30}{found.busy:10.3f}{1:10.1%}{found.flop / 1e6:10,.1f}"
-    yield (
-        f"times are of all threads together, {found.lanes * found.step:.3g} ms a step in all; in "
-        f"{found.idle:.2g} of them none of these operations runs"
-    )
+    if is_whole:
+        yield (
+            f"times are of all threads together, {found.lanes * found.step:.3g} ms a step in all; "
+            f"in {found.idle:.2g} of them none of these operations runs"
+        )
+    else:
+        yield (
+            f"TensorFlow's profiler recorded {100 * found.recorded:.0f} % of the step's products: "
+            "it leaves out what it takes for cheap; the times above are too short, and speeds are "
+            "left out"
+        )
     yield (
         f"around the step: {found.waiting:.2g} ms waiting for batches ({found.pipeline} pipeline), "
         f"{found.between:.2g} ms between calls of {counted(found.steps_per_call, 'step')}; "
@@ -310,19 +324,22 @@ def place_of(path: str, layers: Mapping[str, str]) -> tuple[str, str]:
     """(layer, what it does there) of an operation, by the scopes in its name.
 
     Args:
-      path: such as "while/body/_1/gradient_tape/conv1/conv1_1/Conv2DBackpropFilter".
+      path: such as "while/body/_1/gradient_tape/forward/conv1/conv1_1/Conv2DBackpropFilter".
       layers: scope → the layer's name.
     """
     scopes = path.split("/")
-    if "update" in scopes or "penalties" in scopes:
-        return UPDATE, UPDATE
-    if "input" in scopes:
-        return INPUT, FORWARD
     way = BACKWARD if "gradient_tape" in scopes else FORWARD
-    for scope in scopes:
-        name = scope if scope in layers else re.sub(r"_\d+$", "", scope)  # used a second time
-        if name in layers:
-            return layers[name], way
+    if FORWARD_SCOPE in scopes:  # below it names are the model's, whatever they are
+        below = scopes[scopes.index(FORWARD_SCOPE) + 1 :]
+        for scope in (*below, "/".join(below[:2])):  # a nested model's input has two names
+            name = scope if scope in layers else re.sub(r"_\d+$", "", scope)  # a second time
+            if name in layers:
+                return layers[name], way
+        return REST, way
+    if UPDATE in scopes or "penalties" in scopes:
+        return UPDATE, UPDATE
+    if INPUT in scopes:
+        return INPUT, FORWARD
     if any(scope == LOSS or re.fullmatch(rf"{LOSS}_\d+", scope) for scope in scopes):
         return LOSS, way
     return REST, way
@@ -354,9 +371,8 @@ def summed_up(
       device: "CPU" or "GPU".
     """
     layers = layers_of(loop.state.model)
-    layers |= {loop.state.optimizer.name: UPDATE}
     spent: dict[tuple[str, str], float] = defaultdict(float)
-    products, preparing, busy, count = 0.0, 0.0, 0.0, 0
+    products, preparing, busy, count, multiplied = 0.0, 0.0, 0.0, 0, 0
     for event in events:
         if event.kind in ("While", "If", "StatelessIf", "StatelessWhile", "PartitionedCall"):
             continue  # what is in them is told by itself
@@ -369,11 +385,14 @@ def summed_up(
         count += 1
         if any(product in event.kind for product in arithmetic.PRODUCTS):
             products += event.milliseconds / steps
+            multiplied += 1
     flop: dict[str, float] = defaultdict(float)
+    expected = 0
     for operation in arithmetic.operations(loop.graph) if loop.graph else ():
-        flop[place_of(operation.name, layers)[0]] += arithmetic.flop_of(operation)
-    names = [*dict.fromkeys(layers.values()), INPUT, LOSS, REST]
-    names.sort(key=lambda name: name == UPDATE)  # it comes last of those that have a name
+        own = arithmetic.flop_of(operation)
+        flop[place_of(operation.name, layers)[0]] += own
+        expected += own > 0
+    names = [*dict.fromkeys(layers.values()), INPUT, LOSS, UPDATE, REST]
     rows = [
         Row(name, spent[name, FORWARD], spent[name, BACKWARD], spent[name, UPDATE], flop[name])
         for name in dict.fromkeys(names)
@@ -392,6 +411,7 @@ def summed_up(
         preparing,
         products,
         count / steps,
+        min(1.0, multiplied / steps / expected) if expected and device == "CPU" else 1.0,
         sum(flop.values()),
         arithmetic.peak(again=True),
         OWN if isinstance(loop.pipeline, FromDataset) else loop.pipeline.name,

@@ -69,11 +69,31 @@ class Usage:
 
 
 def _nvml() -> Any:
-    """(NVIDIA's library, its first GPU), ready to be asked; None without nvidia-ml-py."""
+    """(NVIDIA's library, the GPU that is used), ready to be asked; None without nvidia-ml-py."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        place = _place(os.environ.get("CUDA_VISIBLE_DEVICES", ""), _number_of_gpu())
+        if place.isdecimal():
+            return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(place))
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(place)
     except Exception:  # not installed, no driver, or a GPU that may not be asked
         return None
+
+
+def _number_of_gpu() -> int:
+    """Among those that CUDA shows: that of TensorFlow's first visible one."""
+    visible = tf.config.get_visible_devices("GPU")
+    return int(visible[0].name.rpartition(":")[2]) if visible else 0
+
+
+def _place(shown: str, number: int) -> str:
+    """What NVIDIA's library knows a GPU by, which counts those that CUDA does not show, too.
+
+    Args:
+      shown: CUDA_VISIBLE_DEVICES, numbers or "GPU-…" of those that are shown.
+      number: among these.
+    """
+    places = [place.strip() for place in shown.split(",") if place.strip()]
+    return places[number] if number < len(places) else str(number)

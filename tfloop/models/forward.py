@@ -18,7 +18,7 @@ from tfloop.models import inside
 from tfloop.models.inside import Activation, Inside
 from tfloop.models.layer_rules import is_by_example, over_parts_of
 from tfloop.models.parts import join, mask_of, split, with_masks_of
-from tfloop.models.program import CONVOLUTIONS, Call, Program, program_of
+from tfloop.models.program import CONVOLUTIONS, Call, InputChange, Program, program_of
 from tfloop.models.variables import Model
 from tfloop.nests import is_leaf, map_leaves
 from tfloop.randomness import Key
@@ -160,8 +160,8 @@ class _Walk:
         values = program.enter(inputs)
         rows = values[0].shape[0]
         count = min(shards, rows or 1)
-        size = (rows or 1) // count
-        self._sizes = [size] * (count - 1) + [(rows or 1) - size * (count - 1)]
+        size, longer = divmod(rows or 1, count)
+        self._sizes = [size + 1] * longer + [size] * (count - longer)
         self._rows = rows
         if self._fast and (used := fast_pass.used_pixels(program)):
             values = [values[0][:, : used[0], : used[1]]]
@@ -220,6 +220,8 @@ class _Walk:
     def _goes_by_part(self, call: Call) -> bool:
         if len(self._sizes) == 1:
             return True
+        if isinstance(call.operation, InputChange):
+            return True
         return call.by_rows and is_by_example(call.operation, self._training)
 
     def _result(self, call: Call, values: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -246,6 +248,12 @@ def _without_activation(operation: Any, x: tf.Tensor) -> tf.Tensor:
         return tf.nn.bias_add(x, fast_pass.cast(operation.bias, operation))
     if type(operation) in CONVOLUTIONS:
         kernel = fast_pass.cast(operation.kernel, operation)
-        x = operation.convolution_op(fast_pass.cast(x, operation), kernel)
+        x = fast_pass.cast(x, operation)
+        if operation.padding == "causal":
+            padded = keras.ops.pad(x, operation._compute_causal_padding())
+            options = {"strides": operation.strides, "dilation_rate": operation.dilation_rate}
+            x = keras.ops.conv(padded, kernel, padding="valid", **options)
+        else:
+            x = operation.convolution_op(x, kernel)
         return x if operation.bias is None else x + fast_pass.cast(operation.bias, operation)
     return x  # an Activation or Softmax of its own

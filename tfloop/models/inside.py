@@ -136,28 +136,28 @@ class Inside:
         if over_parts := over_parts_of(layer):
 
             def normalize(
-                call: Callable, x: tf.Tensor, training: bool = False, mask: Any = None
+                call: Callable, inputs: tf.Tensor, training: bool = False, mask: Any = None
             ) -> tf.Tensor:
                 if not training:
-                    return call(x, training=training, mask=mask)
+                    return call(inputs, training=training, mask=mask)
                 with AutocastScope(None):
-                    return over_parts(layer, [x], mask)[0]
+                    return over_parts(layer, [inputs], mask)[0]
 
             return normalize
         if self._key is None:
             return None
         if draw := draw_of(layer):
 
-            def drop(call: Callable, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+            def drop(call: Callable, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
                 key = self._key_for(layer)
                 if not training or self._is_in_loop():
-                    return call(x, training=training)
-                if _has_rows_of(key.part, x):
-                    return draw(layer, x, key)
+                    return call(inputs, training=training)
+                if _has_rows_of(key.part, inputs):
+                    return draw(layer, inputs, key)
                 for number, generator in enumerate(seed_generators(self._model)):
                     if generator in layer._seed_generators:
                         self._seed_one(number, generator)
-                return call(x, training=training)
+                return call(inputs, training=training)
 
             return drop
         is_cut = self._key.part is not None and self._key.part.rows != self._key.part.total
@@ -177,11 +177,14 @@ class Inside:
         self._drawn += 1
         return self._key.fold_in(order, self._drawn)
 
-    def _over_whole(self, call: Callable, x: Any, *arguments: Any, **options: Any) -> Any:
+    def _over_whole(self, call: Callable, *arguments: Any, **options: Any) -> Any:
         """A part's share of what Keras's layer would draw for the whole batch."""
-        part, tensors = self._key.part if self._key else None, keras.tree.flatten(x)
-        if part is None or not all(tf.is_tensor(y) and _has_rows_of(part, y) for y in tensors):
-            return call(x, *arguments, **options)
+        first = arguments[0] if arguments else next(iter(options.values()), ())
+        part, tensors = self._key.part if self._key else None, keras.tree.flatten(first)
+        if part is None or not tensors:
+            return call(*arguments, **options)
+        if not all(tf.is_tensor(x) and _has_rows_of(part, x) for x in tensors):
+            return call(*arguments, **options)
         rows, tree = tensors[0].shape[0], keras.tree
 
         def widen(value: Any) -> Any:
@@ -194,8 +197,8 @@ class Inside:
             return tf.slice(value, first, [rows, *value.shape[1:]])
 
         each = rows // part.rows
-        x, arguments, options = tree.map_structure(widen, (x, arguments, options))
-        return tree.map_structure(narrow, call(x, *arguments, **options))
+        arguments, options = tree.map_structure(widen, (arguments, options))
+        return tree.map_structure(narrow, call(*arguments, **options))
 
     def _noted(self) -> dict[Any, str]:
         """The layers inside what the program calls whole, by name."""

@@ -42,6 +42,7 @@ def batch_norm(
     # The fused operation knows images alone, no float64, and the rows of one replica.
     is_image = len(parts[0].shape) == 4 and is_last and parts[0].dtype != tf.float64
     if is_image and mask is None and layer.scale and layer.center and _replicas() == 1:
+        gamma, beta = tf.cast(gamma, tf.float32), tf.cast(beta, tf.float32)
         ys, mean, variance = _by_fused(parts, gamma, beta, layer.epsilon, activation)
     else:
         ys, mean, variance = _by_moments(layer, parts, mask, axis)

@@ -59,6 +59,25 @@ def program_of(model: Any) -> Program | None:
     return _write(model)  # anew: a model may have been changed, and one that is kept is never freed
 
 
+class InputChange:
+    """What a model does to its inputs before its first layer: types, and the number of axes."""
+
+    def __init__(self, model: Any, graph: Functional) -> None:
+        self._model, self._graph = model, graph
+
+    def __call__(self, inputs: Any) -> list[tf.Tensor]:
+        """A nest of inputs → a tensor for each of the model's, in its own order."""
+        if self._model._convert_input_args:
+            policy = self._model.dtype_policy
+            convert = functools.partial(
+                policy.convert_input,
+                autocast=self._model.autocast,
+                dtype=self._model.input_dtype,
+            )
+            inputs = keras.tree.map_structure(convert, inputs)
+        return list(self._graph._standardize_inputs(inputs))
+
+
 def graph_of(model: Any) -> Functional | None:
     """The graph that calling the model goes through; None where its `call` is its own.
 
@@ -109,13 +128,7 @@ def _entering(model: Any, graph: Functional) -> Callable:
     def enter(inputs: Any) -> list[tf.Tensor]:
         if len(graph.inputs) == 1 and tf.is_tensor(inputs):
             return [inputs]
-        if model._convert_input_args:
-            policy = model.dtype_policy
-            convert = functools.partial(
-                policy.convert_input, autocast=model.autocast, dtype=model.input_dtype
-            )
-            inputs = keras.tree.map_structure(convert, inputs)
-        return list(graph._standardize_inputs(inputs))
+        return InputChange(model, graph)(inputs)
 
     return enter
 
@@ -135,18 +148,18 @@ class _Writer:
         self._taken = set[str]()
         self._values, self._operations = len(shapes), 0
 
-    def inline(self, model: Any, values: list[int], given: Any = None) -> list[int]:
+    def inline(self, model: Any, values: list[int], node: Any = None) -> list[int]:
         """Write down the calls of a model; the numbers of its outputs, from those of its inputs.
 
         Args:
           model: one that shows its graph.
           values: the numbers of its inputs.
-          given: Keras's tensor that it is called with; None for the images of a step.
+          node: of the call in the model around it; None for the batch of a step.
         """
         graph = graph_of(model)
         assert graph is not None
-        if _changes_input(model, graph, given):
-            values = [self._convert(model, graph, values)]
+        if _changes_input(model, graph, node):
+            values = self._change(model, graph, values, node)
         numbers = {id(x): value for x, value in zip(graph.inputs, values, strict=True)}
         depths = sorted(graph._nodes_by_depth, reverse=True)
         for node in (node for depth in depths for node in graph._nodes_by_depth[depth]):
@@ -156,7 +169,7 @@ class _Writer:
             inputs = [numbers[id(x)] for x in tensors]
             inner = graph_of(node.operation)
             if inner is not None and len(inner.inputs) == len(inputs):
-                outputs = self.inline(node.operation, inputs, tensors[0])
+                outputs = self.inline(node.operation, inputs, node)
             else:
                 outputs = self._add(node, inputs)
             numbers.update(zip(map(id, node.outputs), outputs, strict=True))
@@ -188,21 +201,23 @@ class _Writer:
         self._operations += 1
         return outputs
 
-    def _convert(self, model: Any, graph: Functional, values: list[int]) -> int:
-        """A call that changes the input as the model does before its first layer."""
-        policy, output = model.dtype_policy, self._values
+    def _change(self, model: Any, graph: Functional, values: list[int], node: Any) -> list[int]:
+        """A call that changes the inputs as the model does before its first layer."""
+        outputs = [self._values + i for i in range(len(graph.inputs))]
+        self._values += len(outputs)
+        self.shapes.update(zip(outputs, (x.shape for x in graph.inputs), strict=True))
+        ids = [id(x) for x in node.arguments.keras_tensors] if node else []
 
-        def convert(x: tf.Tensor) -> tf.Tensor:
-            if model._convert_input_args:
-                x = policy.convert_input(x, model.autocast, model.input_dtype)
-            return graph._standardize_inputs(x)[0]
+        def arguments(tensors: list[tf.Tensor]) -> tuple[tuple, dict]:
+            if not node:
+                return (tensors[0],), {}
+            args, kwargs = node.arguments.fill_in(dict(zip(ids, tensors, strict=True)))
+            return (args[0] if args else kwargs["inputs"],), {}
 
-        self._values += 1
-        self.shapes[output] = graph.inputs[0].shape
-        name = self._name(model, "input")
-        call = Call(name, -1, convert, tuple(values), (output,), True, lambda x: (x, {}))
+        change, name = InputChange(model, graph), self._name(model, "input")
+        call = Call(name, -1, change, tuple(values), tuple(outputs), True, arguments)
         self.calls.append(call)
-        return output
+        return outputs
 
     def _name(self, operation: Any, ending: str = "") -> str:
         name = f"{operation.name}/{ending}" if ending else operation.name
@@ -213,13 +228,15 @@ class _Writer:
         return free
 
 
-def _changes_input(model: Any, graph: Functional, given: Any) -> bool:
-    """May the model change what it is called with: its type or the number of its axes?
+def _changes_input(model: Any, graph: Functional, node: Any) -> bool:
+    """May the model change what it is called with: its type, the number of its axes, its order?
 
-    A model of float32 that begins with a float32 input of images changes nothing of images.
+    A model of float32 that begins with a float32 input of images changes nothing of images. Of
+    several inputs the whole model's are in order already; a call inside it may name them.
     """
     if len(graph.inputs) != 1:
-        return False
+        return node is not None
+    given = node.arguments.keras_tensors[0] if node else None
     dtype, axes = (given.dtype, len(given.shape)) if given is not None else ("float32", 4)
     expected = graph.inputs[0]
     casts = model._convert_input_args and model.compute_dtype != dtype
