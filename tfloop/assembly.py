@@ -318,23 +318,31 @@ def make_loop(
             raise UserError(f"--{name}={pixels} pixels leave nothing of {images}")
     steps, spec = steps_per_epoch(config, dataset), of_data(dataset)
     state = make_state(config, spec, steps, dataset.standardizer, replicas)
-    loop = Loop(
-        state,
-        dataset,
-        batch_size=config.batch_size,
-        evaluation_batch_size=config.evaluation_batch_size,
-        pipeline=config.pipeline,
-        steps_per_call=config.steps_per_call,
-        jit_compile=config.jit_compile,
-        eager=config.eager,
-        fast=config.fast,
-        shards=config.shards,
-        accumulate=config.accumulate,
-        time_input=not config.deterministic,
-        check_numerics=config.check_numerics,
-        replicas=replicas,
-        **options,
-    )
+    return loop_of(config, state, dataset, replicas, **options)
+
+
+def loop_of(
+    config: Config, state: TrainState, dataset: Dataset, replicas: Any = None, **options: Any
+) -> Loop:
+    """The loop that `config` describes, around a state that is there already.
+
+    Arguments as those of `make_loop`.
+    """
+    settings: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "evaluation_batch_size": config.evaluation_batch_size,
+        "pipeline": config.pipeline,
+        "steps_per_call": config.steps_per_call,
+        "jit_compile": config.jit_compile,
+        "eager": config.eager,
+        "fast": config.fast,
+        "shards": config.shards,
+        "accumulate": config.accumulate,
+        "time_input": not config.deterministic,
+        "check_numerics": config.check_numerics,
+        "replicas": replicas,
+    }
+    loop = Loop(state, dataset, **{**settings, **options})
     loop.evaluate_every = criterion.every(config.evaluate_every)
     loop.criterion = criterion.parse(config.choose_by) if config.choose_by else None
     loop.single = config.profile_steps

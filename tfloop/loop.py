@@ -77,6 +77,7 @@ class Epoch:
     steps: int  # fewer than the epoch has where the state came from a checkpoint inside it
     # A nest of [test examples, …]: what the loss is given, such as logits [examples, classes].
     outputs: Any = dataclasses.field(compare=False, repr=False)
+    digest: str = ""  # SHA-256 of the weights and moving averages, as TrainState.digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Evaluation:
     validation: Metrics | None
     # As of Epoch.
     outputs: Any = dataclasses.field(compare=False, repr=False)
+    digest: str = ""
 
 
 @dataclasses.dataclass(eq=False)
@@ -128,6 +130,7 @@ class Loop:
         ever.
       single: steps, by the global_step before each, that get a compiled call of their own.
       stop_every: calls end at every multiple of this global_step, for a checkpoint; 0: at none.
+      stop_at: a call ends at this global_step; None: at none more.
       evaluate_every: how often is evaluated.
       criterion: what a schedule that looks at evaluations goes by; None: the validation accuracy,
         or loss.
@@ -211,6 +214,7 @@ class Loop:
         self.state, self.data = state, data
         self.graph: tf.Graph | None = None
         self.single, self.stop_every = range(0), 0
+        self.stop_at: int | None = None
         self.evaluate_every = Every(1, 0)
         self.criterion: Criterion | None = None
         self.beside: Any = None
@@ -372,6 +376,8 @@ class Loop:
         for every in (self.stop_every, self.evaluate_every.steps):
             if every:
                 count = min(count, every - step % every)
+        if self.stop_at is not None and step < self.stop_at:
+            count = min(count, self.stop_at - step)
         if step in self.single:
             return 1
         return min(count, self.single.start - step) if step < self.single.start else count
@@ -522,12 +528,18 @@ class Loop:
         """
         yield from self._alone(self.pending(epochs))
 
-    def pending(self, epochs: int) -> Iterator[PendingCall | Record]:
-        """`run`, where whoever takes a PendingCall makes it before taking more."""
+    def pending(self, epochs: int, evaluates: bool = True) -> Iterator[PendingCall | Record]:
+        """`run`, where whoever takes a PendingCall makes it before taking more.
+
+        Args:
+          epochs: until so many are done.
+          evaluates: unset, there are no evaluations, unless the schedule goes by them.
+        """
         if isinstance(epochs, bool) or not isinstance(epochs, (int, np.integer)) or epochs < 0:
             raise UserError(f"epochs={epochs!r}: expected a whole number, from 0 on")
         state = self.state
         state.diverged.assign(False)
+        evaluates = evaluates or bool(state.schedule.slots)
         learning_rate = float(state.schedule(tf.maximum(state.schedule_step - 1, 0)))
         while int(state.epoch) < epochs:
             before, first = self.seconds["training"], int(state.batch_index)
@@ -535,12 +547,12 @@ class Loop:
                 if isinstance(item, Call):
                     learning_rate = item.learning_rate
                 yield item
-                if isinstance(item, Call) and self.evaluates_after(item):
+                if evaluates and isinstance(item, Call) and self.evaluates_after(item):
                     yield self._evaluation(item)
             train = self._means(state.totals)
             is_due = (int(state.epoch) + 1) % self.evaluate_every.epochs == 0
             test, validation, outputs = None, None, None
-            if is_due or int(state.epoch) + 1 == epochs:
+            if evaluates and (is_due or int(state.epoch) + 1 == epochs):
                 test, validation, outputs = self._evaluate_both(train)
             state.epoch.assign_add(1)
             state.batch_index.assign(0)
@@ -555,6 +567,7 @@ class Loop:
                 self.seconds["training"] - before,
                 self.steps - first,
                 outputs,
+                state.digest("weights", "moving") if evaluates else "",
             )
 
     def evaluates_after(self, call: Call) -> bool:
@@ -565,7 +578,8 @@ class Loop:
     def _evaluation(self, call: Call) -> Evaluation:
         train = self._means(self.state.totals)
         found = self._evaluate_both(train)
-        return Evaluation(call.epoch, call.step, call.batch_index, train, *found)
+        digest = self.state.digest("weights", "moving")
+        return Evaluation(call.epoch, call.step, call.batch_index, train, *found, digest)
 
     def _evaluate_both(self, train: Metrics) -> tuple[Metrics | None, Metrics | None, Any]:
         """(test, validation, outputs for the test examples), each None where there are none."""
@@ -727,7 +741,7 @@ def _look(state: TrainState, batch: Batch) -> None:
     Raises:
       WithoutGradient: there are some.
     """
-    traced = tf.function(lambda: forward_and_backward(state, batch), autograph=False)
+    traced = tf.function(lambda: forward_and_backward(state, batch).loss, autograph=False)
     try:
         traced.get_concrete_function()
     except (WithoutGradient, UserError):

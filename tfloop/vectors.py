@@ -108,8 +108,13 @@ class Vector(Mapping):
         return len(self._like)
 
     def __repr__(self) -> str:
-        names = ", ".join(self)
-        return f"Vector of {len(self)} weights, norm {float(self.norm):.6g}: {names}"
+        head = f"Vector of {sum(self._sizes()):,} numbers"
+        if not hasattr(self.blocks[0], "numpy"):  # in a graph
+            return f"{head}: {', '.join(self)}"
+        width = max(map(len, self))
+        lines = [f"{head}, norm {float(self.norm):.6g}"]
+        lines += [f"  {name:{width}}  norm {norm:.4g}" for name, norm in self.norms().items()]
+        return "\n".join(lines)
 
 
 def flatten(tensors: Iterable) -> tf.Tensor:

@@ -71,6 +71,14 @@ def training_by_epoch(context: Context) -> Iterator[Summary]:
     yield scalars({**accuracy, "epoch_loss": train.total})
 
 
+@summary("evaluation")
+@summary("epoch")
+def weights_digest(context: Context) -> Iterator[Summary]:
+    """Two runs whose weights have the same SHA-256 are the same, bit for bit."""
+    if context.evaluation and context.evaluation.digest:
+        yield text_pb("weights_sha256", context.evaluation.digest)
+
+
 @summary("evaluation", run="test")
 @summary("epoch", run="test")
 def test_curves(context: Context) -> Iterator[Summary]:

@@ -5,15 +5,19 @@ in `step` that takes this way. `Debugger` stops in `step.train_step`, with every
 plain names, and stays in readable source.
 """
 
+import ast
+import dataclasses
 import functools
 import inspect
 import os
 import pdb
+import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -22,8 +26,11 @@ from tfloop import models
 from tfloop import step as step_module
 from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError
+from tfloop.inspection import showing
+from tfloop.inspection.showing import show as show
 from tfloop.loop import Loop
 from tfloop.metrics import Loss
+from tfloop.models.program import Call
 from tfloop.nests import is_leaf, map_leaves
 from tfloop.randomness import Part
 from tfloop.state import TrainState
@@ -39,6 +46,20 @@ from tfloop.step import (
 from tfloop.vectors import Vector
 
 ZERO = tf.UnconnectedGradients.ZERO
+
+
+@dataclasses.dataclass
+class Story:
+    """What the step under the debugger has computed so far."""
+
+    activations: dict[str, tf.Tensor] = dataclasses.field(default_factory=dict)
+    upstreams: dict[str, tf.Tensor] = dataclasses.field(default_factory=dict)
+    gradients: "Gradients" = dataclasses.field(default_factory=dict)
+    owners: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # layer → weights
+    loss: Loss | None = None
+
+
+STORY = Story()
 
 
 class Gradient(NamedTuple):
@@ -71,6 +92,7 @@ class _Recording(NamedTuple):
     activations: list[models.Activation]
     outputs: Any  # what the loss was given
     loss: Loss
+    scaled: Loss  # the same with data and model times the loss scale; what the tape is asked by
     accuracy: tf.Tensor
     more: tf.Tensor  # means of what else is summed up
     tape: tf.GradientTape
@@ -80,19 +102,28 @@ def record(state: TrainState, batch: Batch, part: Part | None = None) -> _Record
     """Forward, layer by layer, and the loss, term by term. Changes nothing but moving averages."""
     key = state.key(part)
     inputs, objective = state.prepared(batch.inputs, key), state.objective
+    vars(STORY).update(vars(Story()))
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(list(state.weights.values()))
         activations = []
         for activation in models.activations(state.model, inputs, True, key, objective.as_logits):
             activations.append(activation)
+            STORY.activations[activation.name] = activation.value
         last = activations.pop()
         outputs = map_leaves(_as_float32, last.value) if objective.is_default else last.value
         if is_leaf(outputs):
             activations.append(last._replace(value=outputs))
         each, correct, more = judged(state, batch.targets, outputs)
         loss = losses(state, data_loss(batch, each), model_losses(state))
+        STORY.loss = loss
+        scaled = loss if state.loss_scale is None else _scaled(loss, state.loss_scale)
     accuracy, more = mean_over(batch, correct), mean_over(batch, more)
-    return _Recording(activations, outputs, loss, accuracy, more, tape)
+    return _Recording(activations, outputs, loss, scaled, accuracy, more, tape)
+
+
+def _scaled(loss: Loss, scale: tf.Tensor) -> Loss:
+    """What comes through 16-bit layers times the loss scale, so that small gradients survive."""
+    return loss._replace(data=scale * loss.data, model=scale * loss.model)
 
 
 def _as_float32(x: tf.Tensor) -> tf.Tensor:
@@ -106,13 +137,17 @@ def walk_back(
 
     A weight comes with the last layer that uses it.
     """
-    activations, loss, tape = recording.activations, recording.loss, recording.tape
-    upstreams = tape.gradient(
-        loss.data, [activation.value for activation in activations], None, ZERO
-    )
+    activations, tape = recording.activations, recording.tape
+    values = [activation.value for activation in activations]
+    upstreams = tape.gradient(recording.scaled.data, values, None, ZERO)
+    if state.loss_scale is not None:
+        upstreams = [_as_float32(upstream) / state.loss_scale for upstream in upstreams]
     gradients, owners = all_gradients(state, recording), _owners(state, activations)
     for place in reversed(range(len(activations))):
         own = {name: gradients[name] for name, owner in owners.items() if owner == place}
+        STORY.upstreams[activations[place].name] = upstreams[place]
+        STORY.owners[activations[place].name] = list(own)
+        STORY.gradients.update(own)
         yield activations[place].name, upstreams[place], own
 
 
@@ -141,11 +176,17 @@ def _trainable(state: TrainState) -> dict[str, tf.Variable]:
 
 def all_gradients(state: TrainState, recording: _Recording) -> Gradients:
     """By weight what the data contributed, and what each penalty did; None without a gradient."""
-    loss, tape = recording.loss, recording.tape
+    loss, tape = recording.scaled, recording.tape
     terms = {
         term: tape.gradient(getattr(loss, term), state.weights)
         for term in ("data", "l1", "l2", "custom", "model")
     }
+    if state.loss_scale is not None:
+        for term in ("data", "model"):
+            terms[term] = {
+                name: None if gradient is None else _as_float32(gradient) / state.loss_scale
+                for name, gradient in terms[term].items()
+            }
     found: Gradients = dict.fromkeys(_trainable(state))
     for name, weight in state.weights.items():
         by_term = {term: gradients[name] for term, gradients in terms.items()}
@@ -169,10 +210,7 @@ def _vector(state: TrainState, gradients: Gradients) -> Vector:
 
 
 def forward_and_backward(state: TrainState, batch: Batch, part: Part | None = None) -> Pass:
-    """The twin of `step.forward_and_backward`: the same values, layer by layer.
-
-    In float16 it goes without a loss scale.
-    """
+    """The twin of `step.forward_and_backward`: the same values, layer by layer."""
     recording = record(state, batch, part)
     gradients = {}
     for layer, upstream, by_weight in walk_back(state, recording):  # noqa: B007 (to be printed)
@@ -230,6 +268,7 @@ class Debugger(pdb.Pdb):
         """
         super().__init__(nosigint=True, **options)
         self.prompt, self._is_running = "(tfloop) ", False
+        self.class_names: tuple[str, ...] = ()
         file, (first, update) = step_module.__file__, _lines()
         if condition or on_nan:
             self.set_break(file, update, cond=condition or "not bool(finite)")
@@ -238,7 +277,67 @@ class Debugger(pdb.Pdb):
             self.set_break(file, line, temporary=at is not None)
 
     def stop_here(self, frame: FrameType) -> bool:
-        return _is_readable(frame.f_code.co_filename) and super().stop_here(frame)
+        return _is_to_be_seen(frame.f_code) and super().stop_here(frame)
+
+    def do_show(self, argument: str) -> None:
+        """show NAME: a value as people look at it; images as a small picture, labels by name."""
+        if not argument:
+            self.error("show NAME: which value? inputs, targets, loss, gradients, …")
+            return
+        found = self._value_of(argument)
+        if found is not _NOTHING:
+            is_target = argument in ("targets", "labels")
+            self.message(showing.show(found, self.class_names if is_target else ()))
+
+    def do_plot(self, argument: str) -> None:
+        """plot NAME: draw a value into NAME.png: images, a curve, or a histogram."""
+        found = self._value_of(argument) if argument else _NOTHING
+        if found is _NOTHING:
+            return
+        path = f"{re.sub(r'[^A-Za-z0-9]+', '-', argument).strip('-') or 'value'}.png"
+        try:
+            showing.plot(found, path)
+        except UserError as error:
+            self.error(str(error))
+            return
+        self.message(path)
+
+    def do_loss(self, argument: str) -> None:
+        """loss: the terms of the loss, of the step so far."""
+        loss = STORY.loss
+        if loss is None:
+            self.error("the loss is not computed yet")
+            return
+        terms = [(n, float(v)) for n, v in loss._asdict().items() if n != "total" and float(v)]
+        parts = " + ".join(f"{name} {value:.6g}" for name, value in terms)
+        self.message(f"total {float(loss.total):.6g} = {parts or '0'}")
+
+    def do_layers(self, argument: str) -> None:
+        """layers: activations and gradients of the step so far, by layer."""
+        for line in layer_lines(STORY):
+            self.message(line)
+
+    def do_where(self, arg: str) -> bool | None:
+        """where: the place in the step, and the stack of readable frames to it."""
+        self.message(place_in_step(self.stack[: self.curindex + 1]))
+        for frame, line in self.stack[: self.curindex + 1]:
+            if _is_readable(frame.f_code.co_filename):
+                name = Path(frame.f_code.co_filename).name
+                self.message(f"  {name}:{line} {frame.f_code.co_name}")
+        return None
+
+    do_w = do_bt = do_where
+
+    def _value_of(self, text: str) -> Any:
+        """The value of an expression in the present frame; it is said where it has none."""
+        frame = self.curframe
+        alias = ALIASES.get(text, text)
+        names = {} if frame is None else {**frame.f_globals, **self.curframe_locals}
+        try:
+            return eval(text if text in names or text == alias else alias, names)
+        except Exception as error:
+            self.error(f"{type(error).__name__}: {error}")
+            return _NOTHING
 
     def user_call(self, frame: FrameType, arguments: Any) -> None:
         if not self._begin():
@@ -258,13 +357,91 @@ class Debugger(pdb.Pdb):
 
 
 def _lines() -> tuple[int, int]:
-    """Lines of step.py: the first of train_step's body, and that where only the update is left."""
+    """Lines of step.py: the first with a batch by name, and that where only the update is left."""
     source, start = inspect.getsourcelines(train_step)
 
     def line_of(text: str) -> int:
         return start + next(i for i, line in enumerate(source) if line.strip().startswith(text))
 
-    return line_of("inputs, targets, sample_weight = batch"), line_of("valid = finite")
+    return line_of("learning_rate ="), line_of("valid = finite")
+
+
+_NOTHING = object()
+PLUMBING = ("vectors.py", "nests.py", "tracing.py", "lazy.py")  # no story to step through
+ALIASES = {"images": "inputs", "labels": "targets"}  # as image data have it
+
+
+def layer_lines(story: Story) -> Iterator[str]:
+    """The story as a table: norm of each layer's activation, of what comes back, of its weights'.
+
+    A line for each layer that was computed, in the order of the forward pass.
+    """
+    if not story.activations:
+        yield "no layer is computed yet"
+        return
+    width = max(map(len, story.activations))
+    yield f"{'layer':{width}}  {'activation':>20}  {'norm':>9}  {'upstream':>9}  gradient norms"
+    for name, value in story.activations.items():
+        shape = "×".join(map(str, value.shape))
+        line = f"{name:{width}}  {shape:>20}  {float(_norm(value)):9.4g}"
+        if name in story.upstreams:
+            line += f"  {float(_norm(story.upstreams[name])):9.4g}"
+            own = ((each, story.gradients.get(each)) for each in story.owners.get(name, ()))
+            norms = [
+                f"{each.rpartition('/')[2]} {float(_norm(gradient.total)):.4g}"
+                for each, gradient in own
+                if gradient is not None
+            ]
+            line += f"  {', '.join(norms)}"
+        yield line.rstrip()
+
+
+def _norm(x: tf.Tensor) -> tf.Tensor:
+    return tf.norm(tf.cast(x, tf.float32))
+
+
+def place_in_step(stack: Sequence[tuple[FrameType, int]]) -> str:
+    """The step's story at this stack: "forward conv2", "loss", "backward dense1", "update"."""
+    place = "outside the step"
+    _, update = _lines()
+    for frame, line in stack:
+        code, names = frame.f_code, frame.f_locals
+        if code is train_step.__code__:
+            place = "update" if line >= update - 3 else "input"
+        elif code is record.__code__:
+            done = list(STORY.activations)
+            place = f"forward, after {done[-1]}" if done else "input"
+            place = "loss" if "last" in names else place
+        elif code.co_name == "_call" and isinstance(names.get("call"), Call):
+            place = f"forward {names['call'].name}"
+        elif code in (walk_back.__code__, all_gradients.__code__):
+            place = "backward"
+        elif code is forward_and_backward.__code__ and "recording" in names:
+            place = f"backward {names['layer']}" if "layer" in names else "backward"
+    return place
+
+
+def _is_to_be_seen(code: CodeType) -> bool:
+    """Is it something to step through: no comprehension, and no helper of one line of ours?"""
+    return _is_readable(code.co_filename) and not _is_helper(code)
+
+
+@functools.cache
+def _is_helper(code: CodeType) -> bool:
+    if code.co_name.startswith("<") and code.co_name != "<module>":
+        return True
+    ours, file = (Path(os.path.realpath(p)) for p in (step_module.__file__, code.co_filename))
+    if ours.parent not in file.parents:
+        return False
+    if file.name in PLUMBING:
+        return True
+    try:
+        parsed = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return False
+    body = getattr(parsed, "body", ())
+    is_text = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in body]
+    return len(body) - sum(is_text) <= 1
 
 
 @functools.cache
@@ -312,7 +489,8 @@ def check_condition(condition: str, loop: Loop) -> None:
 
 
 HELP = """\
-{where}. n: next line, s: step into, c: go on to the update, then to the next stop, q: quit.
+{where}. n: next line, s: step into, c: go on to the update, then to the next stop, q: quit;
+show NAME, plot NAME, layers, loss, where.
 Names: inputs, targets, sample_weight, learning_rate; after the backward pass: outputs, loss.data,
 loss.l1, loss.l2, gradients["{name}"], gradients.norm; then updates["{name}"], slots."""
 
@@ -335,10 +513,13 @@ def run(
     if condition:
         check_condition(condition, loop)
     debugger = Debugger(at, condition, on_nan, **options)
+    target = loop.data.target
+    debugger.class_names = tuple(target.names or ()) if target else ()
     where = _where(at, condition, on_nan)
     debugger.message(HELP.format(where=where, name=next(iter(loop.state.weights))))
     records = loop.run(epochs)
-    if at and not any(record.step >= at for record in records):  # up to there at full speed
+    before = at if at is not None and int(loop.state.global_step) < at else 0
+    if before and not any(record.step >= before for record in records):  # to there at full speed
         steps = int(loop.state.global_step)
         debugger.message(f"step {at} was not reached: the run has {steps} steps")
         return True

@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,15 @@ def event_paths(folder: str | Path) -> list[Path]:
     return sorted(path for path in Path(folder).rglob("*tfevents*") if path.is_file())
 
 
+REPLAYS = "replay-"  # the folders of what was trained again begin so
+
+
+def own_events(folder: str | Path) -> list[Path]:
+    """The event files of a run itself: those of its replays are left out."""
+    paths, start = event_paths(folder), len(Path(folder).parts)
+    return [path for path in paths if not path.parts[start].startswith(REPLAYS)]
+
+
 def read_scalars(folder: str | Path) -> list[Scalar]:
     """Every scalar in the event files in `folder` and below, in the order of files and events.
 
@@ -97,6 +106,15 @@ def read_scalars(folder: str | Path) -> list[Scalar]:
     files = event_paths(folder)
     if not files:
         raise UserError(f"{folder}: holds no event files, here or below")
+    return read_files(files, folder)
+
+
+def read_files(files: Iterable[Path], folder: Path) -> list[Scalar]:
+    """Every scalar in these event files, whose runs are named from this folder on.
+
+    Raises:
+      UserError: a damaged one.
+    """
     scalars: list[Scalar] = []
     known: set[tuple[str, str]] = set()
     for path in files:

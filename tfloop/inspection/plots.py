@@ -349,6 +349,25 @@ def misclassified(images: np.ndarray, labels: Sequence[Any], guesses: Sequence[A
     return _png(figure)
 
 
+def tensor(array: np.ndarray, as_images: bool) -> bytes:
+    """Numbers as PNG: images side by side, a curve of [n] with n up to 1000, else a histogram."""
+    figure, axes = _figure(size=(6.4, 4.4))
+    if as_images:
+        images = array.reshape((-1, *array.shape[-3:]))[:25]
+        columns = min(5, len(images))
+        filling = ((0, -len(images) % columns), (1, 1), (1, 1), (0, 0))
+        axes.imshow(tiled(np.pad(to_visible(images), filling), columns), cmap="gray")
+        axes.axis("off")
+    elif array.ndim == 1 and array.size <= 1000:
+        axes.plot(array, ".-")
+    else:
+        values = array.astype(np.float64).reshape(-1)
+        axes.hist(values[np.isfinite(values)], bins=60)
+        axes.set(yscale="log", ylabel="values")
+    axes.set_title(f"{array.dtype} [{', '.join(map(str, array.shape))}]")
+    return _png(figure)
+
+
 def report(rows: Sequence[Any]) -> Any:
     """Mean test accuracy by epoch, and every seed by protocol, from `experiments.Row`s.
 

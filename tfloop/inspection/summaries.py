@@ -19,7 +19,7 @@ from typing import Any
 
 from tfloop.errors import UserError
 from tfloop.inspection import dashboards
-from tfloop.inspection.event_files import EventFile, event_paths
+from tfloop.inspection.event_files import EventFile, own_events
 from tfloop.inspection.moments import LEVELS, REGISTERED, Context, Moment
 from tfloop.loop import Call, Evaluation, Loop, Record
 
@@ -85,6 +85,13 @@ class Summaries:
             self._context.epoch = self._context.evaluation = record
             self._write_all("epoch", record.step)
 
+    def histograms(self, step: int) -> None:
+        """Those of weights, gradients and activations, at this step."""
+        self._context.step = step
+        self._file("train").write(step, *dashboards.weight_histograms(self._context))
+        if len(self._context.loop.data.test):
+            self._file("test").write(step, *dashboards.activation_histograms(self._context))
+
     def finish(self) -> None:
         """What is written once, after the last epoch; HParams then has the run as a success."""
         state, graph = self._context.loop.state, self._context.loop.graph
@@ -103,7 +110,7 @@ class Summaries:
         """Wait until all is on disk; the size of every event file, by its path in the folder."""
         for file in self._files.values():
             file.sync()
-        paths = event_paths(self._folder)
+        paths = own_events(self._folder)
         return {str(path.relative_to(self._folder)): path.stat().st_size for path in paths}
 
     def _write_all(self, moment: Moment, step: int) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import tensorflow as tf
 from tfloop.errors import UserError
 from tfloop.optimizers import Optimizer
 from tfloop.state import TrainState
+from tfloop.training.manifests import FORMAT, MANIFEST, all_in, sum_of
+from tfloop.training.manifests import newest as newest
+from tfloop.training.manifests import read_manifest as read_manifest
 from tfloop.vectors import count_elements
-
-FORMAT = 2
-MANIFEST = "manifest.json"
 
 
 class Checkpoints:
@@ -78,7 +77,7 @@ class Checkpoints:
         sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         trained = {"without_gradient": self._state.stable(self._state.without_gradient)}
         manifest = {"format": FORMAT, **about, **trained, "sha256": sums}
-        text = json.dumps({**manifest, "sha256_of_this": _digest(manifest)}, indent=2)
+        text = json.dumps({**manifest, "sha256_of_this": sum_of(manifest)}, indent=2)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
         _flush(temporary / MANIFEST)
         _flush(temporary)
@@ -96,68 +95,6 @@ class Checkpoints:
         for ending in ("partial", "deleted"):
             for path in self._folder.glob(f"*.{ending}"):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def all_in(folder: str | Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first."""
-    paths = Path(folder).glob("??????-step-*")
-    numbered = [path for path in paths if (path.name[:6] + path.name[12:]).isdecimal()]
-    return sorted(numbered, reverse=True)
-
-
-def newest(
-    folder: str | Path, warn: Callable[[str], None] = lambda message: None
-) -> tuple[Path, dict[str, Any]]:
-    """(the newest checkpoint in `folder` that is whole, its manifest).
-
-    Args:
-      folder: of the checkpoints.
-      warn: is told of every one that is not whole.
-
-    Raises:
-      UserError: there is none, all are damaged, or the newest whole one is of another format.
-    """
-    paths = all_in(folder)
-    if not paths:
-        raise UserError(f"{folder}: holds no checkpoint")
-    for path in paths:
-        try:
-            return path, read_manifest(path)
-        except DamagedCheckpoint as error:
-            warn(error.as_flags)
-    names = ", ".join(path.name for path in paths)
-    raise UserError(f"{folder}: every checkpoint is damaged: {names}")
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are not those that were written."""
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after comparing it and every file with its sum.
-
-    Raises:
-      DamagedCheckpoint: the manifest or a file is missing or damaged.
-      UserError: it is of another format.
-    """
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        digest, version = manifest.pop("sha256_of_this", None), manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file}: missing or damaged: {error}") from None
-    is_whole = digest == _digest(manifest)
-    if version != FORMAT and (is_whole or isinstance(version, int)):
-        raise UserError(f"{path}: has format {version}, this version of tfloop reads {FORMAT}")
-    if not is_whole:
-        raise DamagedCheckpoint(f"{file}: damaged: its SHA-256 sum is not the one it names")
-    for name, expected in manifest["sha256"].items():
-        file = path / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-            raise DamagedCheckpoint(
-                f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}"
-            )
-    return manifest
 
 
 def restore(state: TrainState, path: Path, other_settings: bool = False) -> None:
@@ -279,10 +216,6 @@ def _with_other_totals(state: TrainState, path: Path) -> set[str]:
 
 def _tensors(state: TrainState) -> tf.train.Checkpoint:
     return tf.train.Checkpoint(state=state.named())
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

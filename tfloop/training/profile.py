@@ -30,9 +30,10 @@ class Profile:
     def write(self, record: Any) -> None:
         """Start or stop after this record, where it is time to."""
         self._last = record.step
-        self._move_to(record.step)
+        self.move_to(record.step)
 
-    def _move_to(self, step: int) -> None:
+    def move_to(self, step: int) -> None:
+        """Start or stop, where it is time to at this global step."""
         if step in self._steps and not self._is_running:
             tf.profiler.experimental.start(str(self._folder))
             self._is_running = True
@@ -48,11 +49,11 @@ class Profile:
             self._say(f"profile of steps {self._steps.start} to {last} written{hint}")
 
     def __enter__(self) -> "Profile":
-        self._move_to(0)
+        self.move_to(0)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._move_to(-1)
+        self.move_to(-1)
         if self._steps and not self._is_done:
             asked = f"{self._steps.start}:{self._steps.stop}"
             self._say(f"--profile={asked}: no such step was made; nothing is profiled")

@@ -5,6 +5,7 @@ Its records go to files and to the screen, its state to checkpoints.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import resource
@@ -22,7 +23,7 @@ from tfloop import criterion
 from tfloop.config import Config
 from tfloop.data.spec import of_data
 from tfloop.errors import DivergenceError, UserError
-from tfloop.inspection.event_files import event_paths
+from tfloop.inspection.event_files import own_events
 from tfloop.inspection.plots import LivePlot
 from tfloop.inspection.progress import Display
 from tfloop.inspection.summaries import Summaries
@@ -30,6 +31,7 @@ from tfloop.loop import Call, Epoch, Evaluation, Loop, PendingCall, Record
 from tfloop.machine import arithmetic
 from tfloop.machine.replicas import Replicas
 from tfloop.metrics import NAMES, Metrics
+from tfloop.state import TrainState
 from tfloop.training import checkpoints, code, folders
 from tfloop.training.profile import Profile
 from tfloop.vectors import count_elements
@@ -55,6 +57,8 @@ class Reached:
     goal: str = ""  # --until, once it is reached
     resumed_at: list[int] = dataclasses.field(default_factory=list)  # global steps
     rewinds: list[int] = dataclasses.field(default_factory=list)  # global steps that diverged
+    rewound_to: list[int] = dataclasses.field(default_factory=list)  # where each went back to
+    overridden_at: list[int] = dataclasses.field(default_factory=list)  # steps of --override
 
 
 class Run:
@@ -99,6 +103,10 @@ class Run:
         self._warned_of = len(loop.data.left_out)
         self._replicas = replicas
         self._agree: Callable[[bool], bool] = replicas.agree if replicas else bool
+
+    @functools.cached_property
+    def _fingerprint(self) -> int:
+        return self._loop.data.fingerprint
 
     def train(
         self, started: float, stop: Callable[[], bool]
@@ -227,13 +235,12 @@ class Run:
         Returns:
           Were summaries written before that checkpoint?
         """
-        rewinds = [*self._reached.rewinds, diverged.step]
+        rewinds, rewound_to = [*self._reached.rewinds, diverged.step], self._reached.rewound_to
         resumed = self._resume()
         state, factor = self._loop.state, 0.5 ** len(rewinds)
-        for name in ("learning_rate", "rates"):
-            if name in state.schedule.hyper:
-                state.hyper[name].assign(factor * state.initial_hyper[name])
+        scale_rate(state, factor)
         self._reached.rewinds = rewinds
+        self._reached.rewound_to = [*rewound_to, int(state.global_step)]
         what, step = diverged.as_flags.partition(";")[0], int(state.global_step)
         self._display.warn(
             f"{what}; back to step {step}, with {factor:g} times the rate ({len(rewinds)} of at "
@@ -278,6 +285,7 @@ class Run:
                 entry["learning_rate"] = entry.pop("rate")
         if differs:
             state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
+            self._reached.overridden_at.append(int(state.global_step))
         folders.write(self._folder / folders.CONFIG, config.to_json())
         self._saved = step = int(state.global_step)
         self._reached.resumed_at.append(step)
@@ -287,7 +295,7 @@ class Run:
 
     def _cut_events(self, sizes: dict[str, int]) -> None:
         """Cut off what was written after the checkpoint: it will be written again."""
-        for path in event_paths(self._folder):
+        for path in own_events(self._folder):
             size = sizes.get(str(path.relative_to(self._folder)), 0)
             if not size:
                 path.unlink()
@@ -369,6 +377,8 @@ class Run:
             "tfloop": __version__,
             "config": dataclasses.asdict(self._config),
             "data": of_data(loop.data).to_json(),
+            "fingerprint": self._fingerprint,
+            "machine": machine(self._device),
             "steps_per_epoch": loop.steps,
             "reached": {**dataclasses.asdict(self._reached), "seconds": self._seconds()},
             "best": best,
@@ -417,6 +427,9 @@ class Run:
             "steps_per_epoch": loop.steps,
             "resumed_at": reached.resumed_at,
             "rewinds": reached.rewinds,
+            "rewound_to": reached.rewound_to,
+            "overridden_at": reached.overridden_at,
+            "fingerprint": self._fingerprint,
             "epochs": reached.epochs,
             "final": reached.epochs[-1] if reached.epochs else None,
             "best": reached.best,
@@ -430,18 +443,32 @@ class Run:
             "traces": loop.traces,
             "pipeline": loop.pipeline.name,
             "steps_per_call": loop.steps_per_call,
-            "device": self._device,
-            "cores": os.cpu_count(),
-            "versions": {
-                "tfloop": __version__,
-                "python": platform.python_version(),
-                "tensorflow": tf.__version__,
-                "keras": keras.__version__,
-                "numpy": np.__version__,
-            },
+            **machine(self._device),
             "weights_sha256": state.digest("weights", "moving"),
             "state_sha256": state.digest(),
         }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a run is computed by: the device's name, cores and versions."""
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "versions": {
+            "tfloop": __version__,
+            "python": platform.python_version(),
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def scale_rate(state: TrainState, factor: float) -> None:
+    """Make the learning rate this factor of what it was set to at first."""
+    for name in ("learning_rate", "rates"):
+        if name in state.schedule.hyper:
+            state.hyper[name].assign(factor * state.initial_hyper[name])
 
 
 def may_end(record: Record, loop: Loop) -> bool:
@@ -501,4 +528,5 @@ def _entry(record: Epoch | Evaluation) -> dict[str, Any]:
                 name: None if value is None else folders.finite(value)
                 for name, value in metrics.by_name().items()
             }
+    entry["weights_sha256"] = record.digest
     return entry

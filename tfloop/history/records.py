@@ -1,0 +1,242 @@
+"""What a run wrote down of itself, and where in it something happened. Writes nothing."""
+
+import bisect
+import itertools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tfloop.config import Config
+from tfloop.errors import UserError
+from tfloop.training import code, folders, manifests
+from tfloop.wording import counted
+
+# Settings that have no place where one run is trained again in one process.
+ALONE: dict[str, Any] = {
+    "strategy": "none",
+    "replicas": 0,
+    "ensemble": 1,
+    "seeds": (),
+    "runs": 1,
+    "debugger_dump": "",
+    "log_device_placement": False,
+    "live_plot": False,
+}
+LOSS, GRADIENT = "loss/total", "gradient_norm/mean"
+
+
+class Point(NamedTuple):
+    """What the event files hold of one compiled call; means over its steps, rounded to 32 bits."""
+
+    first: int  # the global step before its first step
+    last: int  # and after its last
+    loss: float
+    gradient_norm: float | None
+
+
+class Records:
+    """A run's folder: what it says of the run.
+
+    Attributes:
+      folder: the run's.
+      settings: as stored.
+      steps: that were made, as far as is known.
+      reached: of the newest checkpoint that is whole, or of result.json.
+      machine: what the run was computed by; empty where nobody wrote it down.
+      fingerprint: of its data; None where nobody wrote it down.
+      steps_per_epoch: None where the run ended before anything was written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read it.
+
+        Raises:
+          UserError: it is no run's folder.
+        """
+        self.folder = Path(folder)
+        self.settings = folders.config_of(self.folder)
+        self.result = folders.result(self.folder)
+        manifest = self._newest()
+        self._manifest = manifest
+        self.reached = manifest.get("reached") or self.result
+        self.machine = manifest.get("machine") or {
+            name: self.result[name] for name in ("device", "cores", "versions") if self.result
+        }
+        stored = self.result or manifest
+        self.fingerprint = stored.get("fingerprint")
+        self.steps_per_epoch: int | None = stored.get("steps_per_epoch")
+        self._points: list[Point] | None = None
+
+    def _newest(self) -> dict[str, Any]:
+        try:
+            return manifests.newest(self.folder / "checkpoints")[1]
+        except UserError:
+            return {}
+
+    @property
+    def steps(self) -> int:
+        of_result = self.result.get("steps") or 0
+        of_checkpoints = max((step for step, _ in self.checkpoints()), default=0)
+        of_events = self.points[-1].last if self.points else 0
+        return max(of_result, of_checkpoints, of_events)
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(global step, folder) of each checkpoint, from the first; of the last way alone."""
+        found = [
+            (int(path.name.rpartition("-")[2]), path)
+            for path in manifests.all_in(self.folder / "checkpoints")
+        ]
+        kept: list[tuple[int, Path]] = []
+        for step, path in found:  # newest first: one that was gone back behind comes to nothing
+            if not kept or step < kept[-1][0]:
+                kept.append((step, path))
+        return kept[::-1]
+
+    def digests(self) -> dict[int, str]:
+        """Global step → SHA-256 of the weights and moving averages, of each evaluation."""
+        entries = [*self.reached.get("epochs", ()), *self.reached.get("evaluations", ())]
+        entries += [*self.result.get("epochs", ()), *self.result.get("evaluations", ())]
+        found = {e["step"]: e["weights_sha256"] for e in entries if e.get("weights_sha256")}
+        if self.result.get("weights_sha256"):
+            found[self.result["steps"]] = self.result["weights_sha256"]
+        return found
+
+    @property
+    def points(self) -> list[Point]:
+        """The training curve, from the event files; empty where there are none."""
+        if self._points is None:
+            self._points = self._read_points()
+        return self._points
+
+    def _read_points(self) -> list[Point]:
+        from tfloop.inspection.event_files import own_events, read_files
+
+        files = [path for path in own_events(self.folder) if path.parent.name == "train"]
+        losses: dict[int, float] = {}
+        norms: dict[int, float] = {}
+        for scalar in read_files(files, self.folder):
+            if scalar.tag == LOSS:
+                losses[scalar.step] = scalar.value
+            elif scalar.tag == GRADIENT:
+                norms[scalar.step] = scalar.value
+        steps = sorted(losses)
+        return [
+            Point(before, step, losses[step], norms.get(step))
+            for before, step in zip([0, *steps], steps, strict=False)
+        ]
+
+    def point_at(self, step: int) -> Point | None:
+        """The recorded call in which the step with this number, from 0 on, was made."""
+        place = bisect.bisect_right([point.last for point in self.points], step)
+        found = self.points[place] if place < len(self.points) else None
+        return found if found and found.first <= step else None
+
+    def spike(self) -> Point:
+        """The call whose loss lies the most above that of the call before it.
+
+        Raises:
+          UserError: fewer than two calls are recorded.
+        """
+        points = [point for point in self.points if point.loss == point.loss]
+        if len(points) < 2:
+            raise UserError(
+                f"{self.folder}: its event files hold {counted(len(points), 'call')}, too few to "
+                "find a jump of the loss; name a step: --at=STEP"
+            )
+        jumps = [after.loss - before.loss for before, after in itertools.pairwise(points)]
+        return points[1 + max(range(len(jumps)), key=jumps.__getitem__)]
+
+    def step_of(self, at: str) -> int:
+        """The number, from 0 on, of the step that `at` names; for "spike" that of its call's first.
+
+        Args:
+          at: a number, "epoch:N" for its first step, "last", "diverged", or "spike".
+
+        Raises:
+          UserError: it names none, or one that the run did not make.
+        """
+        if at == "spike":
+            return self.spike().first
+        if at == "diverged":
+            diverged = self.result.get("diverged")
+            if not isinstance(diverged, dict):
+                raise UserError(f"--at=diverged: {self.folder} did not diverge; try --at=spike")
+            return int(diverged["step"])
+        if at == "last":
+            step = self.steps - 1
+        elif found := re.fullmatch(r"epoch:(\d+)", at):
+            if not self.steps_per_epoch:
+                raise UserError(f"--at={at}: nothing in {self.folder} says how long an epoch is")
+            step = (int(found[1]) - 1) * self.steps_per_epoch
+        elif at.isdecimal():
+            step = int(at)
+        else:
+            raise UserError(
+                f"--at={at}: expected a step, 0 or more, epoch:N, last, diverged or spike"
+            )
+        if not 0 <= step < self.steps:
+            last = f"its steps are 0 to {self.steps - 1}" if self.steps else "it made no step"
+            raise UserError(f"--at={at}: {self.folder} has no step {step}; {last}")
+        return step
+
+    def start_for(self, step: int) -> tuple[int, Path | None]:
+        """(global step, checkpoint) to go on from to this step; the start of the run is (0, None).
+
+        Raises:
+          UserError: between that and the step the run's settings were changed.
+        """
+        before = [(at, path) for at, path in self.checkpoints() if at <= step and _is_whole(path)]
+        start, path = before[-1] if before else (0, None)
+        later = [at for at in self.reached.get("overridden_at", ()) if at > start]
+        if later and step > later[0]:
+            raise UserError(
+                f"{self.folder}: --override changed its settings at step {later[0]}, and no "
+                f"checkpoint between that and step {step} is left to begin at"
+            )
+        if path is None and self.reached.get("overridden_at"):
+            raise UserError(
+                f"{self.folder}: --override changed its settings at step "
+                f"{self.reached['overridden_at'][0]}; what it began with is not known any more, "
+                f"and no checkpoint before step {step} is left"
+            )
+        return start, path
+
+    def factor_at(self, step: int) -> float:
+        """What the learning rate was multiplied by at this step, where the run was rewound."""
+        rewinds = self.reached.get("rewound_to", ())
+        counts = [number + 1 for number, at in enumerate(rewinds) if at <= step]
+        return 0.5 ** max(counts, default=0)
+
+    def seconds_for(self, steps: int) -> float | None:
+        """How long so many steps took when the run made them."""
+        each = self.result.get("ms_per_step")
+        return steps * each / 1000 if each else None
+
+    def trained_by(self, named: dict[str, Any]) -> Config:
+        """The settings to train it with again, in one process.
+
+        Args:
+          named: settings and functions that were given by name; of these, those that do not change
+            the mathematics of the run are taken.
+
+        Raises:
+          UserError: code of the user's own that changed or may not be run; a setting that changes
+            the run's mathematics.
+        """
+        config = code.trusted(self.folder, self.settings, named)
+        given = {name: value for name, value in named.items() if value != ""}
+        new = config.replace(**given)
+        if names := folders.changed(config, new):
+            raise UserError(
+                f"{self.folder}: is trained again as it was; leave out --{names[0]}, or begin a "
+                "run of its own with it"
+            )
+        return new.replace(**ALONE)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        manifests.read_manifest(path)
+    except UserError:
+        return False
+    return True

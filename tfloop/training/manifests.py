@@ -1,0 +1,81 @@
+"""The manifests of a run's checkpoints: which there are, and whether they are whole.
+
+Needs no TensorFlow.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tfloop.errors import UserError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+def all_in(folder: str | Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    paths = Path(folder).glob("??????-step-*")
+    numbered = [path for path in paths if (path.name[:6] + path.name[12:]).isdecimal()]
+    return sorted(numbered, reverse=True)
+
+
+def newest(
+    folder: str | Path, warn: Callable[[str], None] = lambda message: None
+) -> tuple[Path, dict[str, Any]]:
+    """(the newest checkpoint in `folder` that is whole, its manifest).
+
+    Args:
+      folder: of the checkpoints.
+      warn: is told of every one that is not whole.
+
+    Raises:
+      UserError: there is none, all are damaged, or the newest whole one is of another format.
+    """
+    paths = all_in(folder)
+    if not paths:
+        raise UserError(f"{folder}: holds no checkpoint")
+    for path in paths:
+        try:
+            return path, read_manifest(path)
+        except DamagedCheckpoint as error:
+            warn(error.as_flags)
+    names = ", ".join(path.name for path in paths)
+    raise UserError(f"{folder}: every checkpoint is damaged: {names}")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not those that were written."""
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after comparing it and every file with its sum.
+
+    Raises:
+      DamagedCheckpoint: the manifest or a file is missing or damaged.
+      UserError: it is of another format.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        digest, version = manifest.pop("sha256_of_this", None), manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file}: missing or damaged: {error}") from None
+    is_whole = digest == sum_of(manifest)
+    if version != FORMAT and (is_whole or isinstance(version, int)):
+        raise UserError(f"{path}: has format {version}, this version of tfloop reads {FORMAT}")
+    if not is_whole:
+        raise DamagedCheckpoint(f"{file}: damaged: its SHA-256 sum is not the one it names")
+    for name, expected in manifest["sha256"].items():
+        file = path / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise DamagedCheckpoint(
+                f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}"
+            )
+    return manifest
+
+
+def sum_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
