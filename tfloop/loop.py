@@ -138,6 +138,8 @@ class Loop:
       options: tf.function's, for what makes a whole call.
       is_warm: is the step traced and compiled?
       classifies: is there an output for each class, so that accuracy means something?
+      grad_fn: computes loss and gradients of a step's batch.
+      is_fast: is the forward pass rearranged?
     """
 
     def __init__(
@@ -250,7 +252,7 @@ class Loop:
             grad_fn = accumulated(grad_fn, accumulate)
         if replicas:
             grad_fn = replicas.grad_fn(grad_fn)
-        self._grad_fn = grad_fn
+        self.grad_fn, self.is_fast = grad_fn, fast
         self._evaluator = Evaluator(
             state, data, self.evaluation_batch_size, self.forward, outputs, self._timed, eager
         )
@@ -407,7 +409,7 @@ class Loop:
             self.state.optimizer.note_rate()
 
     def _make_step(self) -> None:
-        self._step: Callable = functools.partial(train_step, self.state, grad_fn=self._grad_fn)
+        self._step: Callable = functools.partial(train_step, self.state, grad_fn=self.grad_fn)
         if self._compiles_steps:
             self._step = tf.function(self._step, autograph=False, jit_compile=True)
 

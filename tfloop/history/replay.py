@@ -191,6 +191,17 @@ class Replay:
                 return record
         raise UserError(f"step {step}: is not made in one call")
 
+    def back_to(self, values: dict[str, np.ndarray]) -> None:
+        """Set the state to values of its variables, by their names in `TrainState.named`."""
+        for name, variable in self.loop.state.named().items():
+            variable.assign(values[name])
+        self._running = None
+
+    def make_one(self) -> None:
+        """The next step."""
+        self.loop.stop_at = self.step + 1
+        next(self._one_by_one())
+
     def one_step(self) -> OneStep:
         """Loss and gradient norm of the next step, compiled; it is taken back."""
         train = self.taken_back(self.step + 1).train

@@ -65,6 +65,20 @@ def range_test(result: Any, title: str, path: str | Path) -> None:
     save(figure, path)
 
 
+def growth(found: Any, path: str | Path) -> None:
+    """How far two runs are apart by the steps since they parted, of a `difference.Difference`."""
+    figure, axes = _figure()
+    steps = [grown.steps for grown in found.growth]
+    losses = [abs(grown.losses[0] - grown.losses[1]) for grown in found.growth]
+    weights = [grown.weights for grown in found.growth]
+    axes.plot(steps, weights, "o-", color=COLOURS[0], label="weights, of the largest weight")
+    axes.plot(steps, losses, "o-", color=COLOURS[1], label="loss of a call")
+    axes.set(title=f"parted at step {found.step}", xlabel="steps later", ylabel="difference")
+    axes.set(xscale="log", yscale="log")
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
 def curves(
     runs: Mapping[str, Series],
     reference: float | None = None,

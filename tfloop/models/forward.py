@@ -65,12 +65,16 @@ def activations(
     training: bool = False,
     key: Key | None = None,
     as_logits: AsLogits = True,
+    *,
+    fast: bool = False,
+    shards: int = 1,
 ) -> Iterator[Activation]:
     """Yields what each layer gave, from the first one on.
 
     A layer that is called again gets a number. Where a model is called whole, its layers come once
     that is done. The last is what `outputs` gives; of several outputs it is their nest, with the
-    model as its layer. Arguments as those of `outputs`.
+    model as its layer. With `fast`, what a layer gives is left out where it is computed in one
+    with the next. Arguments as those of `outputs`.
     """
     taken = set[str]()
 
@@ -91,9 +95,11 @@ def activations(
             last = seen.pop()
             yield from map(named, seen)
         else:
-            walk = _Walk(program, pass_, training, as_logits)
+            walk = _Walk(program, pass_, training, as_logits, fast)
             is_one = len(program.outputs) == 1 and is_leaf(program.pack([0]))
-            for place, call in walk.through(inputs):
+            for place, call in walk.through(inputs, shards):
+                if call.outputs[0] in walk.merged:
+                    continue
                 inner, seen[:] = seen[:], []
                 own = [walk.activation(call, number) for number in range(len(call.outputs))]
                 shown = [a for a in (*inner, *own) if a.value.dtype.is_floating]
@@ -152,6 +158,7 @@ class _Walk:
         }
         self._fast = fast
         self._values: dict[int, list[tf.Tensor]] = {}
+        self.merged = set[int]()  # values that are never there: computed in one with the next
         self._sizes: list[int] = []
 
     def through(self, inputs: Any, shards: int = 1) -> Iterator[tuple[int, Call]]:
@@ -199,6 +206,7 @@ class _Walk:
         if pool:
             pooled = [fast_pass.pool_first(operation, pool.operation, x) for x in inputs[0]]
             self._keep(call, [inputs[0]])  # nothing else reads it
+            self.merged.add(call.outputs[0])
             self._keep(pool, [pooled])
             return
         are_cut = all(len(parts) == len(self._sizes) for parts in inputs)
@@ -209,6 +217,7 @@ class _Walk:
             parts = over_parts(operation, inputs[0], mask_of(inputs[0]), activation)
             self._keep(call, [with_masks_of(parts, inputs[0])])
             if behind:  # nothing else reads what is kept for the call itself
+                self.merged.add(call.outputs[0])
                 self._keep(behind[0], [self._values[call.outputs[0]]])
         elif are_cut and self._goes_by_part(call):
             results = [self._result(call, list(part)) for part in zip(*inputs, strict=True)]
