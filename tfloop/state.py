@@ -360,7 +360,8 @@ class TrainState(tf.Module):
     def prepared(self, inputs: Any, key: Key) -> Any:
         """What the model is trained on: inputs standardised, of images augmented before."""
         if self.augmentation.changes_images:
-            inputs = self.augmentation(tf.cast(inputs, tf.float32), key.fold_in(-1))
+            with tf.name_scope("augmentation/"):
+                inputs = self.augmentation(tf.cast(inputs, tf.float32), key.fold_in(-1))
         return self.standardize(inputs)
 
     def forward(

@@ -100,8 +100,8 @@ def forward_and_backward(
       part: which rows of the step's batch these are, for their randomness; None for all of them.
       forward: `models.outputs`, or with `fast=True` its fast twin.
     """
-    key = state.key(part)
     with tf.name_scope("input/"):
+        key = state.key(part)
         inputs = state.prepared(batch.inputs, key)
         examples = tf.reduce_sum(batch.counts)
     with models.counting(examples):
@@ -109,18 +109,19 @@ def forward_and_backward(
             tape.watch(list(state.weights.values()))  # one that was made frozen, too
             with tf.name_scope(FORWARD_SCOPE):
                 outputs = state.forward(inputs, forward, training=True, key=key)
-            with tf.name_scope("loss"):
+            with tf.name_scope("loss/"):
                 each, correct, more = judged(state, batch.targets, outputs)
                 data, model = data_loss(batch, each), model_losses(state)
                 scaled = data + model
+                if state.loss_scale is not None:
+                    scaled = state.loss_scale * scaled
+        with tf.name_scope("backward/"):
+            found = state.connected(tape.gradient(scaled, state.weights))
             if state.loss_scale is not None:
-                scaled = state.loss_scale * scaled
-        found = state.connected(tape.gradient(scaled, state.weights))
-    if state.loss_scale is not None:
-        found = {name: _divided(gradient, state.loss_scale) for name, gradient in found.items()}
+                found = {name: _divided(g, state.loss_scale) for name, g in found.items()}
     with tf.name_scope("loss/penalties/"):
         loss, found = penalized(state, data, model, found)
-    with tf.name_scope("update"):
+    with tf.name_scope("update/"):
         gradients = Vector.of(found)
     with tf.name_scope("loss/"):
         accuracy, more = mean_over(batch, correct), mean_over(batch, more)
@@ -328,26 +329,30 @@ def train_step(
         by layer, or either on parts of the batch (`accumulated`, `Replicas.grad_fn`).
       part: which rows of the step's batch these are, where it lies on several workers.
     """
-    batch = state.mixed(batch)
+    with tf.name_scope("augmentation/"):
+        batch = state.mixed(batch)
     inputs, targets, sample_weight = batch
-    learning_rate = state.schedule(state.schedule_step)
-    non_trainable = [tf.identity(variable) for variable in state.non_trainable.values()]
+    with tf.name_scope("update/"):
+        learning_rate = state.schedule(state.schedule_step)
+    with tf.name_scope("state/"):
+        non_trainable = [tf.identity(variable) for variable in state.non_trainable.values()]
     loss, accuracy, examples, gradients, more, outputs = grad_fn(state, batch, part)
     updates, slots = state.optimizer.updates(gradients, state.weights, learning_rate)
 
     # One test for all the values that the three hold.
     with tf.name_scope("update/"):
         finite = tf.math.is_finite(loss.total + gradients.norm + updates.norm)
-    overflowed = state.overflowed(loss.total, finite)
-    valid = finite & ~state.diverged
+        overflowed = state.overflowed(loss.total, finite)
+        valid = finite & ~state.diverged
     state.optimizer.apply(updates, slots, state.weights, valid)
-    for variable, before in zip(state.non_trainable.values(), non_trainable, strict=True):
-        variable.assign(select(valid, variable, before))
-    state.update_ema(valid)
-    state.advance(valid, overflowed)
+    with tf.name_scope("state/"):
+        for variable, before in zip(state.non_trainable.values(), non_trainable, strict=True):
+            variable.assign(select(valid, variable, before))
+        state.update_ema(valid)
+        state.advance(valid, overflowed)
 
-    metrics = tf.concat([tf.stack([*loss, accuracy, gradients.norm]), more], axis=0)
-    sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
-    sums = tf.cast(select(valid, sums, tf.zeros_like(sums)), tf.float64)
-    state.totals.assign_add(sums)
+        metrics = tf.concat([tf.stack([*loss, accuracy, gradients.norm]), more], axis=0)
+        sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
+        sums = tf.cast(select(valid, sums, tf.zeros_like(sums)), tf.float64)
+        state.totals.assign_add(sums)
     return Step(sums, learning_rate, gradients.blocks, updates.blocks)

@@ -43,8 +43,14 @@ class EventFile:
         self._write(Event(step=step, summary=merged))
 
     def write_graph(self, graph: tf.Graph) -> None:
-        content = graph.as_graph_def(add_shapes=True).SerializeToString()
-        self._write(Event(graph_def=content))
+        """The graph, with what TensorFlow calls gradient_tape under the name "backward"."""
+        content = graph.as_graph_def(add_shapes=True)
+        for node in content.node:
+            node.name = _as_backward(node.name)
+            inputs = [_as_backward(name) for name in node.input]
+            del node.input[:]
+            node.input.extend(inputs)
+        self._write(Event(graph_def=content.SerializeToString()))
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -65,6 +71,16 @@ class EventFile:
     def close(self) -> None:
         with contextlib.suppress(tf.errors.OpError):  # all was written by `write`, or it said why
             self._file.close()
+
+
+def _as_backward(name: str) -> str:
+    """The name of a node, or of an input: "gradient_tape/forward/conv1/…" → "backward/conv1/…"."""
+    mark = "^" if name.startswith("^") else ""
+    plain = name.removeprefix(mark)
+    for start in ("gradient_tape/forward/", "gradient_tape/"):
+        if plain.startswith(start):
+            return f"{mark}backward/{plain.removeprefix(start)}"
+    return name
 
 
 class Scalar(NamedTuple):

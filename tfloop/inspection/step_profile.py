@@ -328,7 +328,7 @@ def place_of(path: str, layers: Mapping[str, str]) -> tuple[str, str]:
       layers: scope → the layer's name.
     """
     scopes = path.split("/")
-    way = BACKWARD if "gradient_tape" in scopes else FORWARD
+    way = BACKWARD if {"gradient_tape", "backward"} & {*scopes} else FORWARD
     if FORWARD_SCOPE in scopes:  # below it names are the model's, whatever they are
         below = scopes[scopes.index(FORWARD_SCOPE) + 1 :]
         for scope in (*below, "/".join(below[:2])):  # a nested model's input has two names

@@ -120,6 +120,21 @@ def newest_unfinished(config: Config) -> tuple[list[Path], int]:
     return ([], 1) if all(map(all_finished, batches)) else (group, ensemble)
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The run that this folder is, or the runs in it and below, by name.
+
+    Raises:
+      UserError: there are none.
+    """
+    if (folder / CONFIG).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.rglob(CONFIG)) if folder.is_dir() else []
+    if not found:
+        what = "holds no runs" if folder.is_dir() else "is no folder"
+        raise UserError(f"{folder}: {what}; name a run's folder, or one with runs in it")
+    return found
+
+
 def group_of(folder: Path) -> tuple[list[Path], int]:
     """(folders, ensemble): the runs that were begun together with this one, itself among them.
 
