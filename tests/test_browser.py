@@ -131,14 +131,15 @@ def dashboard(board, browser):
                 "epoch_accuracy",
                 "learning_rate",
                 "gradient_norm",
-                "loss_l2",
                 "memory",
                 "speed",
-                "update_norm",
-                "update_to_weight",
+                "tensors",
             ],
         ),
-        ("timeseries", ["digits-001/validation", "Smoothed", "accuracy", "activations"]),
+        (
+            "timeseries",
+            ["digits-001/validation", "accuracy", "epoch_accuracy", "epoch_loss"],
+        ),
         (
             "custom_scalars",
             [
@@ -148,8 +149,8 @@ def dashboard(board, browser):
                 "loss/total (digits-002/test)",
             ],
         ),
-        ("histograms", ["activations/conv1", "digits-001/test"]),
-        ("distributions", ["activations/conv1", "digits-001/test"]),
+        ("histograms", ["tensors/activations/conv1", "digits-001/test"]),
+        ("distributions", ["tensors/activations/conv1", "digits-001/test"]),
         ("text", ["classification_report", "macro avg", "digits-001/train"]),
         ("pr_curves", ["class_0/pr_curves", "class_9", "digits-001/test is at"]),
     ],
@@ -161,7 +162,7 @@ def test_the_dashboard_shows_the_runs(dashboard, tab, texts):
 
 def test_images_are_loaded(dashboard, browser):
     see = dashboard("images")
-    see("confusion", "feature_maps/conv1", "digits-001/test")
+    see("pictures/confusion", "pictures/feature_maps/conv1", "digits-001/test")
     deadline = time.monotonic() + 30
     while True:
         sizes = [

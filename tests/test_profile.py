@@ -216,8 +216,8 @@ def test_the_use_of_each_core_is_a_share_of_the_time_since_the_last_look(tmp_pat
     stat.write_text("cpu0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0\ncpu2 0 0 0 0 0 0 0 0")
     watch = usage.Usage(stat)
     write(25, 100, 50)
-    assert watch.scalars() == {"cpu/core_0": 75.0, "cpu/core_1": 0.0}
-    assert watch.scalars()["cpu/core_0"] == 75.0  # where no tick of the clock came between
+    assert watch.scalars() == {"machine/core_0": 75.0, "machine/core_1": 0.0}
+    assert watch.scalars()["machine/core_0"] == 75.0  # where no tick of the clock came between
     assert usage.Usage(tmp_path / "none").scalars() == {}
 
 
@@ -241,7 +241,7 @@ def test_what_nvidias_library_tells_of_a_gpu_becomes_scalars(tmp_path, monkeypat
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU:0"])
     found = usage.Usage(tmp_path / "none").scalars()
     expected = {"utilisation_percent": 83.0, "memory_mib": 1024.0, "temperature_c": 61.0}
-    assert found == {f"gpu/{tag}": value for tag, value in expected.items()}
+    assert found == {f"machine/gpu_{tag}": value for tag, value in expected.items()}
 
 
 def test_a_model_that_shows_no_graph_is_told_apart_by_its_keras_layers(random):

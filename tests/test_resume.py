@@ -113,7 +113,7 @@ def test_a_stopped_run_ends_as_one_that_went_through(config, optimizer):
         return sorted(
             (s.run, s.tag, s.step, s.value)
             for s in read_scalars(r["folder"])
-            if not s.tag.startswith(("speed/", "memory/", "cpu/", "gpu/"))
+            if not s.tag.startswith(("speed/", "memory/", "machine/"))
         )
 
     whole = session.train(config(optimizer=optimizer, name="whole"))[0]

@@ -305,6 +305,11 @@ class InspectionSettings:
         "scalars: curves; default: histograms too, pictures at the end; full: all by epoch",
         choices=("none", "scalars", "default", "full"),
     )
+    summary_tensors: int = option(
+        50,
+        "weights, and layers, that get curves and histograms of their own, spread over the model",
+        within=COUNT,
+    )
     live_plot: bool = option(
         False, "keep curves.png in the run's folder up to date, epoch by epoch"
     )

@@ -30,7 +30,6 @@ from tfloop.inspection import pictures, plots
 from tfloop.inspection.moments import Context, summary
 from tfloop.loop import Call
 from tfloop.metrics import Metrics
-from tfloop.state import TrainState
 
 TAGS = {
     "total": "loss/total",
@@ -42,6 +41,7 @@ TAGS = {
     "accuracy": "accuracy",
     "gradient_norm": "gradient_norm/mean",
 }
+TENSORS = "tensors"  # what single weights and layers have; TensorBoard shows it last
 PROBED = 4  # test images whose activations the histograms show
 EMBEDDED = 500  # test images in the projector
 MISCLASSIFIED = 25
@@ -60,7 +60,7 @@ HYPER_FIELDS = [
 def training_curves(context: Context) -> Iterator[Summary]:
     assert context.call is not None
     call = context.call
-    yield scalars(_tagged(call.train) | _speed(context, call) | _norms(context.loop.state, call))
+    yield scalars(_tagged(call.train) | _speed(context, call) | _norms(context, call))
 
 
 @summary("epoch")
@@ -135,24 +135,25 @@ def _memory() -> dict[str, float]:
     return memory
 
 
-def _norms(state: TrainState, call: Call) -> dict[str, float]:
+def _norms(context: Context, call: Call) -> dict[str, float]:
     """Norms and penalties by weight, those of the call's last step."""
+    state = context.loop.state
     values = {}
     if state.loss_scale is not None:
         values["loss_scale"] = float(state.loss_scale)
     l1, l2 = (float(state.hyper[name]) for name in ("l1", "l2"))
     gradients, updates = call.gradients.norms(), call.updates.norms()
-    for name, variable in state.weights.items():
-        weight = variable.numpy()
+    for name in context.shown(state.weights):
+        weight = state.weights[name].numpy()
         norm = float(np.linalg.norm(weight))
-        values[f"gradient_norm/{name}"] = gradients[name]
-        values[f"update_norm/{name}"] = updates[name]
+        values[f"{TENSORS}/gradient_norm/{name}"] = gradients[name]
+        values[f"{TENSORS}/update_norm/{name}"] = updates[name]
         if norm:
-            values[f"update_to_weight/{name}"] = updates[name] / norm
+            values[f"{TENSORS}/update_to_weight/{name}"] = updates[name] / norm
         if l1 and name in state.kernels:
-            values[f"loss_l1/{name}"] = l1 * float(np.abs(weight).sum())
+            values[f"{TENSORS}/loss_l1/{name}"] = l1 * float(np.abs(weight).sum())
         if l2 and name in state.kernels:
-            values[f"loss_l2/{name}"] = l2 * norm**2
+            values[f"{TENSORS}/loss_l2/{name}"] = l2 * norm**2
     return values
 
 
@@ -256,8 +257,14 @@ def settings_text(context: Context) -> Iterator[Summary]:
 def model_text(context: Context) -> Iterator[Summary]:
     state = context.loop.state
     header = ["| layer | output | weights | parameters |", "| --- | --- | --- | ---: |"]
-    cells = [[*row[:-1], f"{row[-1]:,}"] for row in models.table(state.model)]
+    cells: list[list[str]] = [[*row[:-1], f"{row[-1]:,}"] for row in models.table(state.model)]
     cells += [[name, "", "no gradient", "none"] for name in state.without_gradient]
+    left_out = len(state.weights) - len(context.shown(state.weights))
+    if left_out:
+        told = (
+            f"{left_out} of {len(state.weights)} weights have no curves and histograms of their own"
+        )
+        cells.append([told, "", "", f"--summary_tensors={context.most}"])
     rows = [f"| {' | '.join(row)} |" for row in cells]
     yield text_pb("model", "\n".join([*header, *rows]))
 
@@ -297,17 +304,21 @@ def _labels(context: Context) -> np.ndarray:
 
 @summary("epoch", levels=HISTOGRAMS)
 def weight_histograms(context: Context) -> Iterator[Summary]:
-    for name, weight in context.loop.state.weights.items():
-        yield histogram_pb(f"weights/{name}", weight.numpy())
+    weights = context.loop.state.weights
+    shown = context.shown(weights)
+    for name in shown:
+        yield histogram_pb(f"{TENSORS}/weights/{name}", weights[name].numpy())
     if context.call:
-        for name, gradient in context.call.gradients.parts().items():
-            yield histogram_pb(f"gradients/{name}", np.asarray(gradient))
+        gradients = context.call.gradients.parts()
+        for name in shown:
+            yield histogram_pb(f"{TENSORS}/gradients/{name}", np.asarray(gradients[name]))
 
 
 @summary("epoch", run="test", levels=HISTOGRAMS, needs_test=True)
 def activation_histograms(context: Context) -> Iterator[Summary]:
-    for name, activation in context.activations(context.loop.data.test.rows(slice(PROBED))):
-        yield histogram_pb(f"activations/{name}", activation.numpy())
+    found = dict(context.activations(context.loop.data.test.rows(slice(PROBED))))
+    for name in context.shown(found):
+        yield histogram_pb(f"{TENSORS}/activations/{name}", found[name].numpy())
 
 
 # --- Images and PR Curves
@@ -320,7 +331,7 @@ def filters(context: Context) -> Iterator[Summary]:
         return
     for weight in context.loop.state.weights.values():
         if len(weight.shape) == 4:
-            yield _image("filters", pictures.filters(weight.numpy()))
+            yield _image("pictures/filters", pictures.filters(weight.numpy()))
             return
 
 
@@ -334,12 +345,14 @@ def mistakes(context: Context) -> Iterator[Summary]:
     guesses, labels = outputs.argmax(axis=1), _labels(context)
     target = context.loop.data.target
     assert target is not None
-    yield _image("confusion", plots.confusion(labels, guesses, outputs.shape[1], target.names))
+    yield _image(
+        "pictures/confusion", plots.confusion(labels, guesses, outputs.shape[1], target.names)
+    )
     wrong = np.flatnonzero(guesses != labels)[:MISCLASSIFIED]
     if len(wrong) and _shows_pictures(test):
         true, taken = ([target.name_of(int(n)) for n in of[wrong]] for of in (labels, guesses))
         shown = plots.misclassified(test.inputs[wrong], true, taken)
-        yield _image("misclassified", shown)
+        yield _image("pictures/misclassified", shown)
     shares = context.loop.state.probabilities(tf.constant(outputs)).numpy()
     if not models.squashed_values(shares):  # a loss of one's own that takes logits
         shares = tf.nn.softmax(shares).numpy()
@@ -356,9 +369,9 @@ def feature_maps(context: Context) -> Iterator[Summary]:
         return
     labels = _labels(context)
     rows = [np.flatnonzero(labels == label)[0] for label in np.unique(labels)]
-    for name, activation in context.activations(test.inputs[rows]):
-        if len(activation.shape) == 4:
-            yield _image(f"feature_maps/{name}", pictures.feature_maps(activation.numpy()))
+    found = dict(context.activations(test.inputs[rows]))
+    for name in context.shown([name for name, value in found.items() if len(value.shape) == 4]):
+        yield _image(f"pictures/feature_maps/{name}", pictures.feature_maps(found[name].numpy()))
 
 
 def _shows_pictures(split: Split) -> bool:

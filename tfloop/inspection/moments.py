@@ -5,10 +5,11 @@ its function in `dashboards` with `@summary`.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfloop import models
@@ -34,6 +35,7 @@ class Context:
       epoch: the last record of an epoch; None before the first.
       evaluation: the last record of an evaluation, within an epoch or at its end; None before.
       usage: how busy the processors are.
+      most: weights, and layers, that are shown one by one.
     """
 
     def __init__(self, loop: Loop, folder: Path, settings: Mapping[str, object]) -> None:
@@ -44,6 +46,7 @@ class Context:
         self.epoch: Epoch | None = None
         self.evaluation: Evaluation | Epoch | None = None
         self.usage = Usage()
+        self.most = int(str(settings.get("summary_tensors", FIELDS["summary_tensors"].default)))
 
     @functools.cached_property
     def flop(self) -> float | None:
@@ -54,6 +57,14 @@ class Context:
     def peak(self) -> float:
         """Multiplications and additions a second of this machine's matmul."""
         return arithmetic.peak()
+
+    def shown(self, names: Collection[str]) -> list[str]:
+        """Those that get curves and histograms of their own: `most`, from the first to the last."""
+        found = list(names)
+        if len(found) <= self.most:
+            return found
+        places = np.linspace(0, len(found) - 1, self.most).round().astype(int)
+        return [found[place] for place in places]
 
     def outputs(self) -> Any:
         """[test examples, …]: those of the last epoch, or of the present weights."""

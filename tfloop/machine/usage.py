@@ -22,8 +22,10 @@ class Usage:
         self._cores()
 
     def scalars(self) -> dict[str, float]:
-        """By tag: "cpu/core_0" in percent, and "gpu/…" where there is a GPU."""
-        return {f"cpu/core_{core}": share for core, share in self._cores().items()} | self._of_gpu()
+        """By tag: "machine/core_0" in percent, and "machine/gpu_…" where there is a GPU."""
+        return {
+            f"machine/core_{core}": share for core, share in self._cores().items()
+        } | self._of_gpu()
 
     def _cores(self) -> dict[int, float]:
         """Percent of the time since the last call that each core of this process was busy."""
@@ -52,10 +54,10 @@ class Usage:
             return {}
         nvml, gpu = self._nvml
         asked = {
-            "gpu/utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            "gpu/memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**20,
-            "gpu/power_w": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000.0,
-            "gpu/temperature_c": lambda: nvml.nvmlDeviceGetTemperature(
+            "machine/gpu_utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            "machine/gpu_memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**20,
+            "machine/gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000.0,
+            "machine/gpu_temperature_c": lambda: nvml.nvmlDeviceGetTemperature(
                 gpu, nvml.NVML_TEMPERATURE_GPU
             ),
         }
