@@ -142,13 +142,10 @@ def test_histograms_of_weights_gradients_and_activations(full):
         f"tensors/activations/{layer}"
         for layer in ("conv1", "pool1", "conv2", "flatten", "dense1", "output")
     }
-    buckets = make_ndarray(
-        found["train"]["histograms"]["tensors/weights/conv1/kernel"][-1].tensor_proto
-    )
+    of_train = found["train"]["histograms"]
+    buckets = make_ndarray(of_train["tensors/weights/conv1/kernel"][-1].tensor_proto)
     assert buckets[:, 2].sum() == 3 * 3 * 1 * 4
-    gradients = make_ndarray(
-        found["train"]["histograms"]["tensors/gradients/conv1/kernel"][-1].tensor_proto
-    )
+    gradients = make_ndarray(of_train["tensors/gradients/conv1/kernel"][-1].tensor_proto)
     assert gradients[0, 0] < 0 < gradients[-1, 1] and gradients[:, 2].sum() == 36
     norms = {
         tag: values(events)[-1][1]
