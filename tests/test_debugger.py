@@ -161,7 +161,7 @@ class Terminal:
 
     def __init__(self, *flags, cwd=None):
         self._master, slave = pty.openpty()
-        command = [sys.executable, "-m", "tfloop", "debug", "--preset=digits", *flags]
+        command = [sys.executable, "-m", "tfloop", "debug", *(flags or ["--preset=digits"])]
         self.process = subprocess.Popen(
             command,
             stdin=slave,
@@ -191,9 +191,9 @@ class Terminal:
 
 
 def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
-    pdb = Terminal("--l2=0.001", cwd=tmp_path)
+    pdb = Terminal("--preset=digits", "--l2=0.001", cwd=tmp_path)
     start = pdb.until("(tfloop) ")
-    assert "train_step()" in start and "inputs, targets, sample_weight = batch" in start
+    assert "train_step()" in start and "-> learning_rate = state.schedule(" in start
     while "-> loss, accuracy, examples, gradients, more, outputs = grad_fn" not in pdb("n"):
         pass
     assert "forward_and_backward()" in pdb("s")
@@ -225,6 +225,7 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
         "gradients.norm",
     ):
         assert "tf.Tensor" in pdb(f"p {expression}")
+    pdb("n")
     assert "state.optimizer.apply(" in pdb("n")
     text = pdb("s")
     assert "optimizers.py" in text and "apply()" in text
@@ -234,9 +235,81 @@ def test_a_session_steps_from_the_forward_pass_to_the_update(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_step_of_a_run_is_shown(tmp_path):
+    """Through show, layers, loss, where and plot, at a step in the middle of a finished run."""
+    config = tfloop.Config.make("digits", epochs=2, logdir=str(tmp_path), quiet=True)
+    (result,) = tfloop.train(config)
+    pdb = Terminal(result["folder"], "--at=70", cwd=tmp_path)
+    start = pdb.until("(tfloop) ")
+    assert "step 70 (epoch 2, batch 25): loss " in start and "the same, bit for bit" in start
+    assert "uint8 [32, 8, 8, 1]: 0 to 16" in (text := pdb("show images"))
+    assert "image 0" in text and len(text.splitlines()) >= 8
+    assert re.search(r"int64 \[32\]: 0 to 9", pdb("show labels"))
+    assert pdb("where").splitlines()[1].startswith("input")
+    assert "no layer is computed yet" in pdb("layers")
+    assert "not computed yet" in pdb("loss")
+    while "= grad_fn(state, batch, part)" not in pdb("n"):
+        pass
+    pdb("s")
+    while "activations.append(activation)" not in pdb("s"):
+        pass  # never in a comprehension, a helper of one line, or TensorFlow
+    assert "forward, after conv1" in pdb("where")
+    pdb("n")
+    pdb("n")
+    assert re.search(r"conv1 +32×6×6×16 +\d", pdb("layers"))
+    assert "valid = finite" in pdb("c")
+    rows = [line.split() for line in pdb("layers").splitlines()[2:-1]]
+    assert [row[0] for row in rows] == ["conv1", "pool1", "conv2", "flatten", "dense1", "output"]
+    assert rows[0][-4:-3] == ["kernel"] and float(rows[0][2]) > 0
+    assert re.search(r"total ([\d.]+) = data \1", pdb("loss"))
+    assert "update" in pdb("where").splitlines()[1]
+    assert "conv1/kernel    norm" in pdb("p gradients")
+    assert "images.png" in pdb("plot images") and (tmp_path / "images.png").is_file()
+    assert "NameError" in pdb("show nothing") and "holds no numbers" in pdb("plot state")
+    os.write(pdb._master, b"q\n")
+    assert "quit after 0 steps, from step 70 on; nothing was written" in pdb.until("written")
+    assert pdb.process.wait(timeout=30) == 0
+
+
+@pytest.mark.quick
+def test_what_is_shown_of_a_value(random):
+    image = np.zeros([2, 6, 6, 1], np.float32)
+    image[1, 2, 3] = 9
+    text = debugger.show(tf.constant(image))
+    assert repr(text) == str(text)
+    assert text.startswith("float32 [2, 6, 6, 1]: 0 to 9, mean 0.125; 98.6 % are 0, norm 9\n")
+    assert "image 1, farthest from the mean" in text and "   @" in text
+    odd = np.array([np.nan, np.inf, 0.5], np.float32)
+    assert "0.5 to 0.5, mean 0.5; 0 % are 0, 1 NaN, 1 infinite" in debugger.show(odd)
+    assert debugger.show(np.array([1, 0]), ("cat", "dog")).endswith("dog, cat")
+    assert debugger.show(tf.constant(2.5)) == "2.5 (float32)"
+    nest = debugger.show({"image": image, "name": "x"})
+    assert nest.splitlines()[0].startswith("image  float32 [2, 6, 6, 1]") and "name   'x'" in nest
+    assert debugger.show(None) == "None"
+
+
+def test_gradients_come_through_a_loss_scale_as_in_the_step(digits):
+    config = tfloop.Config.make("digits", precision="mixed_float16", fast=False, l2=0.01)
+    one = tfloop.make_loop(config)
+    plain = tfloop.forward_and_backward(one.state, one.batch(0))
+    walked = debugger.forward_and_backward(one.state, one.batch(0))
+    for name, gradient in plain.gradients.items():
+        scale = max(float(tf.reduce_max(tf.abs(gradient))), 1e-3)
+        np.testing.assert_allclose(walked.gradients[name] / scale, gradient / scale, atol=2e-2)
+
+
+@pytest.mark.quick
+def test_helpers_and_comprehensions_are_stepped_over():
+    inner = [code for code in debugger.record.__code__.co_consts if hasattr(code, "co_name")]
+    assert all(not debugger._is_to_be_seen(code) for code in inner)
+    assert not debugger._is_to_be_seen(debugger._as_float32.__code__)
+    assert debugger._is_to_be_seen(debugger.record.__code__)
+    assert debugger._is_to_be_seen((lambda: None).__code__) is False
+
+
 @pytest.mark.quick
 def test_it_stops_once_at_a_step_and_then_goes_on(tmp_path):
-    pdb = Terminal("--break_at=3", "--epochs=1", "--batch_size=400")
+    pdb = Terminal("--preset=digits", "--break_at=3", "--epochs=1", "--batch_size=400")
     pdb.until("(tfloop) ")
     assert "numpy=3" in pdb("p state.global_step")
     assert "valid = finite" in pdb("c")
@@ -246,7 +319,7 @@ def test_it_stops_once_at_a_step_and_then_goes_on(tmp_path):
 
 
 def test_quitting_after_some_steps_is_quitting():
-    pdb = Terminal("--epochs=1", "--batch_size=400")
+    pdb = Terminal("--preset=digits", "--epochs=1", "--batch_size=400")
     pdb.until("(tfloop) ")
     for _ in range(3):
         pdb("c")
@@ -256,14 +329,17 @@ def test_quitting_after_some_steps_is_quitting():
 
 
 def test_a_step_that_is_never_reached_is_told():
-    pdb = Terminal("--break_at=99", "--epochs=1", "--batch_size=400")
+    pdb = Terminal("--preset=digits", "--break_at=99", "--epochs=1", "--batch_size=400")
     assert "step 99 was not reached: the run has 4 steps" in pdb.until("written")
     assert pdb.process.wait(timeout=30) == 0
 
 
 def test_it_stops_where_a_condition_holds():
     pdb = Terminal(
-        "--break_if=state.global_step == 2 # the third", "--epochs=1", "--batch_size=400"
+        "--preset=digits",
+        "--break_if=state.global_step == 2 # the third",
+        "--epochs=1",
+        "--batch_size=400",
     )
     pdb.until("(tfloop) ")
     assert "numpy=2" in pdb("p state.global_step")
@@ -272,7 +348,7 @@ def test_it_stops_where_a_condition_holds():
 
 
 def test_it_stops_before_an_update_that_is_not_finite():
-    pdb = Terminal("--break_on_nan", "--learning_rate=1e20")
+    pdb = Terminal("--preset=digits", "--break_on_nan", "--learning_rate=1e20")
     pdb.until("(tfloop) ")
     assert "numpy=False" in pdb("p finite")
     assert "inf" in pdb("p updates.norm")

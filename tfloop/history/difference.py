@@ -155,9 +155,7 @@ class _Search:
         if abouts[0]["weights"] != abouts[1]["weights"]:
             names = abouts[0]["weights"].items() ^ abouts[1]["weights"].items()
             name = min(name for name, _ in names)
-            self._say(
-                f"the models differ: {name} is another weight; nothing to compare step by step"
-            )
+            self._say(f"the models differ, first in {name}: they are not compared step by step")
             return Difference()
         self._steps, self._end = steps, self._last(abouts)
         last = self._end

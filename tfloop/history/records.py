@@ -231,7 +231,7 @@ class Records:
                 f"{self.folder}: is trained again as it was; leave out --{names[0]}, or begin a "
                 "run of its own with it"
             )
-        return new.replace(**ALONE)
+        return new.replace(**{"quiet": False, **ALONE, **given})
 
 
 def _is_whole(path: Path) -> bool:

@@ -409,8 +409,8 @@ def place_in_step(stack: Sequence[tuple[FrameType, int]]) -> str:
         if code is train_step.__code__:
             place = "update" if line >= update - 3 else "input"
         elif code is record.__code__:
-            done = list(STORY.activations)
-            place = f"forward, after {done[-1]}" if done else "input"
+            done = names.get("activation")
+            place = f"forward, after {done.name}" if done else "input"
             place = "loss" if "last" in names else place
         elif code.co_name == "_call" and isinstance(names.get("call"), Call):
             place = f"forward {names['call'].name}"
@@ -441,7 +441,8 @@ def _is_helper(code: CodeType) -> bool:
         return False
     body = getattr(parsed, "body", ())
     is_text = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in body]
-    return len(body) - sum(is_text) <= 1
+    steps = [part for part, is_doc in zip(body, is_text, strict=True) if not is_doc]
+    return len(steps) <= 1 and not any(hasattr(part, "body") for part in steps)
 
 
 @functools.cache

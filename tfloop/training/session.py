@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from tfloop import criterion, models
 from tfloop.assembly import load_data, make_loop
@@ -78,6 +79,18 @@ def train(
         return session.results
 
 
+def _as_computed(config: Config, loop: Loop) -> Config:
+    """The settings with what was left open about shards and threads as it is: bits follow of it."""
+    threads = tf.config.threading
+    found = {
+        "shards": loop.shards,
+        "intra_op_threads": threads.get_intra_op_parallelism_threads(),
+        "inter_op_threads": threads.get_inter_op_parallelism_threads(),
+    }
+    unset = {name: value for name, value in found.items() if not getattr(config, name)}
+    return config.replace(**unset)
+
+
 class _Planned(NamedTuple):
     """A run that the command asks for."""
 
@@ -110,12 +123,13 @@ class Session:
         if not resume:
             folders.check_writable(Path(config.logdir))
         self.results: list[dict[str, Any]] = []
-        self._config, self._device, self._started, self._stop = config, device, started, stop
+        self._device, self._started, self._stop = device, started, stop
         self._resume, self._replicas = resume, replicas
         self._agree: Callable[[bool], bool] = replicas.agree if replicas else bool
-        self._configs = [config.of_one_run(seed) for seed in config.all_seeds]
-        self._members = min(config.ensemble, len(self._configs))
+        self._members = min(config.ensemble, len(config.all_seeds))
         first = make_loop(config, replicas=replicas)
+        self._config = config = _as_computed(config, first)
+        self._configs = [config.of_one_run(seed) for seed in config.all_seeds]
         if replicas:
             replicas.check_same(first.data.fingerprint, "data")
         others = [make_loop(config, first.data) for _ in range(self._members - 1)]
