@@ -263,7 +263,7 @@ def test_a_step_of_a_run_is_shown(tmp_path):
     assert rows[0][-4:-3] == ["kernel"] and float(rows[0][2]) > 0
     assert re.search(r"total ([\d.]+) = data \1", pdb("loss"))
     assert "update" in pdb("where").splitlines()[1]
-    assert "conv1/kernel    norm" in pdb("p gradients")
+    assert "conv1/kernel   norm" in pdb("p gradients")
     assert "images.png" in pdb("plot images") and (tmp_path / "images.png").is_file()
     assert "NameError" in pdb("show nothing") and "holds no numbers" in pdb("plot state")
     os.write(pdb._master, b"q\n")
