@@ -151,6 +151,7 @@ def dashboard(board, browser):
         ),
         ("histograms", ["tensors/activations/conv1", "digits-001/test"]),
         ("distributions", ["tensors/activations/conv1", "digits-001/test"]),
+        ("graphs", ["Main Graph", "forward", "backward", "update"]),
         ("text", ["classification_report", "macro avg", "digits-001/train"]),
         ("pr_curves", ["class_0/pr_curves", "class_9", "digits-001/test is at"]),
     ],

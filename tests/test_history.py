@@ -85,6 +85,9 @@ def test_a_step_is_that_of_a_plain_loop(run):
     plain.begin(0, None)
     losses = [call.train.total for call in plain.calls(21)]
     assert f"loss {losses[20]:.9g}" in lines[0]
+    for point in records.points:
+        worst = max(losses[point.first : point.last], default=0.0)
+        assert point.last > 21 or point.worst == np.float32(worst)
 
 
 def test_the_state_reached_is_that_of_the_checkpoint(run):

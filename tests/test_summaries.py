@@ -1,5 +1,6 @@
 """What TensorBoard is given of a run, dashboard by dashboard."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 import tfloop
-from tfloop.inspection.event_files import read_scalars
+from tfloop.inspection.event_files import _events, read_scalars
 from tfloop.training import saved_run
 
 SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100, quiet=True)
@@ -191,8 +193,8 @@ def test_precision_and_recall_for_every_class(full):
 @pytest.mark.quick
 def test_the_graphs_are_the_compiled_step_and_the_models_layers(full):
     _folder, found, multiplexer = full
-    names = {node.name.split("/")[0] for node in multiplexer.Graph("train").node}
-    assert {"conv1", "dense1", "rmsprop"} <= names
+    names = {"/".join(node.name.split("/")[:2]) for node in multiplexer.Graph("train").node}
+    assert {"forward/conv1", "backward/dense1", "update/rmsprop"} <= names
     model = json.loads(
         make_ndarray(found["train"]["graph_keras_model"]["keras"][0].tensor_proto).item()
     )
@@ -417,3 +419,47 @@ def test_a_diverged_run_is_a_failure_in_hparams(tmp_path):
     run = next(run for run in multiplexer.Runs() if "/" not in run)
     content = multiplexer.SummaryMetadata(run, "_hparams_/session_end_info").plugin_data.content
     assert metadata.parse_session_end_info_plugin_data(content).status == STATUS_FAILURE
+
+
+def test_the_graph_is_a_few_boxes_each_layer_one_of_them(tmp_path):
+    config = tfloop.Config.make(
+        "digits", epochs=1, logdir=str(tmp_path), quiet=True, augment_shift=1.0, ema=0.9, l2=1e-3
+    )
+    (result,) = tfloop.train(config)
+    graphs = [
+        GraphDef.FromString(event.graph_def)
+        for path in Path(result["folder"], "train").glob("*tfevents*")
+        for event in _events(path)
+        if event.graph_def
+    ]
+    (graph,) = graphs
+    boxes = {node.name.split("/")[0] for node in graph.node}
+    assert boxes == {
+        "input",
+        "augmentation",
+        "forward",
+        "loss",
+        "backward",
+        "update",
+        "state",
+        "while",
+    }
+    layers = {node.name.split("/")[1] for node in graph.node if node.name.startswith("forward/")}
+    assert {"conv1", "conv2", "dense1", "output"} <= layers and len(layers) <= 12
+    names = {node.name for node in graph.node}
+    inputs = {name.lstrip("^").split(":")[0] for node in graph.node for name in node.input}
+    assert inputs <= names
+
+
+def test_of_many_weights_some_are_shown(tmp_path):
+    config = tfloop.Config.make("digits", summary_tensors=3, epochs=1, quiet=True)
+    loop = tfloop.make_loop(config)
+    settings = dataclasses.asdict(config)
+    with tfloop.Summaries(tmp_path, loop, "full", settings) as summaries:
+        for record in loop.run(1):
+            summaries.write(record)
+    tags = {scalar.tag for scalar in read_scalars(tmp_path)}
+    shown = {tag for tag in tags if tag.startswith("tensors/gradient_norm/")}
+    assert shown == {
+        f"tensors/gradient_norm/{name}" for name in ("conv1/kernel", "dense1/kernel", "output/bias")
+    }

@@ -56,6 +56,7 @@ class Call:
     batch_index: int  # of the epoch's next batch, so: steps of the epoch done
     steps: int
     train: Metrics
+    worst: float  # the largest loss of its steps
     learning_rate: float  # of its last step
     seconds: float
     input_seconds: float  # of these, spent waiting for batches
@@ -288,12 +289,12 @@ class Loop:
             # TensorBoard's graph then has the layers on top, not inside the loop.
             with tf.compat.v1.name_scope(None):
                 step = self._step(batch, part=pipeline.part(pipeline.batch_size))
-            return i + 1, step._replace(sums=total.sums + step.sums), waited + seconds
+            return i + 1, step.after(total), waited + seconds
 
         def last_step() -> tuple:
             batch, seconds = self._take(source, first + full, pipeline.rest)
             step = self._step(batch, part=pipeline.part(pipeline.rest))
-            return step._replace(sums=total.sums + step.sums), waited + seconds
+            return step.after(total), waited + seconds
 
         full = tf.clip_by_value(pipeline.full - first, 0, steps)  # of these steps
         start = (tf.constant(0), no_step(self.state), tf.constant(0.0, tf.float64))
@@ -355,6 +356,7 @@ class Loop:
                 index + count,
                 count,
                 self._means(last.sums),
+                float(last.worst),
                 float(last.learning_rate),
                 call.seconds,
                 call.waited,

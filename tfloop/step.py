@@ -4,6 +4,7 @@ It serves every mode: compiled, under XLA, eager in a debugger, on a part of a b
 It returns tensors and touches nothing but the state.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -298,6 +299,12 @@ class Step(NamedTuple):
     learning_rate: tf.Tensor
     gradient: list[tf.Tensor]  # float32, over all weights: the blocks of a Vector
     update: list[tf.Tensor]  # float32, what was added to the weights
+    worst: tf.Tensor  # float32, the largest loss of a step
+
+    def after(self, before: "Step") -> "Step":
+        """This step with the sums, and the worst loss, of those before it."""
+        worst = tf.maximum(self.worst, before.worst)
+        return self._replace(sums=before.sums + self.sums, worst=worst)
 
 
 def no_step(state: TrainState) -> Step:
@@ -308,7 +315,7 @@ def no_step(state: TrainState) -> Step:
         for block in blocks_of(state.weights)
     ]
     zeros = [tf.zeros([size]) for size in sizes]
-    return Step(sums, tf.constant(0.0), zeros, zeros)
+    return Step(sums, tf.constant(0.0), zeros, zeros, tf.constant(-math.inf))
 
 
 def train_step(
@@ -355,4 +362,5 @@ def train_step(
         sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
         sums = tf.cast(select(valid, sums, tf.zeros_like(sums)), tf.float64)
         state.totals.assign_add(sums)
-    return Step(sums, learning_rate, gradients.blocks, updates.blocks)
+        worst = tf.where(valid, loss.total, -math.inf)
+    return Step(sums, learning_rate, gradients.blocks, updates.blocks, worst)

@@ -22,7 +22,7 @@ ALONE: dict[str, Any] = {
     "log_device_placement": False,
     "live_plot": False,
 }
-LOSS, GRADIENT = "loss/total", "gradient_norm/mean"
+LOSS, GRADIENT, WORST = "loss/total", "gradient_norm/mean", "loss/worst_step"
 
 
 class Point(NamedTuple):
@@ -32,6 +32,7 @@ class Point(NamedTuple):
     last: int  # and after its last
     loss: float
     gradient_norm: float | None
+    worst: float  # the largest loss of a step; the mean where nobody wrote it down
 
 
 class Records:
@@ -114,14 +115,17 @@ class Records:
         files = [path for path in own_events(self.folder) if path.parent.name == "train"]
         losses: dict[int, float] = {}
         norms: dict[int, float] = {}
+        worst: dict[int, float] = {}
         for scalar in read_files(files, self.folder):
             if scalar.tag == LOSS:
                 losses[scalar.step] = scalar.value
             elif scalar.tag == GRADIENT:
                 norms[scalar.step] = scalar.value
+            elif scalar.tag == WORST:
+                worst[scalar.step] = scalar.value
         steps = sorted(losses)
         return [
-            Point(before, step, losses[step], norms.get(step))
+            Point(before, step, losses[step], norms.get(step), worst.get(step, losses[step]))
             for before, step in zip([0, *steps], steps, strict=False)
         ]
 
@@ -132,7 +136,7 @@ class Records:
         return found if found and found.first <= step else None
 
     def spike(self) -> Point:
-        """The call whose loss lies the most above that of the call before it.
+        """The call of which one step's loss lies the most above the mean of the call before it.
 
         Raises:
           UserError: fewer than two calls are recorded.
@@ -143,7 +147,7 @@ class Records:
                 f"{self.folder}: its event files hold {counted(len(points), 'call')}, too few to "
                 "find a jump of the loss; name a step: --at=STEP"
             )
-        jumps = [after.loss - before.loss for before, after in itertools.pairwise(points)]
+        jumps = [after.worst - before.loss for before, after in itertools.pairwise(points)]
         return points[1 + max(range(len(jumps)), key=jumps.__getitem__)]
 
     def step_of(self, at: str) -> int:

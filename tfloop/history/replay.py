@@ -6,7 +6,6 @@ run's folder is read only.
 """
 
 import functools
-import itertools
 import math
 import platform
 from collections.abc import Callable, Iterator
@@ -267,8 +266,7 @@ def go_to(replay: Replay, step: int, to_the_spike: bool = False) -> int:
     Args:
       replay: of the run.
       step: the number, from 0 on, of the step that is to come next.
-      to_the_spike: of the recorded call that begins there, take the step whose loss lies the most
-        above that of the step before.
+      to_the_spike: of the recorded call that begins there, take the step with the largest loss.
     """
     point = replay.records.point_at(step)
     replay.begin_for(step)
@@ -278,18 +276,17 @@ def go_to(replay: Replay, step: int, to_the_spike: bool = False) -> int:
     if found := replay.whole_call():
         replay.last_compared = found
     if to_the_spike and point is not None:
-        step = replay.step + _largest_jump(replay.losses(point.last))
+        step = replay.step + _largest(replay.losses(point.last))
     replay.to(step)
     return step
 
 
-def _largest_jump(losses: list[float]) -> int:
-    """The place of the loss that lies the most above the one before it, or that is not finite."""
+def _largest(losses: list[float]) -> int:
+    """The place of the largest loss, or of the first that is not finite."""
     for place, loss in enumerate(losses):
         if not math.isfinite(loss):
             return place
-    jumps = [after - before for before, after in itertools.pairwise(losses)]
-    return 1 + max(range(len(jumps)), key=jumps.__getitem__) if jumps else 0
+    return max(range(len(losses)), key=losses.__getitem__)
 
 
 def told(replay: Replay) -> Iterator[str]:

@@ -103,6 +103,7 @@ def _speed(context: Context, call: Call) -> dict[str, float]:
     rows, first = pipeline.batch_size, call.batch_index - call.steps
     examples = min(call.batch_index * rows, pipeline.size) - first * rows
     return {
+        "loss/worst_step": call.worst,
         "learning_rate": call.learning_rate,
         "speed/ms_per_step": 1000 * call.seconds / call.steps,
         "speed/examples_per_second": examples / call.seconds,

@@ -163,7 +163,8 @@ def picture(image: np.ndarray) -> list[str]:
     np.add.at(counts, (ys[:, None], xs[None, :]), 1)
     cells = sums / np.maximum(counts, 1)
     least, most = cells.min(), cells.max()
-    scaled = (cells - least) / (most - least) if most > least else np.zeros_like(cells)
+    flat = np.full_like(cells, float(most > 0))  # an image of one shade
+    scaled = (cells - least) / (most - least) if most > least else flat
     shades = np.minimum((scaled * len(SHADES)).astype(int), len(SHADES) - 1)
     return ["".join(SHADES[shade] for shade in row) for row in shades]
 
