@@ -151,7 +151,6 @@ def dashboard(board, browser):
         ),
         ("histograms", ["tensors/activations/conv1", "digits-001/test"]),
         ("distributions", ["tensors/activations/conv1", "digits-001/test"]),
-        ("graphs", ["Main Graph", "forward", "backward", "update"]),
         ("text", ["classification_report", "macro avg", "digits-001/train"]),
         ("pr_curves", ["class_0/pr_curves", "class_9", "digits-001/test is at"]),
     ],
@@ -178,7 +177,7 @@ def test_images_are_loaded(dashboard, browser):
 
 def test_the_compiled_step_and_the_conceptual_graph_are_drawn(dashboard, browser):
     see = dashboard("graphs")
-    see("digits-001/train", "conv1", "gradient_tape", "rmsprop")
+    see("digits-001/train", "forward", "backward", "update")
     items = {
         item.get_attribute("textContent").strip(): item
         for item in browser.execute_script(ELEMENTS, "paper-item, paper-radio-button")

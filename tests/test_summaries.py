@@ -80,16 +80,16 @@ def test_the_terms_add_up_and_penalties_are_told_layer_by_layer(full):
     assert last["loss/total"] == pytest.approx(
         last["loss/data"] + last["loss/l1"] + last["loss/l2"], rel=1e-5
     )
-    assert {tag for tag in last if tag.startswith("loss_l2/")} == {
-        "loss_l2/dense1/kernel",
-        "loss_l2/output/kernel",
+    assert {tag for tag in last if "/loss_l2/" in tag} == {
+        "tensors/loss_l2/dense1/kernel",
+        "tensors/loss_l2/output/kernel",
     }
     _, state, _ = saved_run.open_run(full[0])
     for name in ("dense1/kernel", "output/kernel"):
-        assert last[f"loss_l2/{name}"] == pytest.approx(
+        assert last[f"tensors/loss_l2/{name}"] == pytest.approx(
             1e-3 * float(tf.reduce_sum(state.weights[name] ** 2)), rel=1e-5
         )
-        assert last[f"loss_l1/{name}"] == pytest.approx(
+        assert last[f"tensors/loss_l1/{name}"] == pytest.approx(
             1e-4 * float(tf.reduce_sum(tf.abs(state.weights[name]))), rel=1e-5
         )
 

@@ -64,6 +64,7 @@ class TrainState(tf.Module):
         dropout is determined.
       initial_hyper: what `hyper` held at first, and `reset(hyper=True)` sets back.
       totals: [SUMS + more] float64, sums of the epoch's metrics so far.
+      average_shifts: pixels by which `predict` shifts images, to take the mean; 0: not at all.
       objective: the loss and the metrics, by output; a Loop makes it fit its data.
       diverged: true once a loss or gradient was not finite; from then on no step changes anything.
     """
@@ -167,7 +168,7 @@ class TrainState(tf.Module):
         self._penalize = penalize
         self.kernels = models.penalized(model, penalize, self.weights)
         self.penalties = _check_penalties(penalties, self.kernels, penalize)
-        self.augmentation, self._average_shifts = augmentation or Augmentation(), average_shifts
+        self.augmentation, self.average_shifts = augmentation or Augmentation(), average_shifts
         self._make_numbers(l1, l2, label_smoothing, ema)
         self._make_counters(seed)
         self.loss_scale = _number(LOSS_SCALE, "loss_scale") if scale_loss else None
@@ -382,11 +383,11 @@ class TrainState(tf.Module):
         they are logits: of the image, and of it shifted up, down, left and right.
         """
         key = Key(seed_of(self.seed, 2))  # for what draws in evaluation, too
-        if not self._average_shifts:
+        if not self.average_shifts:
             return self.forward(self.standardize(inputs), forward, key=key)
         predictions = [
             self.probabilities(self.forward(self.standardize(view), forward, key=key))
-            for view in shifted(tf.cast(inputs, tf.float32), self._average_shifts)
+            for view in shifted(tf.cast(inputs, tf.float32), self.average_shifts)
         ]
         mean = map_leaves(lambda *views: tf.add_n(views) / len(views), *predictions)
         return self.objective.unsquash(mean)

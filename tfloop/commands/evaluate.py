@@ -59,14 +59,15 @@ def _open(folder: str, options: dict[str, Any], config: Config) -> tuple[str, An
     """(the data set's name, a loop on a run's data with its weights)."""
     from tfloop import assembly
     from tfloop.data import spec
+    from tfloop.data.dataset import with_classes_of
     from tfloop.loop import Loop
     from tfloop.training import saved_run
 
     trained, state, manifest = saved_run.open_run(folder, options["best"], warn, options)
     if options["dataset"]:
         trained = trained.replace(cache="", split="standard", validation_size=0)
-    data = assembly.load_data(trained)
     where = f"--dataset={trained.dataset}"
+    data = with_classes_of(assembly.load_data(trained), saved_run.spec_of(manifest).kinds, where)
     if not len(data.test):
         raise UserError(f"{where}: has no test {data.noun} to evaluate")
     spec.check_inputs(saved_run.spec_of(manifest), data.test.inputs, where)

@@ -40,7 +40,8 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     if options["dry_run"]:
         session.dry_run(config, device, replicas)
         return 0
-    results = session.train(config, device, STARTED, stop.asked, resume, replicas)
+    override = options["override"]
+    results = session.train(config, device, STARTED, stop.asked, resume, replicas, override)
     last = results[-1] if results else {"finished": True}
     was_stopped_by_another = not last["finished"] and not last["out_of_time"]
     return stop.code() or (TERMINATED if was_stopped_by_another else 0)

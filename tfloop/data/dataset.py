@@ -274,6 +274,44 @@ class Dataset:
         )
 
 
+def with_classes_of(dataset: Dataset, kinds: Mapping[str, Target], where: str) -> Dataset:
+    """The data set with its class numbers those that a model was trained with, matched by name.
+
+    Where one of the two has no class names, numbers are taken as they are.
+
+    Raises:
+      UserError: a class that the model does not know; `where` names the data.
+    """
+    places = {}
+    for name, own in dataset.kinds.items():
+        trained = kinds.get(name)
+        if trained is None or own.kind != "classes" or not own.names or not trained.names:
+            continue
+        if unknown := [each for each in own.names if each not in trained.names]:
+            raise UserError(
+                f"{where}: has the class {unknown[0]!r}, which the run was not trained on; its "
+                f"classes are {', '.join(trained.names)}"
+            )
+        places[name] = np.array([trained.names.index(each) for each in own.names])
+    if not places:
+        return dataset
+
+    def renumbered(split: Split) -> Split:
+        values = [
+            places[name][targets] if name in places else targets
+            for name, targets in zip(dataset.kinds, leaves(split.targets), strict=True)
+        ]
+        return dataclasses.replace(split, targets=filled(split.targets, values))
+
+    return dataclasses.replace(
+        dataset,
+        train=renumbered(dataset.train),
+        validation=renumbered(dataset.validation),
+        test=renumbered(dataset.test),
+        kinds={**dataset.kinds, **{name: kinds[name] for name in places}},
+    )
+
+
 def targets_text(kinds: Mapping[str, Target]) -> str:
     """ "10 classes", or "kind: 3 classes; price: values" """
     return "; ".join(

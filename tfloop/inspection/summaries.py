@@ -53,7 +53,7 @@ class Summaries:
           resumed: its first events are written already.
 
         Raises:
-          UserError: an unknown level.
+          UserError: an unknown level; the folder holds event files of another time.
         """
         if level not in LEVELS:
             known = ", ".join(LEVELS)
@@ -65,6 +65,11 @@ class Summaries:
                 "batch_size": loop.pipeline.batch_size,
             }
         self._folder, self._level = Path(folder), level
+        if not resumed and own_events(self._folder):
+            raise UserError(
+                f"{folder}: holds event files already, and curves of two runs in one folder cannot "
+                "be told apart; name a new folder, or give resumed=True to go on with them"
+            )
         self._files: dict[str, EventFile] = {}
         self._context = Context(loop, self._folder, settings)
         if not resumed:

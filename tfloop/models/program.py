@@ -180,7 +180,8 @@ class _Writer:
         self._values += len(outputs)
         self.shapes.update(zip(outputs, (x.shape for x in node.outputs), strict=True))
         given = node.arguments.keras_tensors
-        by_rows = all(x.shape and x.shape[0] is None for x in node.outputs)
+        rows = self.shapes[0][0]  # None, or the batch that the model was built with
+        by_rows = all(x.shape and x.shape[0] == rows for x in node.outputs)
         if not isinstance(node.operation, keras.layers.Layer):  # keras.ops: rows go with rows
             by_rows = by_rows and len({len(x.shape) for x in given}) == 1
         ids = [id(x) for x in given]

@@ -286,7 +286,10 @@ def _judge(standing: Standing, until: int | None) -> None:
 
 def find(config: Config, name: str) -> Path | None:
     """The newest sweep of this name that has not come to its end."""
-    files = Path(config.logdir).glob(f"{name}-*/{FILE}")
+    logdir = Path(config.logdir)
+    found = sorted(logdir.iterdir()) if logdir.is_dir() else []
+    files = [path / FILE for path in found if path.name.startswith(f"{name}-")]
+    files = [file for file in files if file.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         if not (path.parent / RESULT).is_file():
             return path.parent

@@ -4,11 +4,14 @@ A checkpoint is made under a temporary name, flushed to disk and renamed, and ol
 after that: at every instant there is a newest one that is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +125,39 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
                 raise UserError(f"{misfit}: {what} {name}")
         others = _with_other_totals(state, path)  # of other metrics: the epoch's are counted anew
         tensors = {name: v for name, v in state.named().items() if name not in others | in_one}
-        read = tf.train.Checkpoint(state=tensors).read(str(path / "state"))
-        if missing or extra or others or in_one:
-            read.expect_partial()
-        else:
-            read.assert_consumed()
+        with _plain_name(path) as name:
+            read = tf.train.Checkpoint(state=tensors).read(name)
+            if missing or extra or others or in_one:
+                read.expect_partial()
+            else:
+                read.assert_consumed()
     except UserError:
         raise
     except (AssertionError, ValueError, tf.errors.OpError) as error:
         raise UserError(f"{misfit}: {str(error).splitlines()[0]}") from None
     if "averages" in missing:
         state.restart_ema()
+
+
+@contextlib.contextmanager
+def _plain_name(path: Path) -> Iterator[str]:
+    """A name of a checkpoint's files that TensorFlow does not take for a pattern.
+
+    It looks for files by patterns, in which [, ], *, ? and \\ mean something.
+    """
+    if not set("[]*?\\{}") & set(str(path.absolute())):
+        yield str(path / "state")
+        return
+    with tempfile.TemporaryDirectory(prefix="tfloop-") as folder:
+        link = Path(folder) / "checkpoint"
+        link.symlink_to(path.absolute(), target_is_directory=True)
+        yield str(link / "state")
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """The keys in a checkpoint, with the shapes of what they hold."""
+    with _plain_name(path) as name:
+        return tf.train.load_checkpoint(name).get_variable_to_shape_map()
 
 
 def _slots_in_one_vector(state: TrainState, path: Path) -> set[str]:
@@ -143,14 +168,15 @@ def _slots_in_one_vector(state: TrainState, path: Path) -> set[str]:
     optimizer, found = state.optimizer, set[str]()
     if not isinstance(optimizer, Optimizer):
         return found
-    saved = tf.train.load_checkpoint(str(path / "state"))
-    shapes = saved.get_variable_to_shape_map()
+    shapes = _shapes(path)
     size = count_elements(state.weights.values())
     for name in {key.partition("/")[0] for key in optimizer.slots}:
         key = f"state/slots.S{name}/.ATTRIBUTES/VARIABLE_VALUE"
         keys = optimizer.in_blocks(name)
         if keys and shapes.get(key) == [size]:
-            optimizer.set_whole(name, tf.constant(saved.get_tensor(key)))
+            with _plain_name(path) as file:
+                value = tf.train.load_checkpoint(file).get_tensor(key)
+            optimizer.set_whole(name, tf.constant(value))
             found |= {f"slots/{name}", *(f"slots/{part}" for part in keys)}
     return found
 
@@ -197,7 +223,7 @@ def _may_differ(name: str) -> bool:
 
 def _names_in(path: Path) -> set[str]:
     """The names of the variables in a checkpoint, as `TrainState.named` has them."""
-    keys = tf.train.load_checkpoint(str(path / "state")).get_variable_to_shape_map()
+    keys = _shapes(path)
     names = set()
     for key in keys:
         if key.startswith("state/"):
@@ -209,7 +235,7 @@ def _names_in(path: Path) -> set[str]:
 
 def _with_other_totals(state: TrainState, path: Path) -> set[str]:
     """ "totals", where the checkpoint's are of other metrics than the state's."""
-    shapes = tf.train.load_checkpoint(str(path / "state")).get_variable_to_shape_map()
+    shapes = _shapes(path)
     found = shapes.get("state/totals/.ATTRIBUTES/VARIABLE_VALUE")
     return set() if found in (None, list(state.totals.shape)) else {"totals"}
 

@@ -19,11 +19,16 @@ from tfloop.wording import first_sentence
 FORMATS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite", "weights": ".weights.h5"}
 
 
-def plain_model(state: TrainState) -> keras.Model:
+def plain_model(state: TrainState, as_predicted: bool = True) -> keras.Model:
     """The model behind its standardiser: inputs as they lie in the data → what predict gives.
 
-    Its layers are those of `state.model`, in float32 whatever precision they were trained in, and
-    with the moving average of their weights where one is kept. Classes come as probabilities.
+    With `average_shifts` it is the mean over each image and its four neighbours. Its layers are
+    those of `state.model`, in float32 whatever precision they were trained in, and with the moving
+    average of their weights where one is kept. Classes come as probabilities.
+
+    Args:
+      state: of the model.
+      as_predicted: unset, images are taken as they are, whatever `average_shifts` says.
 
     Raises:
       UserError: the model shows no graph.
@@ -50,7 +55,28 @@ def plain_model(state: TrainState) -> keras.Model:
     with state.using_ema():
         for copy, trained in zip(_variables(twin), _variables(model), strict=True):
             copy.assign(trained)
-    return plain
+    return _averaged(plain, state.average_shifts) if as_predicted else plain
+
+
+def _averaged(plain: keras.Model, pixels: int) -> keras.Model:
+    """The mean of what the model gives for an image, and for it shifted by N pixels four ways."""
+    if not pixels:
+        return plain
+    image, n, layers = plain.input, pixels, keras.layers
+    given = [plain(image)]
+    for way, rows, columns in (
+        ("down", (n, 0), (0, 0)),
+        ("up", (0, n), (0, 0)),
+        ("right", (0, 0), (n, 0)),
+        ("left", (0, 0), (0, n)),
+    ):
+        wide = layers.ZeroPadding2D((rows, columns), name=f"{way}_wide")(image)
+        cut = layers.Cropping2D((rows[::-1], columns[::-1]), name=way)(wide)
+        given.append(plain(cut))
+    flat = zip(*map(keras.tree.flatten, given), strict=True)
+    means = [layers.Average(name=f"mean_{i}")(list(values)) for i, values in enumerate(flat)]
+    outputs = keras.tree.pack_sequence_as(given[0], means)
+    return keras.Model(image, outputs, name="tfloop_averaged")
 
 
 def _in_float32(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -6,10 +6,14 @@ epochs were done. Runs that one command began have a group.json.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,58 @@ def create(config: Config) -> Path:
     folder = numbered(Path(config.logdir), name_of(config))
     write(folder / CONFIG, config.to_json())
     return folder
+
+
+PARTIAL = ".unfinished-"  # the folders of runs that are not whole begin so
+
+
+@contextlib.contextmanager
+def made_whole(config: Config) -> Iterator[Path]:
+    """A folder beside the runs in which one is made; `placed` gives it its name when it is whole.
+
+    Nobody takes it for a run. What was left by a process that was killed is removed.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    logdir = Path(config.logdir)
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+        for path in logdir.iterdir():
+            is_old = path.name.startswith(PARTIAL) and time.time() - path.stat().st_mtime > 60
+            if is_old and not _is_held(path):
+                shutil.rmtree(path, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=logdir))
+    except OSError as error:
+        raise UserError(f"--logdir={logdir}: cannot be written: {error.strerror}") from None
+    try:
+        with locked(folder):
+            write(folder / CONFIG, config.to_json())
+            yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _is_held(folder: Path) -> bool:
+    """Does a process hold the folder's lock?"""
+    try:
+        with locked(folder):
+            return False
+    except (UserError, OSError):
+        return True
+
+
+def placed(folder: Path, config: Config) -> Path:
+    """Rename the folder to the first free name of a run."""
+    folder.chmod(0o755)
+    while True:
+        taken = numbered(Path(config.logdir), name_of(config))
+        try:
+            return folder.rename(taken)  # an empty folder is replaced
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise UserError(f"{taken}: cannot be made: {error.strerror}") from None
 
 
 def create_all(config: Config) -> list[Path]:
@@ -107,10 +163,11 @@ def newest_unfinished(config: Config) -> tuple[list[Path], int]:
     def number(path: Path) -> int:
         return int(path.name.removeprefix(prefix))
 
+    logdir = Path(config.logdir)
     runs = [
         path
-        for path in Path(config.logdir).glob(f"{prefix}*")
-        if path.name.removeprefix(prefix).isdecimal()
+        for path in (logdir.iterdir() if logdir.is_dir() else ())
+        if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdecimal()
     ]
     newest = max(runs, key=number, default=None)
     if not newest or not (newest / CONFIG).is_file():
@@ -129,6 +186,7 @@ def runs_in(folder: Path) -> list[Path]:
     if (folder / CONFIG).is_file():
         return [folder]
     found = sorted(path.parent for path in folder.rglob(CONFIG)) if folder.is_dir() else []
+    found = [path for path in found if not path.name.startswith(PARTIAL)]
     if not found:
         what = "holds no runs" if folder.is_dir() else "is no folder"
         raise UserError(f"{folder}: {what}; name a run's folder, or one with runs in it")

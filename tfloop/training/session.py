@@ -19,13 +19,13 @@ from tfloop import criterion, models
 from tfloop.assembly import load_data, make_loop
 from tfloop.config import Config
 from tfloop.data.dataset import Dataset
-from tfloop.errors import DivergenceError
+from tfloop.errors import DivergenceError, UserError
 from tfloop.inspection.progress import Display
 from tfloop.loop import Epoch, Loop
 from tfloop.machine.replicas import Replicas
 from tfloop.nests import leaves, named_leaves
 from tfloop.state import TrainState
-from tfloop.training import code, folders, keras_import
+from tfloop.training import code, folders, keras_import, manifests
 from tfloop.training.ensemble import Calls, End, SideBySide, Together, judge_together
 from tfloop.training.folders import reached_text
 from tfloop.training.run import Run, may_end
@@ -40,6 +40,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     resume: Sequence[Path] = (),
     replicas: Replicas | None = None,
+    override: bool = False,
 ) -> list[dict[str, Any]]:
     """Train once for each seed in one process, each into a folder of its own.
 
@@ -68,7 +69,7 @@ def train(
         if replicas and not replicas.is_chief:
             _follow(config, stop, replicas)
             return []
-        session = Session(config, device, started, stop, resume, replicas)
+        session = Session(config, device, started, stop, resume, replicas, override)
         with session, contextlib.closing(session.calls()) as all_calls:
             for calls in all_calls:
                 with calls:
@@ -77,6 +78,19 @@ def train(
                     else:
                         calls[0].loop.make(calls[0])
         return session.results
+
+
+def _check_same_data(resume: Sequence[Path], data: Dataset) -> None:
+    """Raises UserError where a run that is to go on was trained on other examples."""
+    for folder in resume:
+        if not manifests.all_in(folder / "checkpoints"):
+            continue
+        known = manifests.newest(folder / "checkpoints")[1].get("fingerprint")
+        if known is not None and known != data.fingerprint:
+            raise UserError(
+                f"--resume={folder}: {data.name} does not hold what the run was trained on; put "
+                "the data back, or go on with what they are now: --override"
+            )
 
 
 def _as_computed(config: Config, loop: Loop) -> Config:
@@ -115,6 +129,7 @@ class Session:
         stop: Callable[[], bool],
         resume: Sequence[Path],
         replicas: Replicas | None,
+        override: bool = False,
     ) -> None:
         """Arguments as those of `train`."""
         for folder in resume:
@@ -129,6 +144,8 @@ class Session:
         self._members = min(config.ensemble, len(config.all_seeds))
         first = make_loop(config, replicas=replicas)
         self._config = config = _as_computed(config, first)
+        if not override:
+            _check_same_data(resume, first.data)
         self._configs = [config.of_one_run(seed) for seed in config.all_seeds]
         if replicas:
             replicas.check_same(first.data.fingerprint, "data")
@@ -338,12 +355,12 @@ def adopt(config: Config, path: str | Path) -> Path:
     loop = make_loop(config)
     some = loop.data.test if len(loop.data.test) else loop.data.train
     keras_import.import_weights(loop.state, path, some.rows(slice(64)))
-    folder = folders.create(config)
-    code.store(folder, config)
     display = Display(config.epochs, loop.steps, config.quiet)
-    with folders.locked(folder), display:
-        Run(config, loop, folder, display, "").save({})
-    return folder
+    with folders.made_whole(config) as folder:
+        code.store(folder, config)
+        with display:
+            Run(config, loop, folder, display, "").save({})
+    return folders.placed(folder, config)
 
 
 def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) -> None:
