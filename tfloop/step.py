@@ -4,7 +4,6 @@ It serves every mode: compiled, under XLA, eager in a debugger, on a part of a b
 It returns tensors and touches nothing but the state.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -315,7 +314,7 @@ def no_step(state: TrainState) -> Step:
         for block in blocks_of(state.weights)
     ]
     zeros = [tf.zeros([size]) for size in sizes]
-    return Step(sums, tf.constant(0.0), zeros, zeros, tf.constant(-math.inf))
+    return Step(sums, tf.constant(0.0), zeros, zeros, tf.constant(tf.float32.min))
 
 
 def train_step(
@@ -362,5 +361,5 @@ def train_step(
         sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
         sums = tf.cast(select(valid, sums, tf.zeros_like(sums)), tf.float64)
         state.totals.assign_add(sums)
-        worst = tf.where(valid, loss.total, -math.inf)
+        worst = tf.where(valid, loss.total, tf.float32.min)
     return Step(sums, learning_rate, gradients.blocks, updates.blocks, worst)

@@ -19,10 +19,12 @@ def pack(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     from tfloop.data import pack
 
     source, folder = arguments
-    data = pack.pack(source, folder, format, int(size))
-    shards = len(data.train.inputs.files) + len(data.test.inputs.files)
+    data = pack.pack(source, folder, format, int(size), print)
+    parts = [part for part in (data.train, data.validation, data.test) if len(part)]
+    shards = sum(len(part.inputs.files) for part in parts)
+    held_out = f", {len(data.validation)} validation" if len(data.validation) else ""
     print(
-        f"{len(data.train)} training and {len(data.test)} test images of "
+        f"{len(data.train)} training{held_out} and {len(data.test)} test images of "
         f"{shape_text(data.image_shape)}, {data.classes} classes, in {shards} shards: {folder}"
     )
     return 0

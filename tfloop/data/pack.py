@@ -2,40 +2,51 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tfloop.data import shards, sources
+from tfloop.data import pictures, shards, sources
 from tfloop.data.dataset import Dataset, Split
 from tfloop.errors import UserError
-from tfloop.wording import shape_text
+from tfloop.wording import counted, shape_text
 
-PICTURES = (".png", ".jpg", ".jpeg")
 TEST_SHARE = 0.1  # of each class, where pictures are not divided into train and test
+VALIDATION = ("val", "valid", "validation")  # what people call that folder
+Item = tuple[Any, int]  # (an image, or its Picture; class number)
 
 
 class _Contents(NamedTuple):
     """What is packed."""
 
-    parts: Mapping[str, Iterable]  # "train", "test" → (image or its file, class number)
+    parts: Mapping[str, Iterable[Item]]  # "train", "validation", "test"
     classes: list[str]  # their names, where the source has any
+    mode: str = ""  # of pictures.CHANNELS, that all pictures are brought to
+    told: tuple[str, ...] = ()  # what was left out or changed
 
 
-def pack(source: str, folder: str | Path, format: str = "png", shard_mib: int = 64) -> Dataset:
+def pack(
+    source: str,
+    folder: str | Path,
+    format: str = "png",
+    shard_mib: int = 64,
+    say: Callable[[str], None] = lambda line: None,
+) -> Dataset:
     """Shards in a new folder, whole or not at all, and what they hold.
 
     Args:
-      source: a folder of pictures, SOURCE/train/CLASS/… and SOURCE/test/CLASS/…, or SOURCE/CLASS/…,
-        of which the last tenth by name of each class becomes the test; or a data set as in
-        sources.load.
+      source: a folder of pictures, SOURCE/train/CLASS/…, SOURCE/test/CLASS/… and maybe
+        SOURCE/val/CLASS/…, or SOURCE/CLASS/…, of which the last tenth by name of each class becomes
+        the test; or a data set as in sources.load. Pictures in folders within a class are its, too.
       folder: a new one.
       format: of the images: png, or raw, which is larger and read faster. Pictures stay as they
         are, unless raw is asked for.
       shard_mib: size of a shard, about.
+      say: is told how many files were taken, and what was left out or changed.
 
     Raises:
       UserError: nothing to pack, something that cannot be read, or a folder that exists.
@@ -47,6 +58,8 @@ def pack(source: str, folder: str | Path, format: str = "png", shard_mib: int = 
     if contents is None:
         contents = _arrays(sources.load(source, standardize=False), source)
     _make(folder, contents, format, shard_mib)
+    for line in contents.told:
+        say(line)
     return shards.load(folder)
 
 
@@ -68,7 +81,7 @@ def cached(dataset: Dataset, folder: str | Path) -> Path:
 def _make(folder: Path, contents: _Contents, format: str, shard_mib: int) -> None:
     """The folder with its shards and their index, whole or not at all."""
     partial: Path | None = None
-    encode = _Encoder(format)
+    encode = _Encoder(format, contents.mode)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         prefix = f"{folder.name}."
@@ -105,26 +118,22 @@ def _rows(split: Split) -> Iterator[tuple[np.ndarray, int]]:
         yield from zip(split.inputs[rows], split.targets[rows].tolist(), strict=True)
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES
-
-
 def _pictures(source: Path) -> _Contents | None:
     """What a folder of pictures holds; None where the source is none."""
-    if not source.is_dir() or any(source.glob("*tfrecord*")):
+    if not source.is_dir() or any(map(shards.is_shard, source.iterdir())):
         return None
-    if not any(path.is_dir() for path in source.iterdir()):
-        if any(_is_picture(path) for path in source.iterdir()):
+    if not _folders(source):
+        if pictures.find(source).files:
             raise UserError(
                 f"{source}: holds pictures; put those of each class into a folder of its own in it"
             )
         return None
     if (source / "train").is_dir() and (source / "test").is_dir():
         return _divided_pictures(source)
-    classes = _classes(source)
+    classes, left_out = _classes(source), Counter[str]()
     train, test = [], []
     for number, name in enumerate(classes):
-        files = _files(source / name)
+        files = _files(source / name, left_out)
         if len(files) < 2:
             raise UserError(
                 f"{source / name}: holds one picture; a class needs two or more, since some of "
@@ -133,24 +142,59 @@ def _pictures(source: Path) -> _Contents | None:
         held_out = max(1, round(TEST_SHARE * len(files)))
         train += [(path, number) for path in files[:-held_out]]
         test += [(path, number) for path in files[-held_out:]]
-    return _Contents({"train": train, "test": test}, classes)
+    _count_others(source, classes, left_out)
+    return _looked_at({"train": train, "test": test}, classes, left_out)
 
 
 def _divided_pictures(source: Path) -> _Contents:
-    """What SOURCE/train/CLASS and SOURCE/test/CLASS hold."""
-    classes = _classes(source / "train")
+    """What SOURCE/train/CLASS, SOURCE/test/CLASS and maybe SOURCE/val/CLASS hold."""
+    classes, left_out = _classes(source / "train"), Counter[str]()
+    held_out = [source / name for name in VALIDATION if (source / name).is_dir()]
+    if len(held_out) > 1:
+        raise UserError(f"{held_out[1]}: stands beside {held_out[0]}; which one is to be taken?")
+    places = {"train": source / "train", "test": source / "test"}
+    if held_out:
+        places["validation"] = held_out[0]
     parts: dict[str, list] = {}
-    for part in ("train", "test"):
-        _check_classes(source / part, classes)
+    for part, place in places.items():
+        _check_classes(place, classes)
         parts[part] = []
         for number, name in enumerate(classes):
-            parts[part] += [(path, number) for path in _files(source / part / name)]
-    return _Contents(parts, classes)
+            if part == "train" or (place / name).is_dir():
+                parts[part] += [(path, number) for path in _files(place / name, left_out)]
+        _count_others(place, classes, left_out)
+    _count_others(source, [path.name for path in places.values()], left_out)
+    return _looked_at(parts, classes, left_out)
+
+
+def _looked_at(
+    parts: Mapping[str, list[tuple[Path, int]]], classes: list[str], left_out: Counter
+) -> _Contents:
+    """The pictures with what their headers say, and how many of which kind there are."""
+    looked = {
+        part: [(pictures.look(path), number) for path, number in items]
+        for part, items in parts.items()
+    }
+    found = [picture for items in looked.values() for picture, _ in items]
+    mode = pictures.widest(found)
+    told = [f"{counted(len(found), 'picture')} taken"]
+    widened = Counter(picture.mode for picture in found if picture.mode != mode)
+    told += [
+        f"{counted(count, f'{kind} picture')} became {mode}" for kind, count in widened.items()
+    ]
+    if text := pictures.left_out_text(left_out):
+        told.append(text)
+    return _Contents(looked, classes, mode, tuple(told))
+
+
+def _folders(root: Path) -> list[str]:
+    """The names of the folders in `root`, sorted, but for hidden ones."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _classes(root: Path) -> list[str]:
     """The names of the class folders in `root`, sorted; a class's number is its place here."""
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    classes = _folders(root)
     if len(classes) < 2:
         held = "1 class folder" if classes else "no class folders"
         raise UserError(f"{root}: holds {held}; there must be two or more")
@@ -159,43 +203,50 @@ def _classes(root: Path) -> list[str]:
 
 def _check_classes(root: Path, classes: list[str]) -> None:
     """Raises UserError where `root` has a class folder that is none of `classes`."""
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and path.name not in classes:
-            raise UserError(f"{path}: there is no such class in {root.parent / 'train'}")
+    for name in _folders(root):
+        if name not in classes:
+            raise UserError(f"{root / name}: there is no such class in {root.parent / 'train'}")
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.glob("*") if _is_picture(path))
-    if not files:
-        raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES)})")
-    return files
+def _files(folder: Path, left_out: Counter) -> list[Path]:
+    found = pictures.find(folder)
+    left_out.update(found.left_out)
+    if not found.files:
+        raise UserError(f"{folder}: holds no pictures")
+    return found.files
+
+
+def _count_others(root: Path, taken: Collection[str], left_out: Counter) -> None:
+    """Count the files beside the folders that are taken, and those in hidden folders."""
+    for path in root.iterdir():
+        if path.is_dir() and path.name not in taken:
+            left_out[f"in {path.name}"] += sum(each.is_file() for each in path.rglob("*"))
+        elif path.is_file():
+            left_out["beside the classes"] += 1
 
 
 class _Encoder:
     """Makes serialized tf.train.Examples of images, which must all have one shape."""
 
-    def __init__(self, format: str) -> None:
-        self._format = format
+    def __init__(self, format: str, mode: str) -> None:
+        self._format, self._mode = format, mode
         self._shape: tuple[int, ...] | None = None
 
-    def __call__(self, image: np.ndarray | Path, label: int) -> bytes:
-        pixels, encoded = _read(image) if isinstance(image, Path) else (image, None)
+    def __call__(self, image: np.ndarray | pictures.Picture, label: int) -> bytes:
+        encoded, name = None, "image"
+        if isinstance(image, pictures.Picture):
+            name, pixels = str(image.path), pictures.read(image, self._mode)
+            if image.is_plain and image.mode == self._mode:
+                encoded = pictures.content(image)
+        else:
+            pixels = image
         self._shape = self._shape or pixels.shape
         if pixels.shape != self._shape:
             raise UserError(
-                f"{image}: is {shape_text(pixels.shape)}, those before it are "
+                f"{name}: is {shape_text(pixels.shape)}, those before it are "
                 f"{shape_text(self._shape)}; bring all to one size"
             )
         return example(pixels, label, self._format, encoded)
-
-
-def _read(path: Path) -> tuple[np.ndarray, bytes]:
-    """(pixels, content) of a picture."""
-    content = path.read_bytes()
-    try:
-        return tf.io.decode_image(content, expand_animations=False).numpy(), content
-    except tf.errors.OpError:
-        raise UserError(f"{path}: cannot be read as a picture") from None
 
 
 def example(

@@ -140,6 +140,18 @@ def widest(pictures: Iterable[Picture]) -> str:
     return max((picture.mode for picture in pictures), key=lambda mode: CHANNELS[mode])
 
 
+def content(picture: Picture) -> bytes:
+    """The file as it is.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return picture.path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{picture.path}: cannot be read: {error.strerror}") from None
+
+
 def read(picture: Picture, mode: str) -> np.ndarray:
     """[height, width, channels] uint8, in this mode of CHANNELS.
 
@@ -149,8 +161,8 @@ def read(picture: Picture, mode: str) -> np.ndarray:
     path = picture.path
     try:
         if picture.is_plain:
-            content = tf.io.read_file(str(path))
-            return tf.io.decode_image(content, CHANNELS[mode], expand_animations=False).numpy()
+            channels = CHANNELS[mode]
+            return tf.io.decode_image(content(picture), channels, expand_animations=False).numpy()
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             pixels = np.asarray(upright.convert(mode))

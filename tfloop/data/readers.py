@@ -107,6 +107,26 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: damaged or not an .npz of plain arrays: {error}") from None
 
 
+def read_npy(path: str | Path) -> np.ndarray:
+    """The array in an .npy file, read without pickle.
+
+    Raises:
+      UserError: the file is damaged, promises more than it holds, or holds Python objects.
+    """
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            form = np.lib.format
+            is_first = version == (1, 0)
+            read = form.read_array_header_1_0 if is_first else form.read_array_header_2_0
+            shape, _, dtype = read(file)
+            if math.prod(shape) * dtype.itemsize > os.path.getsize(path):
+                raise UserError(f"{path}: damaged: it promises more data than the file holds")
+        return np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError, SyntaxError, TypeError, MemoryError) as error:
+        raise UserError(f"{path}: damaged or not an .npy of a plain array: {error}") from None
+
+
 def _check_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str | Path) -> None:
     """Raises UserError where an array's header promises more than its entry holds.
 

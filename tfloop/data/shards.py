@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import resource
 import threading
 import zlib
@@ -34,8 +35,14 @@ from tfloop.errors import UserError
 from tfloop.wording import shape_text
 
 INDEX = "index.npz"
-FORMAT = 2
-PARTS = ("train", "test")
+FORMAT = 3
+PARTS = ("train", "test", "validation")  # the last may be missing
+NAMES = {"train": ("train",), "test": ("test",), "validation": ("validation", "valid", "val")}
+# "…tfrecord", "…tfrecords", and TF-slim's names without that word.
+_SHARD = re.compile(r"tfrecords?(-\d+-of-\d+)?$|-\d{5}-of-\d{5}$")
+_PLACE = re.compile(r"-(\d+)-of-(\d+)(?=\D*$)")
+_PACKED = re.compile(r"\.(gz|gzip|zlib|zip|bz2|xz)$")
+MOST_UNUSED = 1000  # class numbers; more beside few that are used are no numbers of classes
 HEADER, FOOTER = 12, 4  # bytes around a record: its length and the CRC of that, and its own CRC
 CHUNK = 1024  # records that are decoded at once
 COLUMNS = {
@@ -49,10 +56,57 @@ COLUMNS = {
 }
 
 
+def is_shard(path: Path) -> bool:
+    """Is it, by its name, a shard: not hidden, and no copy with another ending?"""
+    name = path.name
+    return not name.startswith(".") and bool(_SHARD.search(_PACKED.sub("", name)))
+
+
 def shards(folder: str | Path, part: str) -> list[Path]:
-    """The shards of "train" or "test" in a folder, by name."""
-    files = sorted(path for path in Path(folder).glob("*tfrecord*") if path.is_file())
-    return [path for path in files if path.name.startswith(part) or f"-{part}." in path.name]
+    """The shards of a part in a folder, by name.
+
+    Raises:
+      UserError: some are missing, by the numbers in their names, or they are of two generations; or
+        they are compressed.
+    """
+    files = sorted(p for p in Path(folder).iterdir() if is_shard(p) and p.is_file())
+    found = [path for path in files if _is_of(path.name, part)]
+    _check_complete(found)
+    for path in found:
+        if _PACKED.search(path.name):
+            raise UserError(
+                f"{path}: is compressed, so that no record can be read on its own; unpack it, or "
+                "read it by a function of your own: --dataset=FILE.py:function"
+            )
+    return found
+
+
+def _is_of(name: str, part: str) -> bool:
+    """Does a shard belong to a part: does its name begin with it, or hold it?"""
+    return any(re.search(rf"^{word}(?![a-z])|-{word}\.", name) for word in NAMES[part])
+
+
+def _check_complete(files: list[Path]) -> None:
+    """Raises UserError where the numbers in the names, 3 of 10, do not make a whole."""
+    by_base: dict[str, dict[int, set[int]]] = {}
+    for path in files:
+        if found := _PLACE.search(path.name):
+            base = path.name[: found.start()]
+            by_base.setdefault(base, {}).setdefault(int(found[2]), set()).add(int(found[1]))
+    for base, by_count in by_base.items():
+        if len(by_count) > 1:
+            first, second, *_ = sorted(by_count)
+            raise UserError(
+                f"{files[0].parent}: holds shards of two sets, {base}-…-of-{first:05d} and "
+                f"{base}-…-of-{second:05d}; remove those that do not belong to it"
+            )
+        ((count, numbers),) = by_count.items()
+        if missing := sorted(set(range(count)) - numbers):
+            name = f"{base}-{missing[0]:05d}-of-{count:05d}"
+            raise UserError(
+                f"{files[0].parent}: {len(missing)} of {count} shards are missing, the first is "
+                f"{name}"
+            )
 
 
 class Records:
@@ -174,7 +228,8 @@ class Records:
             os.close(descriptor)
 
 
-IMAGE_KEYS, LABEL_KEYS = ("image", "image/encoded"), ("label", "image/class/label")
+IMAGE_KEYS = ("image", "image/encoded", "image_raw", "image/image_raw")
+LABEL_KEYS = ("label", "image/class/label", "image/label")
 # The index knows all else.
 FEATURES = {key: tf.io.FixedLenFeature([], tf.string, "") for key in IMAGE_KEYS}
 
@@ -211,8 +266,10 @@ def decode(examples: tf.Tensor, raw: tf.Tensor, image_shape: tuple[int, int, int
 
 
 def _image(parsed: dict[str, tf.Tensor]) -> tf.Tensor:
-    first, second = (parsed[key] for key in IMAGE_KEYS)
-    return tf.where(first == "", second, first)
+    image = parsed[IMAGE_KEYS[0]]
+    for key in IMAGE_KEYS[1:]:
+        image = tf.where(image == "", parsed[key], image)
+    return image
 
 
 # --- the index
@@ -257,14 +314,34 @@ def load(
     """
     folder = Path(folder)
     index = _indexed(folder, skip)
-    train, test = (_split(part, index.image_shape, skip) for part in index.parts)
+    splits = [_split(part, index.image_shape, skip) for part in index.parts]
+    train, test = splits[:2]
     classes = int(train.targets.max()) + 1
+    used = len(np.unique(train.targets))
+    if classes - used > MOST_UNUSED and classes > 10 * used:
+        raise UserError(
+            f"--dataset={folder}: labels go up to {classes - 1}, and only {used} different ones "
+            "are used; number the classes from 0 on"
+        )
     if classes < 2 or int(test.targets.max()) >= classes:
         raise UserError(
             f"--dataset={folder}: training labels go from 0 to {classes - 1}, test labels to "
             f"{int(test.targets.max())}"
         )
-    train, validation = hold_out(train, validation_size, seed)
+    if len(splits) > 2:
+        if validation_size:
+            raise UserError(
+                f"--validation_size={validation_size}: --dataset={folder} has validation shards of "
+                "its own; leave it out"
+            )
+        validation = splits[2]
+        if int(validation.targets.max()) >= classes:
+            raise UserError(
+                f"--dataset={folder}: training labels go from 0 to {classes - 1}, validation "
+                f"labels to {int(validation.targets.max())}"
+            )
+    else:
+        train, validation = hold_out(train, validation_size, seed)
     names = _class_names(folder, classes)
     fit = index.standardizer if standardize else Standardizer.identity(index.image_shape)
     return Dataset(
@@ -297,6 +374,8 @@ def _split(part: _Part, image_shape: tuple[int, int, int], skip: bool) -> Split:
 
 def _indexed(folder: Path, skip: bool) -> _Index:
     files = {part: shards(folder, part) for part in PARTS}
+    if not files["validation"]:
+        del files["validation"]
     for part, found in files.items():
         if not found:
             raise UserError(
@@ -309,7 +388,7 @@ def _indexed(folder: Path, skip: bool) -> _Index:
             raise UserError(f"{index.damaged[0]}; --on_bad_record=skip leaves it out")
         return index
     scan = _Scan(skip)
-    parts = [scan.part(files["train"], fit=True), scan.part(files["test"], fit=False)]
+    parts = [scan.part(found, fit=part == "train") for part, found in files.items()]
     index = _Index(state, parts, scan.image_shape, scan.standardizer())
     _write_index(folder, index)
     return index
@@ -347,7 +426,7 @@ def _write_index(folder: Path, index: _Index) -> None:
         "mean": index.standardizer.mean,
         "scale": index.standardizer.scale,
     }
-    for name, part in zip(PARTS, index.parts, strict=True):
+    for name, part in zip(PARTS, index.parts, strict=False):
         arrays |= {f"{name}_{column}": values for column, values in part.columns.items()}
         arrays[f"{name}_damaged"] = np.array(part.damaged, dtype=np.str_)
     partial = folder / f"{INDEX}.{os.getpid()}.partial.npz"
@@ -428,11 +507,10 @@ class _Scan:
         except Exception:  # google.protobuf's DecodeError is not the only one
             raise _Problem("is no tf.train.Example") from None
         image = _first(features, IMAGE_KEYS, "bytes_list")
-        label = _first(features, LABEL_KEYS, "int64_list")
-        if image is None or label is None or not 0 <= label < 2**31 - 1:
-            wanted = " or ".join(IMAGE_KEYS if image is None else LABEL_KEYS)
+        if image is None:
             found = ", ".join(features) or "nothing"
-            raise _Problem(f"has no {wanted}; found {found}")
+            raise _Problem(f"has no image: no bytes under {' or '.join(IMAGE_KEYS)}; found {found}")
+        label = _label(features)
         pixels, raw = self._pixels(features, image)
         self.image_shape = self.image_shape or pixels.shape
         if pixels.shape != self.image_shape:
@@ -460,6 +538,34 @@ class _Scan:
                         "height × width × channels"
                     ) from None
         return np.frombuffer(image, np.uint8).reshape(sizes), True
+
+
+def _label(features: Any) -> int:
+    """The class number of an example: one whole number, or a row of one 1 and else 0.
+
+    Raises:
+      _Problem: there is none.
+    """
+    key = next((key for key in LABEL_KEYS if key in features), None)
+    if key is None:
+        found = ", ".join(features) or "nothing"
+        raise _Problem(f"has no label: nothing under {' or '.join(LABEL_KEYS)}; found {found}")
+    kind = features[key].WhichOneof("kind")
+    values = list(getattr(features[key], kind).value) if kind else []
+    if kind == "bytes_list":
+        raise _Problem(f"has a label in {key} that is text; it must be a class number, int64")
+    if len(values) > 1:
+        if sorted(values) != [0] * (len(values) - 1) + [1]:
+            raise _Problem(
+                f"has {len(values)} numbers as a label in {key}, which are no one-hot row"
+            )
+        return values.index(1)
+    if not values or values[0] != int(values[0]) or not 0 <= values[0] < 2**31 - 1:
+        raise _Problem(
+            f"has the label {values[0] if values else 'nothing'} in {key}; it must be a class "
+            "number, from 0 on"
+        )
+    return int(values[0])
 
 
 def _first(features: Any, keys: tuple[str, ...], kind: str) -> Any:

@@ -181,7 +181,9 @@ def _read_shards(dataset: str, cut: Cut) -> Dataset:
 
 
 def _holds_shards(dataset: str) -> bool:
-    return any(Path(dataset).glob("*tfrecord*"))
+    from tfloop.data import shards
+
+    return Path(dataset).is_dir() and any(map(shards.is_shard, Path(dataset).iterdir()))
 
 
 def _is_npz(dataset: str) -> bool:

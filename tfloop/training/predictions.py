@@ -1,22 +1,21 @@
-"""What a model gives for new inputs, read from a folder of pictures or an .npz file."""
+"""What a model gives for new inputs, read from pictures, an .npy or an .npz file."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tfloop.data import pictures
 from tfloop.data.arrays import as_inputs
 from tfloop.data.dataset import is_scaled
-from tfloop.data.readers import read_npz
+from tfloop.data.readers import read_npy, read_npz
 from tfloop.data.spec import Array, Spec
 from tfloop.errors import UserError
 from tfloop.nests import is_leaf, leaves, map_leaves, named_leaves
 from tfloop.state import TrainState
 from tfloop.wording import shape_text
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
 ARRAYS = ("images", "inputs", "x", "x_test")
 BATCH = 256
 
@@ -33,15 +32,19 @@ def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
       UserError: nothing to read, a damaged file, or other inputs than the model's.
     """
     path = Path(path)
-    if path.is_dir() and spec.has_images:
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+    if spec.has_images and (path.is_dir() or path.suffix.lower() in pictures.endings()):
+        files = pictures.find(path).files if path.is_dir() else [path]
         if not files:
-            raise UserError(f"{path}: holds no pictures ({', '.join(PICTURES)})")
+            raise UserError(f"{path}: holds no pictures")
         images = [_read_picture(file, spec.image_shape) for file in files]
-        return [file.name for file in files], np.stack(images)
+        names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
+        return names, np.stack(images)
+    if path.suffix == ".npy" and path.is_file() and isinstance(spec.inputs, Array):
+        return _checked(read_npy(path), path, spec)
     if path.suffix != ".npz" or not path.is_file():
         missing = "" if path.exists() else "does not exist; "
-        expected = "a folder of pictures or an .npz file" if spec.has_images else "an .npz file"
+        kinds = "a picture, a folder of pictures, " if spec.has_images else ""
+        expected = f"{kinds}an .npy or an .npz file"
         raise UserError(f"{path}: {missing}expected {expected}")
     arrays = read_npz(path)
     inputs: Any = {name: arrays[name] for name, _ in named_leaves(spec.inputs) if name in arrays}
@@ -55,6 +58,10 @@ def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
         raise UserError(f"{path}: has no array {missing_names[0]}; found {', '.join(arrays)}")
     if isinstance(spec.inputs, tuple):
         inputs = tuple(inputs[str(place)] for place in range(len(spec.inputs)))
+    return _checked(inputs, path, spec)
+
+
+def _checked(inputs: Any, path: Path, spec: Spec) -> tuple[list[str], Any]:
     checked = as_inputs(inputs, f"{path}")
     if spec.has_images and is_leaf(checked) and checked.ndim == 3:
         checked = checked[..., np.newaxis]  # grey images without their channel
@@ -69,13 +76,13 @@ def _as_trained(values: np.ndarray, mean: Any) -> np.ndarray:
 
 
 def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    channels = shape[-1] if shape[-1] in (1, 3, 4) else 0
-    try:
-        content = tf.io.read_file(str(file))
-        image = tf.io.decode_image(content, channels, expand_animations=False).numpy()
-    except tf.errors.OpError as error:
-        reason = re.sub(r"{{.*?}}|\[Op.*", "", error.message).strip()
-        raise UserError(f"{file}: cannot be read as a picture: {reason}") from None
+    modes = {channels: mode for mode, channels in pictures.CHANNELS.items()}
+    if shape[-1] not in modes:
+        raise UserError(
+            f"{file}: the model takes {shape[-1]} channels, which pictures do not have; give an "
+            ".npz file"
+        )
+    image = pictures.read(pictures.look(file), modes[shape[-1]])
     if image.shape != tuple(shape):
         raise UserError(
             f"{file}: is {shape_text(image.shape)}, the model takes {shape_text(shape)}"
