@@ -215,12 +215,60 @@ def group_of(folder: Path) -> tuple[list[Path], int]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """What its result.json says; empty where there is none that can be read."""
+    """What its result.json says; empty where there is none that can be read.
+
+    Raises:
+      UserError: it can be read, and says something that no run writes.
+    """
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    for name, kinds in _KINDS.items():
+        if name in content and not _is_of(content[name], kinds):
+            raise UserError(
+                f"{folder / RESULT}: is damaged: {name} is {str(content[name])[:40]!r}; remove the "
+                "file, and --resume the run to have it written again"
+            )
+    return content
+
+
+# The types of what others read of a result, and of each entry of its lists.
+_NUMBER, _NONE = (int, float), type(None)
+_KINDS: dict[str, Any] = {
+    "steps": int,
+    "steps_per_epoch": int,
+    "finished": bool,
+    "fingerprint": int,
+    "ms_per_step": _NUMBER,
+    "weights_sha256": str,
+    "diverged": (dict, _NONE),
+    "final": (dict, _NONE),
+    "best": (dict, _NONE),
+    "hyper": dict,
+    "seconds": dict,
+    "versions": dict,
+    "together": dict,
+    "epochs": [{"epoch": int, "step": int}],
+    "evaluations": [{"epoch": int, "step": int}],
+    "rewinds": [int],
+    "rewound_to": [int],
+    "overridden_at": [int],
+}
+
+
+def _is_of(value: Any, kinds: Any) -> bool:
+    """Is a value of JSON of these types? A list has those of its entries, a dict those it needs."""
+    if isinstance(kinds, list):
+        return isinstance(value, list) and all(_is_of(each, kinds[0]) for each in value)
+    if isinstance(kinds, dict):
+        return isinstance(value, dict) and all(
+            name in value and _is_of(value[name], kind) for name, kind in kinds.items()
+        )
+    is_bool = isinstance(value, bool)
+    return isinstance(value, kinds) and (not is_bool or kinds is bool)
 
 
 def all_finished(folders: list[Path]) -> bool:

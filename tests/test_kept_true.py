@@ -1,0 +1,135 @@
+"""What a run gives is what was trained: in exports, on other data, by other names, half made."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import tfloop
+from tfloop.assembly import make_state
+from tfloop.cli import main
+from tfloop.config import PRESETS, Config
+from tfloop.data.spec import of_data
+from tfloop.errors import UserError
+from tfloop.training import folders
+from tfloop.training.export import plain_model
+
+SMALL = ["--conv=2", "--pool=", "--dense=4", "--batch_size=20", "--epochs=1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return tfloop.load("mnist")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_export_gives_what_predict_gives(mnist, digits, preset):
+    config = Config.make(preset)
+    data = digits if config.dataset == "digits" else mnist
+    state = make_state(config, of_data(data), 100, data.standardizer)
+    images = data.test.inputs[:16]
+    exported = plain_model(state).predict(images.astype(np.float32), verbose=0)
+    np.testing.assert_allclose(exported, tfloop.predict(state, images), atol=1e-5)
+
+
+def arrays(path, rows=60, seed=0):
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (rows, 8, 8), dtype=np.uint8)
+    labels = np.arange(rows) % 3
+    np.savez(path, x_train=images, y_train=labels, x_test=images[:9], y_test=labels[:9])
+    return f"--dataset={path}"
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
+    dataset, logdir = arrays(tmp_path / "d.npz"), f"--logdir={tmp_path}/r"
+    assert main(["train", dataset, logdir, *SMALL]) == 0
+    run = tmp_path / "r/article2-001"
+    arrays(tmp_path / "d.npz", rows=40, seed=1)
+    assert main(["train", f"--resume={run}", "--epochs=2", "--quiet"]) == 2
+    assert "does not hold what the run was trained on" in capsys.readouterr().err
+    assert main(["train", f"--resume={run}", "--epochs=2", "--quiet", "--override"]) == 0
+
+
+@pytest.mark.parametrize("name", ["[1]", "a*b", "what?", "back\\slash", "{x}"])
+def test_a_name_is_no_pattern(tmp_path, name):
+    flags = [arrays(tmp_path / "d.npz"), f"--logdir={tmp_path / name}", f"--name={name}"]
+    assert main(["train", *flags, *SMALL]) == 0
+    assert main(["train", *flags, *SMALL, "--epochs=2", "--resume=auto"]) == 0
+    run = tmp_path / name / f"{name}-001"
+    assert folders.result(run)["steps"] in (3, 6)
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["train", f"--resume={run}", "--epochs=3", "--quiet"]) == 0
+    assert folders.result(run)["steps"] == 9
+
+
+def test_classes_are_matched_by_name(tmp_path, capsys):
+    shades = {"cat": 20, "dog": 120, "frog": 220}
+    from PIL import Image
+
+    for root, names in (("all", ("cat", "dog", "frog")), ("two", ("cat", "frog")), ("new", "ab")):
+        for name in names:
+            (tmp_path / root / name).mkdir(parents=True)
+            for number in range(10):
+                pixels = np.full((8, 8), shades.get(name, 0) + number, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / root / name / f"{number}.png")
+        assert main(["pack", str(tmp_path / root), str(tmp_path / f"{root}.s")]) == 0
+    flags = [f"--dataset={tmp_path}/all.s", f"--logdir={tmp_path}/r", *SMALL, "--conv=8", "--dense=16", "--epochs=60"]
+    assert main(["train", *flags, "--batch_size=9", "--learning_rate=0.01"]) == 0
+    run = str(tmp_path / "r/article2-001")
+    capsys.readouterr()
+    assert main(["evaluate", run, f"--dataset={tmp_path}/two.s"]) == 0
+    assert "accuracy 100.00 %" in capsys.readouterr().out
+    assert main(["evaluate", run, f"--dataset={tmp_path}/new.s"]) == 2
+    error = capsys.readouterr().err
+    assert "has the class 'a', which the run was not trained on" in error and "frog" in error
+
+
+def test_an_import_that_is_killed_leaves_no_run(tmp_path, monkeypatch):
+    config = Config.make("digits", conv=(2,), dense=(4,), logdir=str(tmp_path / "r"), quiet=True)
+    loop = tfloop.make_loop(config)
+    loop.state.model.save_weights(tmp_path / "x.weights.h5")
+    from tfloop.training import session
+
+    def killed(self, events):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session.Run, "save", killed)
+        session.adopt(config, tmp_path / "x.weights.h5")
+    assert os.listdir(tmp_path / "r") == []
+    litter = tmp_path / "r" / f"{folders.PARTIAL}x"  # as of a process that SIGKILL ended
+    litter.mkdir()
+    (litter / "config.json").write_text(config.to_json())
+    os.utime(litter, (1, 1))
+    assert folders.newest_unfinished(config) == ([], 1)
+    run = session.adopt(config, tmp_path / "x.weights.h5")
+    assert os.listdir(tmp_path / "r") == ["digits-001"] and run.name == "digits-001"
+
+
+def test_a_second_run_into_one_folder_is_refused(tmp_path, loop):
+    with tfloop.Summaries(tmp_path / "r", loop()):
+        pass
+    with pytest.raises(UserError, match="holds event files already"):
+        tfloop.Summaries(tmp_path / "r", loop())
+    with tfloop.Summaries(tmp_path / "r", loop(), resumed=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"steps": "many"},
+        {"steps": True},
+        {"epochs": 3},
+        {"epochs": [{"epoch": 1}]},
+        {"final": []},
+        {"hyper": 4},
+        {"rewound_to": ["x"]},
+        {"ms_per_step": "3"},
+    ],
+)
+def test_a_result_that_no_run_writes_is_named(tmp_path, content):
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"result\.json: is damaged: {next(iter(content))} is"):
+        folders.result(tmp_path)
