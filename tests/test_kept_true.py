@@ -74,7 +74,14 @@ def test_classes_are_matched_by_name(tmp_path, capsys):
                 pixels = np.full((8, 8), shades.get(name, 0) + number, np.uint8)
                 Image.fromarray(pixels).save(tmp_path / root / name / f"{number}.png")
         assert main(["pack", str(tmp_path / root), str(tmp_path / f"{root}.s")]) == 0
-    flags = [f"--dataset={tmp_path}/all.s", f"--logdir={tmp_path}/r", *SMALL, "--conv=8", "--dense=16", "--epochs=60"]
+    flags = [
+        f"--dataset={tmp_path}/all.s",
+        f"--logdir={tmp_path}/r",
+        *SMALL,
+        "--conv=8",
+        "--dense=16",
+        "--epochs=60",
+    ]
     assert main(["train", *flags, "--batch_size=9", "--learning_rate=0.01"]) == 0
     run = str(tmp_path / "r/article2-001")
     capsys.readouterr()
