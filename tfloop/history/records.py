@@ -227,15 +227,18 @@ class Records:
           UserError: code of the user's own that changed or may not be run; a setting that changes
             the run's mathematics.
         """
-        config = code.trusted(self.folder, self.settings, named)
         given = {name: value for name, value in named.items() if value != ""}
-        new = config.replace(**given)
-        if names := folders.changed(config, new):
+        new = self.settings.replace(**given)
+        if names := folders.changed(self.settings, new):
             raise UserError(
                 f"{self.folder}: is trained again as it was; leave out --{names[0]}, or begin a "
                 "run of its own with it"
             )
-        return new.replace(**{"quiet": False, **ALONE, **given})
+        try:
+            new = code.trusted(self.folder, new, given, goes_on=True)
+        except UserError as error:  # to go on with other code is no way here
+            raise UserError(error.as_flags.partition(", or go on with")[0]) from None
+        return new.replace(**ALONE, quiet=given.get("quiet", False))
 
 
 def _is_whole(path: Path) -> bool:

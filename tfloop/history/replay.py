@@ -318,7 +318,8 @@ def told(replay: Replay) -> Iterator[str]:
             f"{np.float32(call.train.total)!s} here"
         )
     elif compared:
-        yield f"all {counted(compared, 'recorded call')} on the way: the same, bit for bit"
+        every = "all " if compared > 1 else ""
+        yield f"{every}{counted(compared, 'recorded call')} on the way: the same, bit for bit"
     else:
         yield "no recorded call lies on the way: nothing to compare with"
 
