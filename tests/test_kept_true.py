@@ -51,7 +51,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
     assert main(["train", f"--resume={run}", "--epochs=2", "--quiet", "--override"]) == 0
 
 
-@pytest.mark.parametrize("name", ["[1]", "a*b", "what?", "back\\slash", "{x}"])
+@pytest.mark.parametrize("name", ["[1] *a?", "back\\slash {x}"])
 def test_a_name_is_no_pattern(tmp_path, name):
     flags = [arrays(tmp_path / "d.npz"), f"--logdir={tmp_path / name}", f"--name={name}"]
     assert main(["train", *flags, *SMALL]) == 0
@@ -78,15 +78,17 @@ def test_classes_are_matched_by_name(tmp_path, capsys):
         f"--dataset={tmp_path}/all.s",
         f"--logdir={tmp_path}/r",
         *SMALL,
-        "--conv=8",
-        "--dense=16",
-        "--epochs=60",
+        "--conv=2",
+        "--dense=4",
+        "--epochs=1",
     ]
-    assert main(["train", *flags, "--batch_size=9", "--learning_rate=0.01"]) == 0
+    assert main(["train", *flags, "--batch_size=9"]) == 0
     run = str(tmp_path / "r/article2-001")
     capsys.readouterr()
     assert main(["evaluate", run, f"--dataset={tmp_path}/two.s"]) == 0
-    assert "accuracy 100.00 %" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    images = {row[0]: row[-1] for row in rows if row and row[0] in shades}
+    assert images == {"cat": "1", "dog": "0", "frog": "1"}
     assert main(["evaluate", run, f"--dataset={tmp_path}/new.s"]) == 2
     error = capsys.readouterr().err
     assert "has the class 'a', which the run was not trained on" in error and "frog" in error

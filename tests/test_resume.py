@@ -92,7 +92,6 @@ def undisturbed():
             "nadam",
             (("writing summaries", 12), ("evaluation", 2), ("a training call", 3)),
         ),
-        kill.Case("host", "rmsprop", (("anywhere", 120),)),
     ],
     ids=lambda case: case.kills[0][0],
 )

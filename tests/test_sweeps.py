@@ -284,7 +284,7 @@ def test_a_trial_that_settled_early_counts_and_one_that_halving_cut_off_comes_af
     found = sweeps.trials(config, sweeps.grid("l2=0,1,2,3"), tmp_path)
 
     def epoch(accuracy):
-        return {"validation": {"accuracy": accuracy, "data": 1.0}}
+        return {"epoch": 1, "step": 1, "validation": {"accuracy": accuracy, "data": 1.0}}
 
     for trial, finished, accuracies, diverged in zip(
         found,
@@ -297,7 +297,7 @@ def test_a_trial_that_settled_early_counts_and_one_that_halving_cut_off_comes_af
             json.dumps(
                 {
                     "finished": finished,
-                    "diverged": diverged and {"step": 7},
+                    "diverged": {"step": 7} if diverged else None,
                     "seconds": {"training": 1.0},
                     "epochs": [epoch(accuracy) for accuracy in accuracies],
                 }

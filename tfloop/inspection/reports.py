@@ -91,7 +91,7 @@ def _classes(target: Target, targets: np.ndarray, shares: np.ndarray, noun: str)
     by_class = evaluation.by_class(labels, shares)
     for label, (precision, recall, count) in enumerate(zip(*by_class, strict=True)):
         name = target.name_of(label)
-        yield f"{name:>{width}}  {100 * precision:7.2f} %  {100 * recall:7.2f} %  {count:6d}"
+        yield f"{name:>{width}}  {100 * precision:7.2f} %  {100 * recall:7.2f} %  {int(count):6d}"
 
 
 def _mistakes(target: Target, targets: np.ndarray, shares: np.ndarray, noun: str) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _labels(target: Target, targets: np.ndarray, given: np.ndarray) -> Iterator[
     yield f"\n{'label':>{width}}  precision     recall  examples that have it"
     for label, (precision, recall, _, count) in enumerate(zip(*found, strict=True)):
         name = target.name_of(label)
-        yield f"{name:>{width}}  {100 * precision:7.2f} %  {100 * recall:7.2f} %  {count:6d}"
+        yield f"{name:>{width}}  {100 * precision:7.2f} %  {100 * recall:7.2f} %  {int(count):6d}"
     all_right = np.mean((guesses == (targets > 0.5)).all(axis=1))
     yield f"\nall labels right: {100 * all_right:.2f} % of the examples"
 
