@@ -11,7 +11,7 @@ import pytest
 
 from tfloop.cli import main
 from tfloop.config import Config
-from tfloop.errors import UserError
+from tfloop.errors import DivergenceError, UserError
 from tfloop.history import difference
 from tfloop.history.records import Records
 from tfloop.history.replay import Replay, go_to, told
@@ -155,6 +155,7 @@ def test_a_planted_fault_is_found_where_the_loss_jumps(tmp_path, capsys):
         ("epoch:4", "has no step 45; its steps are 0 to 44"),
         ("epoch:0", "has no step -15"),
         ("diverged", "did not diverge; try --at=spike"),
+        ("9" * 5000, "expected a step"),
         ("soon", "expected a step, 0 or more, epoch:N, last, diverged or spike"),
     ],
 )
@@ -184,6 +185,73 @@ def test_a_run_whose_settings_were_changed_is_replayed_from_there_on(tmp_path):
     assert lines[-1].startswith("all ")
     with pytest.raises(UserError, match="override changed its settings at step 15"):
         Records(folder).start_for(5)
+
+
+def test_a_step_before_the_settings_were_changed_is_refused(tmp_path):
+    """Although a checkpoint before it is kept, which was made with other settings."""
+    folder = made(tmp_path, epochs=2, keep=20)
+    more = ["--epochs=3", "--learning_rate=0.01", "--override", "--quiet"]
+    assert main(["train", f"--resume={folder}", *more]) == 0
+    for step in (5, 20):
+        with pytest.raises(UserError, match="override changed its settings at step 30"):
+            Records(folder).start_for(step)
+    _, lines = replayed(folder, "35")
+    assert lines[-1].endswith("the same, bit for bit")
+    for path in dict(Records(folder).checkpoints()).values():  # stopped before its next checkpoint
+        if path.name.endswith("45"):
+            shutil.rmtree(path)
+    os.unlink(f"{folder}/result.json")
+    assert Records(folder).overridden_at() == 30
+
+
+def test_an_evaluation_at_the_very_step_is_made_where_the_schedule_goes_by_it(tmp_path):
+    settings = dict(schedule="plateau", plateau_patience=1, plateau_factor=0.1, keep=20)
+    settings |= dict(choose_by="test loss", evaluate_every="5", learning_rate=0.2)
+    folder = made(tmp_path, **settings)
+    assert result_of(folder)["epochs"][-1]["learning_rate"] < 0.1  # it fell
+    records = Records(folder)
+    replay = Replay(records, records.trained_by({}))
+    replay.begin(0, None)
+    for step in range(5, 46, 5):  # stop at each of them, and go on
+        replay.to(step)
+    assert replay.compared > 10 and not replay.differing
+
+
+def test_a_run_that_diverged_is_replayed_to_its_end(tmp_path, capsys):
+    config = Config.make("digits", logdir=str(tmp_path), **SMALL).replace(
+        optimizer="sgd", learning_rate=1e20, quiet=True
+    )
+    with pytest.raises(DivergenceError):
+        train(config)
+    folder = tmp_path / "digits-001"
+    if Records(folder).steps:
+        assert main(["replay", str(folder)]) == 0
+    assert Records(folder).step_of("diverged") == Records(folder).steps
+
+
+def test_a_replay_may_not_lie_where_the_runs_own_events_are(run, capsys):
+    assert main(["replay", str(run), "--from=40", f"--out={run}/mine"]) == 2
+    assert "lies in the run's own folder" in capsys.readouterr().err
+    assert not Path(run, "mine").exists()
+
+
+def test_runs_of_other_lengths_are_not_equal(run, tmp_path, capsys):
+    code, text = diff(run, made(tmp_path, epochs=2), capsys=capsys)
+    assert code == 1 and "one made 45 steps, the other 30" in text
+    assert re.search(r"trained again, side by side, \d+ steps: equal, bit for bit", text)
+
+
+def test_a_run_resumed_with_other_shards_is_not_accused(tmp_path, run, capsys):
+    folder = made(tmp_path, epochs=1, keep=20, shards=1)
+    assert main(["train", f"--resume={folder}", "--epochs=3", "--shards=3", "--quiet"]) == 0
+    _, text = diff(run, folder, "--steps=1", capsys=capsys)
+    assert "something changed it there" not in text
+
+
+def test_where_one_diverges_the_part_that_differs_is_told(run, capsys):
+    code, text = diff(run, "--with=--learning_rate=1e30", "--steps=5", capsys=capsys)
+    assert code == 1 and "step 0 is the first that differs: first in its update" in text
+    assert "diverged at step" in text
 
 
 def test_the_command_replays_a_stretch_with_histograms(run, tmp_path, capsys):
@@ -278,10 +346,10 @@ def test_a_weight_changed_in_its_last_bit_is_found(tmp_path, capsys):
     change_a_bit(second, 16, "dense1/kernel")
     assert main(["train", f"--resume={second}", "--quiet"]) == 0
     code, text = diff(first, second, "--steps=2", capsys=capsys)
-    assert code == 1
+    assert code == 1, text
     assert (
-        "its checkpoint at step 16 is not what its steps lead to: weights dense1/kernel differ, "
-        "by 1 unit in the last place" in text
+        "its checkpoint at step 16 is not what its steps lead to here: weights dense1/kernel "
+        "differ, by 1 unit in the last place; something changed it there" in text
     )
 
 
@@ -299,6 +367,9 @@ def test_models_that_differ_are_told_by_a_weight(run, tmp_path, capsys):
         (["RUN", "--with=nofast"], "'nofast' is no flag"),
         (["RUN", "--with=--speed=3"], "--speed is no setting of train"),
         (["RUN", "--with=--l2"], "--l2 needs a value"),
+        (["RUN", "--with=--seed='1"], "no closing quotation"),
+        (["RUN", "--with=--strategy=mirrored --replicas=2"], "--strategy does not count"),
+        (["RUN", "--with=--preset=article2"], "--preset does not count"),
         (["RUN", "--with=--l2=much"], "--l2: expected a number, found 'much'"),
         (["RUN", "nowhere"], "nowhere: does not exist"),
         (["RUN", "RUN", "--tolerance=some"], "--tolerance=some: expected a number, 0 or more"),

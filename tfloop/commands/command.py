@@ -58,6 +58,7 @@ CODE_OPTIONS = {
     "loss": ("", "the same of its loss"),
     "metrics": ("", "the same of its metrics"),
 }
+RUN_CODE = {**CODE_OPTIONS, "dataset": ("", "the same of its data")}  # to train it again
 BEST = (False, "the checkpoint that did best on the validation images, not the newest")
 
 

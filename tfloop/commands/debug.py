@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tfloop.commands.command import CODE_OPTIONS, HOW, Command, start, without
+from tfloop.commands.command import HOW, Command, start, without
 from tfloop.config import Config
 from tfloop.errors import DivergenceError, UserError
 
@@ -39,13 +39,12 @@ def _debug_run(folder: str, options: dict[str, Any]) -> int:
     from tfloop.history.records import Records
 
     at, records = options["at"] or "last", Records(folder)
-    given = {name: value for name, value in options["given"].items() if name not in _OWN}
-    config, _ = start(records.trained_by(given))
+    config, device = start(records.trained_by(options["given"]))
     from tfloop.assembly import loop_of
     from tfloop.history import replay as history
 
     step = records.step_of(at)
-    replay = history.Replay(records, config, print)
+    replay = history.Replay(records, config, print, device)
     step = history.go_to(replay, step, to_the_spike=at == "spike")
     for line in history.told(replay):
         print(line)
@@ -118,7 +117,6 @@ _OPTIONS = {
     "break_if": ("", "stop before the update where this holds: 'gradients.norm > 10'"),
     "break_on_nan": (False, "stop before the update where a value is not finite"),
 }
-_OWN = set(_OPTIONS) - set(CODE_OPTIONS)
 COMMAND = Command(
     debug,
     "train eagerly and stop in pdb at the step, of a new run or at any step of one that was made",

@@ -3,9 +3,10 @@
 import shlex
 from typing import Any
 
-from tfloop.commands.command import CODE_OPTIONS, FAILED, Command, start, whole_number
-from tfloop.config import FIELDS, Config
+from tfloop.commands.command import FAILED, RUN_CODE, Command, start, whole_number
+from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
+from tfloop.history.records import ALONE
 from tfloop.wording import counted
 
 
@@ -19,8 +20,7 @@ def diff(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     from tfloop.history import difference
     from tfloop.history.records import Records
 
-    given = {name: value for name, value in options["given"].items() if name in CODE_OPTIONS}
-    given |= {name: options[name] for name in CODE_OPTIONS if options[name]}
+    given = {name: options[name] for name in RUN_CODE if options[name]}
     first, second = Records(arguments[0]), Records(arguments[-1])
     if options["with"]:
         changes: dict[str, Any] | None = _changes(options["with"])
@@ -30,12 +30,29 @@ def diff(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
         is_equal = _told_apart(first, second, tolerance)
         if is_equal:
             return 0
+    lengths = (first.steps, second.steps)
     found = difference.part(first, second, given, changes, steps, print)
     for line in difference.lines(found):
         print(line)
     if options["plot"]:
         _plot(found, options["plot"])
-    return 0 if found.equal else FAILED
+    if lengths[0] != lengths[1]:
+        print(f"one made {counted(lengths[0], 'step')}, the other {lengths[1]}")
+    is_equal = found.equal and lengths[0] == lengths[1] and found.compared > 0
+    if is_equal and not options["with"] and _records_differ(first, second):
+        print("what they recorded differs all the same: one was computed otherwise, or changed")
+        is_equal = False
+    return 0 if is_equal else FAILED
+
+
+def _records_differ(first: Any, second: Any) -> bool:
+    """Do the curves or the digests of two runs differ?"""
+    from tfloop.history import difference
+
+    ours, theirs = first.digests(), second.digests()
+    shared = ours.keys() & theirs.keys()
+    any_bit = difference.curves_that_differ(first, second, 0.0)[1]
+    return any_bit is not None or any(ours[step] != theirs[step] for step in shared)
 
 
 def _told_apart(first: Any, second: Any, tolerance: float) -> bool:
@@ -74,6 +91,10 @@ def _told_apart(first: Any, second: Any, tolerance: float) -> bool:
     return False
 
 
+# One process trains one run again, and writes nothing.
+_NOT_WITH = {*ALONE, "preset", *GROUPS["what is written"], "summaries", "summary_tensors"}
+
+
 def _changes(text: str) -> dict[str, Any]:
     """The settings that --with names.
 
@@ -81,7 +102,11 @@ def _changes(text: str) -> dict[str, Any]:
       UserError: it is no flags of train's.
     """
     found: dict[str, Any] = {}
-    for token in shlex.split(text):
+    try:
+        tokens = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--with={text}: {str(error).lower()}") from None
+    for token in tokens:
         name, has_value, value = token.removeprefix("--").partition("=")
         if not token.startswith("--"):
             raise UserError(f"--with={text}: '{token}' is no flag; a flag begins with --")
@@ -90,6 +115,10 @@ def _changes(text: str) -> dict[str, Any]:
             name, value, has_value = off, "false", "="
         if name not in FIELDS:
             raise UserError(f"--with={text}: --{name} is no setting of train")
+        if name in _NOT_WITH:
+            raise UserError(
+                f"--with={text}: --{name} does not count where one run is trained again"
+            )
         if not has_value and FIELDS[name].element is not bool:
             raise UserError(f"--with={text}: --{name} needs a value: --{name}=…")
         found[name] = value if has_value else "true"
@@ -130,6 +159,6 @@ COMMAND = Command(
         "steps": ("1000", "how many steps after the first that differs are followed"),
         "tolerance": ("0.01", "of the loss, for the first call that differs by more"),
         "plot": ("", "draw how the difference grows into this PNG file"),
-        **CODE_OPTIONS,
+        **RUN_CODE,
     },
 )

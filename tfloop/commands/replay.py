@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tfloop.commands.command import CODE_OPTIONS, FAILED, WHERE, Command, one_argument, start
+from tfloop.commands.command import FAILED, RUN_CODE, WHERE, Command, one_argument, start
 from tfloop.config import Config
 from tfloop.errors import UserError
 
@@ -11,8 +11,8 @@ def replay(config: Config, options: dict[str, Any], arguments: list[str]) -> int
     from tfloop.history.records import Records
 
     records = Records(one_argument(arguments, "RUN", "the folder of a run"))
-    given = {name: value for name, value in options["given"].items() if name not in _OWN}
-    config, _ = start(records.trained_by(given))
+    given = options["given"] | {name: options[name] for name in RUN_CODE if options[name]}
+    config, device = start(records.trained_by(given))
     from tfloop.history import stretch
 
     first = records.step_of(options["from"] or "0")
@@ -26,7 +26,7 @@ def replay(config: Config, options: dict[str, Any], arguments: list[str]) -> int
     if histograms:
         config = config.replace(steps_per_call=1)
     out = options["out"]
-    is_same = stretch.train_again(records, config, first, last, say, out, histograms)
+    is_same = stretch.train_again(records, config, first, last, say, out, histograms, device)
     return 0 if is_same else FAILED
 
 
@@ -42,9 +42,8 @@ _OPTIONS = {
     "to": ("", "the step that is no longer made, named in the same way; unset: the end"),
     "histograms": (False, "those of weights, gradients and activations after every step"),
     "out": ("", "the folder that is written; unset: RUN/replay-FROM-TO"),
-    **CODE_OPTIONS,
+    **RUN_CODE,
 }
-_OWN = {"from", "to", "out", "histograms"}
 COMMAND = Command(
     replay,
     "train a stretch of a run again, with other summaries, a profile or checks",

@@ -18,6 +18,7 @@ import numpy as np
 from tfloop.config import FIELDS
 from tfloop.history.records import Point, Records
 from tfloop.history.side import Part, Side, both
+from tfloop.training import manifests
 from tfloop.wording import counted, listed
 
 GROWTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # steps after the first that differs
@@ -39,7 +40,8 @@ class Difference:
     """Where two runs part.
 
     Attributes:
-      equal: are they the same, bit for bit?
+      equal: are they the same, bit for bit, as far as both go?
+      compared: how many steps were made side by side until that was known.
       step: the number, from 0 on, of the first step that differs; None where none was found.
       kind, name: the first part of it that does: "activation" of "conv2".
       ulps: by how many units in the last place at most; None where it holds no floats.
@@ -48,6 +50,7 @@ class Difference:
     """
 
     equal: bool = False
+    compared: int = 0
     step: int | None = None
     kind: str = ""
     name: str = ""
@@ -157,6 +160,10 @@ class _Search:
             name = min(name for name, _ in names)
             self._say(f"the models differ, first in {name}: they are not compared step by step")
             return Difference()
+        self._elsewhere = [about["elsewhere"] for about in abouts]
+        for run, found in zip(self._runs, self._elsewhere, strict=True):
+            if found and not self._is_changed:
+                self._say(f"{run.folder}: agrees with the run to rounding only: {'; '.join(found)}")
         self._steps, self._end = steps, self._last(abouts)
         last = self._end
         for at, paths in self._beginnings(last):
@@ -194,6 +201,7 @@ class _Search:
     def _follow(self, at: int, last: int) -> Difference:
         """From where both are equal: call by call, then step by step."""
         self._say(f"from step {at} on, where the weights of both are equal, bit for bit")
+        first = at
         while at < last:
             end = self._end_of_call(at, last)
             both(self._sides, "mark")
@@ -211,7 +219,7 @@ class _Search:
                     both(self._sides, "back")
                     return self._looked_at(step)
             break  # step by step they do not differ: they do in how steps are put into calls
-        return Difference(equal=True)
+        return Difference(equal=True, compared=last - first)
 
     def _to(self, step: int) -> tuple[str, str]:
         (first, _), (second, _) = both(self._sides, "to", step)
@@ -243,17 +251,26 @@ class _Search:
     ) -> Difference:
         name = next(name for name in expected if not np.array_equal(expected[name], found[name]))
         difference = _compared(expected[name], found[name])
+        path = dict(run.checkpoints())[step]
+        reasons = self._elsewhere[self._runs.index(run)] + _computed_otherwise(run, path)
+        reason = "; ".join(reasons) or "something changed it there"
         self._say(
-            f"{run.folder}: its checkpoint at step {step} is not what its steps lead to: weights "
-            f"{name} differ, by {_ulps_text(difference[0])}; something changed it there"
+            f"{run.folder}: its checkpoint at step {step} is not what its steps lead to here: "
+            f"weights {name} differ, by {_ulps_text(difference[0])}; {reason}"
         )
-        growth = list(self._growth(step))
-        return Difference(False, step, "weights", name, *difference, growth)
+        return Difference(
+            step=step,
+            kind="weights",
+            name=name,
+            ulps=difference[0],
+            largest=difference[1],
+            growth=list(self._growth(step)),
+        )
 
     def _looked_at(self, step: int) -> Difference:
         """The first part of this step that differs, and what becomes of it."""
         parts = both(self._sides, "look")
-        found = Difference(False, step)
+        found = Difference(step=step)
         for pair in _that_differ(*parts):
             arrays = _common(*both(self._sides, "part", *pair))
             if arrays is not None and np.array_equal(*arrays):
@@ -269,11 +286,28 @@ class _Search:
         for after in (count for count in GROWTH if count <= self._steps):
             if step + after > self._end:
                 return
-            losses = [answer[1] for answer in both(self._sides, "to", step + after)]
+            answers = both(self._sides, "to", step + after)
+            losses = [loss for _, loss in answers]
+            if any(digest.startswith("diverged") for digest, _ in answers):
+                whose = ", ".join(digest for digest, _ in answers if "diverged" in digest)
+                self._say(f"{after} steps later one of them has {whose}")
+                return
             first, second = both(self._sides, "weights")
             apart = max(_largest(first[name] - second[name]) for name in first)
             scale = max(_largest(value) for value in first.values())
             yield Grown(after, apart / scale if scale else math.nan, (losses[0], losses[1]))
+
+
+def _computed_otherwise(run: Records, path: Path) -> list[str]:
+    """What a checkpoint was computed by that the run's settings do not name any more."""
+    was = manifests.read_manifest(path)["config"]
+    names = ("device", "shards", "intra_op_threads", "inter_op_threads", "strategy", "replicas")
+    now = run.settings
+    return [
+        f"it was computed with --{name}={was.get(name)}, not {getattr(now, name)}"
+        for name in names
+        if was.get(name, getattr(now, name)) != getattr(now, name)
+    ]
 
 
 def _largest(values: np.ndarray) -> float:
@@ -313,7 +347,8 @@ def _ulps_text(ulps: int | None) -> str:
 def lines(found: Difference) -> Iterator[str]:
     """The difference in words, and how it grows as a table."""
     if found.equal:
-        yield "trained again, side by side: equal, bit for bit"
+        steps = counted(found.compared, "step")
+        yield f"trained again, side by side, {steps}: equal, bit for bit"
         return
     if found.step is None:
         return

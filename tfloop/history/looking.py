@@ -1,11 +1,13 @@
 """Everything that one compiled step computes, by name."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfloop import models
+from tfloop.errors import DivergenceError
 from tfloop.history.replay import Replay
 from tfloop.nests import leaves, map_leaves, named_leaves
 
@@ -56,7 +58,7 @@ def look(replay: Replay) -> dict[tuple[str, str], np.ndarray]:
             for name, value in parts.items():
                 for number, leaf in enumerate(leaves(value)):
                     found[kind, f"{name}:{number}" if number else name] = _array(leaf)
-    with loop.taken_back():
+    with loop.taken_back(), contextlib.suppress(DivergenceError):
         replay.make_one()
         for name, weight in {**state.weights, **state.non_trainable}.items():
             found["weights after", name] = weight.numpy()

@@ -57,22 +57,24 @@ class Records:
         self.folder = Path(folder)
         self.settings = folders.config_of(self.folder)
         self.result = folders.result(self.folder)
-        manifest = self._newest()
-        self._manifest = manifest
-        self.reached = manifest.get("reached") or self.result
-        self.machine = manifest.get("machine") or {
-            name: self.result[name] for name in ("device", "cores", "versions") if self.result
-        }
+        self._newest_step, manifest = self._newest()
+        # A result is there only if it was written after the newest checkpoint.
+        self.reached = self.result or manifest.get("reached", {})
+        of_result = {name: self.result.get(name) for name in ("device", "cores", "versions")}
+        self.machine = manifest.get("machine") or {n: v for n, v in of_result.items() if v}
+        self._was = manifest.get("config")
         stored = self.result or manifest
         self.fingerprint = stored.get("fingerprint")
         self.steps_per_epoch: int | None = stored.get("steps_per_epoch")
         self._points: list[Point] | None = None
 
-    def _newest(self) -> dict[str, Any]:
+    def _newest(self) -> tuple[int, dict[str, Any]]:
+        """(global step, manifest) of the newest checkpoint that is whole; (0, {}) without one."""
         try:
-            return manifests.newest(self.folder / "checkpoints")[1]
+            path, manifest = manifests.newest(self.folder / "checkpoints")
         except UserError:
-            return {}
+            return 0, {}
+        return _step_of(path), manifest
 
     @property
     def steps(self) -> int:
@@ -83,10 +85,7 @@ class Records:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(global step, folder) of each checkpoint, from the first; of the last way alone."""
-        found = [
-            (int(path.name.rpartition("-")[2]), path)
-            for path in manifests.all_in(self.folder / "checkpoints")
-        ]
+        found = [(_step_of(path), path) for path in manifests.all_in(self.folder / "checkpoints")]
         kept: list[tuple[int, Path]] = []
         for step, path in found:  # newest first: one that was gone back behind comes to nothing
             if not kept or step < kept[-1][0]:
@@ -131,7 +130,7 @@ class Records:
 
     def point_at(self, step: int) -> Point | None:
         """The recorded call in which the step with this number, from 0 on, was made."""
-        place = bisect.bisect_right([point.last for point in self.points], step)
+        place = bisect.bisect_right(self.points, step, key=lambda point: point.last)
         found = self.points[place] if place < len(self.points) else None
         return found if found and found.first <= step else None
 
@@ -168,11 +167,11 @@ class Records:
             return int(diverged["step"])
         if at == "last":
             step = self.steps - 1
-        elif found := re.fullmatch(r"epoch:(\d+)", at):
+        elif found := re.fullmatch(r"epoch:(\d{1,18})", at):
             if not self.steps_per_epoch:
                 raise UserError(f"--at={at}: nothing in {self.folder} says how long an epoch is")
             step = (int(found[1]) - 1) * self.steps_per_epoch
-        elif at.isdecimal():
+        elif at.isdecimal() and len(at) < 19:
             step = int(at)
         else:
             raise UserError(
@@ -187,27 +186,34 @@ class Records:
         """(global step, checkpoint) to go on from to this step; the start of the run is (0, None).
 
         Raises:
-          UserError: between that and the step the run's settings were changed.
+          UserError: the run's settings were changed at a later step than the one to begin at.
         """
-        before = [(at, path) for at, path in self.checkpoints() if at <= step and _is_whole(path)]
-        start, path = before[-1] if before else (0, None)
-        later = [at for at in self.reached.get("overridden_at", ()) if at > start]
-        if later and step > later[0]:
+        before = [(at, path) for at, path in self.checkpoints() if at <= step]
+        start, path = next(
+            ((at, path) for at, path in reversed(before) if _is_whole(path)), (0, None)
+        )
+        if (changed := self.overridden_at()) is not None and start < changed:
             raise UserError(
-                f"{self.folder}: --override changed its settings at step {later[0]}, and no "
-                f"checkpoint between that and step {step} is left to begin at"
-            )
-        if path is None and self.reached.get("overridden_at"):
-            raise UserError(
-                f"{self.folder}: --override changed its settings at step "
-                f"{self.reached['overridden_at'][0]}; what it began with is not known any more, "
-                f"and no checkpoint before step {step} is left"
+                f"{self.folder}: --override changed its settings at step {changed}; steps before "
+                "that were made with others, which are not known any more, and no checkpoint "
+                f"between that and step {step} is left to begin at"
             )
         return start, path
 
+    def overridden_at(self) -> int | None:
+        """The global step at which --override last changed its settings; None: at none.
+
+        A run that was stopped soon after has told nobody but its config.json.
+        """
+        known = list(self.reached.get("overridden_at", ()))
+        if self._was and folders.changed(Config.make(**self._was), self.settings):
+            known.append(self._newest_step)
+        return max(known, default=None)
+
     def factor_at(self, step: int) -> float:
         """What the learning rate was multiplied by at this step, where the run was rewound."""
-        rewinds = self.reached.get("rewound_to", ())
+        changed = self.overridden_at() or 0  # which sets the rate anew
+        rewinds = [at for at in self.reached.get("rewound_to", ()) if at >= changed]
         counts = [number + 1 for number, at in enumerate(rewinds) if at <= step]
         return 0.5 ** max(counts, default=0)
 
@@ -239,6 +245,11 @@ class Records:
         except UserError as error:  # to go on with other code is no way here
             raise UserError(error.as_flags.partition(", or go on with")[0]) from None
         return new.replace(**ALONE, quiet=given.get("quiet", False))
+
+
+def _step_of(path: Path) -> int:
+    """The global step of a checkpoint, by its name."""
+    return int(path.name.rpartition("-")[2])
 
 
 def _is_whole(path: Path) -> bool:

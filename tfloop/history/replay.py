@@ -52,7 +52,8 @@ class Replay:
         records: Records,
         config: Config,
         say: Callable[[str], None] = lambda text: None,
-        **options: Any,
+        device: str = "",
+        is_changed: bool = False,
     ) -> None:
         """Make one.
 
@@ -60,15 +61,17 @@ class Replay:
           records: of the run.
           config: `records.trained_by`, as the machine was then set up for.
           say: is told what is being done.
-          **options: of Loop.
+          device: the name of what computes here; "" compares none with the run's.
+          is_changed: its settings are not the run's, on purpose, and its data may differ.
 
         Raises:
           UserError: the data are not those of the run.
         """
         self.records, self.config, self._say = records, config, say
-        self.loop: Loop = make_loop(config, **options)
+        self._device = device
+        self.loop: Loop = make_loop(config)
         known, found = records.fingerprint, self.loop.data.fingerprint
-        if known is not None and known != found:
+        if not is_changed and known is not None and known != found:
             raise UserError(
                 f"{records.folder}: --dataset={config.dataset} does not hold what the run was "
                 f"trained on (fingerprint {found:08x}, not {known:08x}); put the data back"
@@ -127,7 +130,7 @@ class Replay:
         Raises:
           DivergenceError: as Loop.run.
         """
-        loop, state = self.loop, self.loop.state
+        loop, state, last = self.loop, self.loop.state, None
         while self.step < step:
             loop.stop_at = min([at for at in self._rewinds() if at > self.step] + [step])
             first = self.step
@@ -141,12 +144,19 @@ class Replay:
             if record is None:
                 return
             assert not isinstance(record, PendingCall)
+            last = record if isinstance(record, Call) else None
             if isinstance(record, Call):
                 self._compare(first, record)
                 self._follow_rewinds()
             yield record
+        # What belongs to the last call: an evaluation that the schedule may go by, the epoch's end.
+        is_due = last is not None and loop.evaluates_after(last)
+        if is_due and self._running and (evaluates or state.schedule.slots):
+            record = next(self._running)
+            assert not isinstance(record, PendingCall)
+            yield record
         while int(state.batch_index) == loop.steps and self._running is not None:
-            record = next(self._running, None)  # the end of its epoch
+            record = next(self._running, None)
             if record is None or isinstance(record, PendingCall):
                 break
             yield record
@@ -243,6 +253,10 @@ class Replay:
         for name, version in then.get("versions", {}).items():
             if name != "tfloop" and versions.get(name) != version:
                 found.append(f"{name} {version} then, {versions.get(name)} now")
+        if self._device and then.get("device", self._device) != self._device:
+            found.append(f"{then['device']} then, {self._device} now")
+        if not getattr(self.loop.data.train, "repeats", True):
+            found.append("the data's own order differs each time it is begun")
         stored = self.records.settings
         for name in ("device", "shards", "intra_op_threads", "inter_op_threads", "strategy"):
             old, new = getattr(stored, name), getattr(self.config, name)

@@ -5,6 +5,7 @@ processes. The one that compares sends the name of a method and its arguments, a
 """
 
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -127,11 +128,12 @@ class Answers:
         config: Config = records.trained_by(given)
         if changes:
             free = {"shards": 0, "intra_op_threads": 0, "inter_op_threads": 0}
-            config = config.replace(**({**free, **changes} if _moves(changes) else changes))
+            # On another device threads and shards are chosen anew.
+            config = config.replace(**(free if "device" in changes else {}), **changes)
         self.config, self.device, _ = devices.start(config)
         from tfloop.history.replay import Replay
 
-        self._replay = Replay(records, self.config)
+        self._replay = Replay(records, self.config, device=self.device, is_changed=bool(changes))
         self._mark: dict[str, np.ndarray] = {}
         self._parts: dict[tuple[str, str], np.ndarray] = {}
 
@@ -143,6 +145,7 @@ class Answers:
             "fingerprint": loop.data.fingerprint,
             "weights": {name: tuple(w.shape) for name, w in loop.state.weights.items()},
             "steps_per_epoch": loop.steps,
+            "elsewhere": self._replay.elsewhere,
         }
 
     def begin(self, step: int, path: Any) -> str:
@@ -151,10 +154,16 @@ class Answers:
         return self.digest()
 
     def to(self, step: int) -> tuple[str, float]:
-        """Train until this is the next step: (the digest there, the loss of the last call)."""
+        """Train until this is the next step: (the digest there, the loss of the last call).
+
+        Where a step diverges, the digest says at which, and the loss is NaN.
+        """
         loss = float("nan")
-        for call in self._replay.calls(step):
-            loss = call.train.total
+        try:
+            for call in self._replay.calls(step):
+                loss = call.train.total
+        except DivergenceError as error:
+            return f"diverged at step {error.step}", float("nan")
         return self.digest(), loss
 
     def digest(self) -> str:
@@ -186,12 +195,5 @@ class Answers:
         return self._parts[kind, name]
 
 
-def _moves(changes: dict[str, Any]) -> bool:
-    """Do the changes choose another device, whose threads are then chosen anew?"""
-    return "device" in changes
-
-
 def _sum(array: np.ndarray) -> bytes:
-    import hashlib
-
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).digest()

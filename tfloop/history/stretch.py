@@ -24,6 +24,7 @@ def train_again(
     say: Callable[[str], None],
     out: str = "",
     histograms: bool = False,
+    device: str = "",
 ) -> bool:
     """Train the steps from `first` until `last` is the next one; were they those of the run?
 
@@ -33,15 +34,23 @@ def train_again(
       first, last: global steps.
       say: is told what is found.
       out: the folder that is written; "": RUN/replay-FIRST-LAST.
+      device: as of Replay.
       histograms: write those of weights, gradients and activations after every call.
 
     Raises:
       UserError: the folder is not empty, the data are others, or the steps cannot be reached.
     """
     folder = Path(out) if out else records.folder / f"{REPLAYS}{first}-{last}"
+    own, inside = records.folder.resolve(), folder.resolve()
+    within = inside.relative_to(own).parts if own in (inside, *inside.parents) else (REPLAYS,)
+    if not within or not within[0].startswith(REPLAYS):
+        raise UserError(
+            f"--out={folder}: lies in the run's own folder, where only names that begin with "
+            f"{REPLAYS} are not taken for the run's"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; name another folder: --out=FOLDER")
-    replay = Replay(records, config, say)
+    replay = Replay(records, config, say, device)
     replay.begin_for(first)
     replay.to(first)
     for line in _judged(replay, "before the stretch"):
@@ -102,6 +111,7 @@ def _compare_end(replay: Replay, say: Callable[[str], None]) -> bool:
     if paths:
         here = state.digest()
         replay.begin(step, paths[0])
+        state.diverged.assign(False)  # a note beside the values; the step after it was not made
         is_same = state.digest() == here
         says = "equals" if is_same else "differs from"
         say(f"the state at step {step} {says} the run's checkpoint {paths[0].name}")
