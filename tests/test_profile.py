@@ -113,6 +113,10 @@ SHORT = dict(step=0.2, waiting=0.0, busy=0.1)
         (dict(waiting=4.1, pipeline="resident"), "input-bound: 41 % waiting; rows are gathered"),
         (dict(waiting=1.7, preparing=5.0), "input-bound: 17 % waiting, and batches are pre"),
         (dict(SHORT, between=0.1), "overhead-bound: steps of 0.2 ms; --steps_per_call=500"),
+        (
+            dict(step=1.2, waiting=0.0, between=0.0, busy=2.3, products=2.0, flop=4e7),
+            "overhead-bound: steps of 1.2 ms; a larger --batch_size",
+        ),
         (dict(SHORT, between=0.0), "overhead-bound: steps of 0.2 ms; a larger --batch_size"),
         (dict(products=6.0), "memory-bound: 67 % of the time is in operations that move numbers"),
     ],

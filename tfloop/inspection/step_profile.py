@@ -39,7 +39,8 @@ OWN = "tf.data"  # what the user's own pipeline is called
 STEPS = {"while", "cond"}  # the scopes of the steps of a call
 SECONDS = 1.5  # of training without the profiler, and half of it with
 INPUT_BOUND, OVERHEAD_BOUND = 0.2, 0.35  # shares of a step from which on that is the verdict
-WITH_PREPARING = 0.25  # the same with the cores' time in which batches are prepared
+FAR = 0.25  # of the floor: short operations that reach less are mostly their starts
+WITH_PREPARING = 0.2  # the same with the cores' time in which batches are prepared
 SMALL = 0.05  # ms: an operation that costs less is not much more than its start
 MOSTLY = 0.9  # of the products recorded: with fewer, times are not those of the whole step
 PRODUCTS_BOUND = 0.5  # of the time of operations
@@ -143,7 +144,8 @@ class Profile:
                 f"{100 * preparing:.0f} % of the cores' time; {self._for_input()}"
             )
         idle = self.idle / (self.lanes * self.step)
-        if between >= OVERHEAD_BOUND or (idle >= OVERHEAD_BOUND and self._is_small()):
+        is_slow = idle >= OVERHEAD_BOUND or self.of_floor < FAR
+        if between >= OVERHEAD_BOUND or (is_slow and self._is_small()):
             return f"overhead-bound: steps of {self.step:.2g} ms; {self._for_overhead(between)}"
         if self.products < PRODUCTS_BOUND * self.busy:
             share = 100 * (1 - self.products / self.busy)
