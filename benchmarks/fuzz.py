@@ -46,7 +46,7 @@ def targets(folder: Path) -> dict[str, Target]:
     from tfloop.data import pack, readers, shards, sources
     from tfloop.errors import UserError
     from tfloop.inspection import event_files
-    from tfloop.machine import cluster
+    from tfloop.machine import places
     from tfloop.training import checkpoints
 
     def mutated(original: bytes):
@@ -200,7 +200,7 @@ def targets(folder: Path) -> dict[str, Target]:
     text = json.dumps({"cluster": cluster_of_three, "task": {"type": "worker", "index": 1}})
     found["TF_CONFIG"] = Target(
         mutated(text.encode()).map(lambda content: content.decode(errors="replace")),
-        cluster._from_tf_config,
+        places._from_tf_config,
     )
     return found
 

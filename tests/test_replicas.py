@@ -19,7 +19,7 @@ from tfloop.cli import main
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.inspection.event_files import read_scalars
-from tfloop.machine import cluster
+from tfloop.machine import cluster, places
 from tfloop.training import checkpoints
 
 SMOOTH = [
@@ -261,7 +261,7 @@ def meet(addresses, present):
     said = [None] * len(present)
 
     def one(position, index, settings, refused):
-        place = cluster.Place(index, tuple(addresses))
+        place = places.Place(index, tuple(addresses))
         config = Config.make(
             "digits", strategy="multi_worker", **{"worker_timeout": 20.0, **settings}
         )
@@ -269,7 +269,7 @@ def meet(addresses, present):
             if refused:
                 cluster.refuse(place, config, refused)
             else:
-                said[position] = cluster.meet(place, config, config, "CPU")
+                said[position] = cluster.meet(place, config, config, "CPU").settings
         except UserError as error:
             said[position] = error.as_flags
 
@@ -454,7 +454,7 @@ def test_workers_with_other_data_are_named(tmp_path, random):
 def test_a_tf_config_that_makes_no_sense_is_named(monkeypatch, value, message):
     monkeypatch.setenv("TF_CONFIG", value)
     with pytest.raises(UserError, match=re.escape(message)):
-        cluster.find()
+        places.find()
 
 
 def test_the_place_is_read_from_tf_config_and_from_slurm(monkeypatch):
@@ -463,10 +463,10 @@ def test_the_place_is_read_from_tf_config_and_from_slurm(monkeypatch):
         '{"cluster": {"chief": ["a:1"], "worker": ["b:1", "c:1"]}, "task": {"type": '
         '"worker", "index": 1}}',
     )
-    assert cluster.find() == cluster.Place(2, ("a:1", "b:1", "c:1"))
+    assert places.find() == places.Place(2, ("a:1", "b:1", "c:1"))
     monkeypatch.delenv("TF_CONFIG")
     with pytest.raises(UserError, match="set TF_CONFIG=.*or start them with Slurm|Slurm"):
-        cluster.find()
+        places.find()
     for name, value in {
         "PROCID": "1",
         "STEP_NUM_TASKS": "3",
@@ -474,7 +474,7 @@ def test_the_place_is_read_from_tf_config_and_from_slurm(monkeypatch):
         "STEP_TASKS_PER_NODE": "2,1",
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    found = cluster.find()
+    found = places.find()
     assert found.index == 1 and [address.split(":")[0] for address in found.addresses] == [
         "n1",
         "n1",

@@ -55,3 +55,9 @@ def first_sentence(error: BaseException) -> str:
     sentence = lines[0].partition(". ")[0].rstrip(".")
     shown = sentence if len(sentence) <= 160 else f"{sentence[:160].rsplit(' ', 1)[0]} …"
     return f"{type(error).__name__}: {shown}"
+
+
+def printable(text: str, most: int = 200) -> str:
+    """A stranger's text, safe to print: one line of at most so many characters, no controls."""
+    shown = "".join(c if c.isprintable() else "�" for c in text)
+    return shown if len(shown) <= most else f"{shown[:most]} …"

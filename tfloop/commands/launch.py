@@ -1,8 +1,9 @@
 """Start a cluster of processes on this machine, to try out what several machines would do."""
 
-import ctypes
+import functools
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,9 +12,10 @@ import threading
 import time
 from typing import Any
 
-from tfloop.commands.command import Command
+from tfloop.commands.command import Command, one_of
 from tfloop.config import FIELDS, Config
 from tfloop.errors import UserError
+from tfloop.machine import cluster, guardian, network
 from tfloop.wording import value_text
 
 PATIENCE = 30.0  # seconds that the other workers get to end by themselves after one has
@@ -35,9 +37,12 @@ def launch(config: Config, options: dict[str, Any], arguments: list[str]) -> int
             f"--batch_size={config.batch_size} cannot be cut into {parts} equal parts, one for "
             f"each worker{also}"
         )
+    if one_of(options, "network", ("private", "open")) == "private":
+        network.enter_private()
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(count)]
     flags = _flags(config, options, count)
-    return _supervise([_start(index, addresses, flags) for index in range(count)])
+    token = secrets.token_hex(16)
+    return _supervise([_start(index, addresses, flags, token) for index in range(count)])
 
 
 def _flags(config: Config, options: dict[str, Any], workers: int) -> list[str]:
@@ -67,24 +72,18 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _start(index: int, addresses: list[str], flags: list[str]) -> subprocess.Popen:
+def _start(index: int, addresses: list[str], flags: list[str], token: str) -> subprocess.Popen:
     place = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     return subprocess.Popen(
         [sys.executable, "-m", "tfloop", "train", *flags],
-        env={**os.environ, "TF_CONFIG": json.dumps(place)},
+        env={**os.environ, "TF_CONFIG": json.dumps(place), cluster.TOKEN: token},
         stdout=None if index == 0 else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches the workers through us, once
-        preexec_fn=_end_with_parent,
+        preexec_fn=functools.partial(guardian.end_with, os.getpid(), signal.SIGTERM),
     )
-
-
-def _end_with_parent() -> None:
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
 
 
 def _supervise(workers: list[subprocess.Popen]) -> int:
@@ -98,7 +97,7 @@ def _supervise(workers: list[subprocess.Popen]) -> int:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, send_all)
     readers = [
         threading.Thread(target=_hand_on, args=(index, worker), daemon=True)
@@ -147,5 +146,10 @@ COMMAND = Command(
         "workers": ("2", "how many processes"),
         "resume": ("", "as with train"),
         "override": (False, "as with train"),
+        "network": (
+            "private",
+            "private: the workers see each other and no other network; open: they keep this "
+            "machine's, and TensorFlow's ports listen on all its addresses",
+        ),
     },
 )

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from tfloop.commands.command import STARTED, TERMINATED, Command, Stop
+from tfloop.commands.command import STARTED, TERMINATED, Command, Stop, warn
 from tfloop.config import Config
 from tfloop.errors import UserError
-from tfloop.machine import cluster
+from tfloop.machine import cluster, guardian, network, places
 from tfloop.training import code, folders
 from tfloop.wording import counted
 
@@ -16,7 +16,8 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
         raise UserError("--dry_run and --strategy=multi_worker exclude each other: try one process")
     if options["override"] and not options["resume"]:
         raise UserError("--override counts with --resume only")
-    place = cluster.find() if config.strategy == "multi_worker" else None
+    place = places.find() if config.strategy == "multi_worker" else None
+    guard = guardian.stand_over(place, config.worker_timeout) if place else None
     stop, asked = Stop(listen=not place), config
     resume: list[Path] = []
     if options["resume"] and (not place or place.is_chief):
@@ -33,8 +34,12 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
         return 0
     from tfloop.machine import devices
 
-    config, device, replicas = devices.start(config, asked)
+    config, device, replicas = devices.start(config, asked, guard)
     stop.listen()
+    if guard:
+        guard.started()
+        if replicas.is_chief and not network.is_private():
+            warn(network.OPEN_PORTS)
     from tfloop.training import session
 
     if options["dry_run"]:

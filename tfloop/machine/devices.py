@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tfloop import parallelism
 from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.machine import cluster, guardian, places
 
 
 def choose(config: Config, cores: int, replicas: int = 1, workers: int = 1) -> Config:
@@ -59,7 +60,9 @@ class Machine(NamedTuple):
     replicas: Any  # replicas.Replicas; None without --strategy
 
 
-def start(config: Config, asked: Config | None = None) -> Machine:
+def start(
+    config: Config, asked: Config | None = None, guard: guardian.Guard | None = None
+) -> Machine:
     """Import TensorFlow and set it up as `config` says, before anything runs on it.
 
     With workers, meet them first.
@@ -67,6 +70,7 @@ def start(config: Config, asked: Config | None = None) -> Machine:
     Args:
       config: the settings to train with.
       asked: those that were asked for, where they differ because a run is resumed.
+      guard: the line to the guardian of this worker of a cluster, where there is one.
 
     Raises:
       UserError: a device that TensorFlow does not see, settings it does not take, or a cluster that
@@ -77,25 +81,27 @@ def start(config: Config, asked: Config | None = None) -> Machine:
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0" if config.onednn == "off" else "1"
     os.environ.setdefault("TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE", "0")
     if config.tensorflow_log:
-        return _start(config, asked or config)
+        return _start(config, asked or config, guard)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _silent_stderr():  # messages from before TensorFlow's own log level is read
-        machine = _start(config, asked or config)
+        machine = _start(config, asked or config, guard)
     if machine.replicas and machine.replicas.workers > 1:
         _silence_cpp()
     return machine
 
 
-def _start(config: Config, asked: Config) -> Machine:
+def _start(config: Config, asked: Config, guard: guardian.Guard | None) -> Machine:
     with _hidden("sklearn", "matplotlib"):
         import tensorflow as tf
-    from tfloop.machine import cluster
-
     place = None
     if config.strategy == "multi_worker":
-        place = cluster.find()
+        place = places.find()
         has_gpu = config.device != "cpu" and tf.config.list_physical_devices("GPU")
-        config = cluster.meet(place, asked, config, "GPU" if has_gpu else "CPU")
+        config, links = cluster.meet(place, asked, config, "GPU" if has_gpu else "CPU")
+        if guard:
+            guard.watch(links)
+        for link in links.values():
+            link.close()
     _set_up(config)
     gpus = _chosen_gpus(config)
     tf.config.set_visible_devices(gpus, "GPU")
@@ -111,7 +117,7 @@ def _start(config: Config, asked: Config) -> Machine:
     workers = len(place.addresses) if place else 1
     cores_each = 0 if gpus else max(1, cores() // local)
     config = _set_threads(config, choose(config, cores_each, local, workers))
-    replicas = make_replicas(config, place, len(gpus))
+    replicas = make_replicas(config, place, len(gpus), guard)
     tf.config.list_logical_devices()  # settles the choice
     name = "CPU"
     if gpus:

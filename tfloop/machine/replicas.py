@@ -8,7 +8,6 @@ state, and all make the same update from the same sum.
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,12 +16,11 @@ import tensorflow as tf
 from tfloop.config import Config
 from tfloop.data.pipelines import Batch
 from tfloop.errors import UserError, WorkerLost
-from tfloop.machine import cluster
+from tfloop.machine import guardian, places
 from tfloop.models import normalization
 from tfloop.randomness import Part, part_of
 from tfloop.state import TrainState
 from tfloop.step import Pass, from_sums, no_pass, rows_of, to_sums
-from tfloop.wording import joined
 
 # What TensorFlow raises where another worker is gone; other faults raise them too.
 LOST = (
@@ -34,9 +32,6 @@ LOST = (
     tf.errors.DeadlineExceededError,
     tf.errors.FailedPreconditionError,
 )
-# Seconds that a worker stays reachable after it lost another, so that the others do not take it for
-# the lost one.
-GRACE = 5.0
 
 
 class Replicas:
@@ -53,13 +48,13 @@ class Replicas:
     def __init__(
         self,
         strategy: tf.distribute.Strategy,
-        place: cluster.Place = cluster.Place(0, ("",)),  # noqa: B008 (a constant)
+        place: places.Place = places.Place(0, ("",)),  # noqa: B008 (a constant)
+        guard: guardian.Guard | None = None,
     ) -> None:
-        self.strategy, self._place = strategy, place
+        self.strategy, self._place, self._guard = strategy, place, guard
         self.worker, self.workers = place.index, len(place.addresses)
         self.total = strategy.num_replicas_in_sync
         self.local = self.total // self.workers
-        self._watch: cluster.Watch | None = None
 
     @property
     def is_chief(self) -> bool:
@@ -120,7 +115,6 @@ class Replicas:
         """Raises UserError, on every worker, where they have different values."""
         if self.workers == 1:
             return
-        self._watch = self._watch or cluster.Watch(self._place)
         own = np.eye(self.workers, dtype=np.int32)[self.worker] * np.int32(value)
         values = self._sum_over_workers(own)
         for index, other in enumerate(values):
@@ -155,19 +149,12 @@ class Replicas:
             lost = self._lost(error.message)
             if not lost:
                 raise
-            time.sleep(GRACE)
-            names = joined([self._place.name(index) for index in lost])
-            verb = "are" if len(lost) > 1 else "is"
-            raise WorkerLost(
-                f"{names} {verb} gone; start the cluster again with --resume=auto to go on from "
-                "the last checkpoint"
-            ) from None
+            raise WorkerLost(guardian.lost_text(self._place, lost)) from None
 
     def _lost(self, message: str) -> list[int]:
         """The workers that are gone, as far as that can be told."""
-        lost = self._watch.gone if self._watch else []
-        lost = lost or cluster.unreachable(self._place)
-        if lost:
+        lost = self._guard.gone() if self._guard else []
+        if lost := lost or places.unreachable(self._place):
             return lost
         named = {int(index) for index in re.findall(r"/task:(\d+)", message)}
         return sorted(named - {self.worker})[:1]
@@ -190,7 +177,9 @@ def local_replicas(config: Config, gpus: int) -> int:
     return config.replicas or gpus or 1
 
 
-def make_replicas(config: Config, place: cluster.Place | None, gpus: int) -> Replicas | None:
+def make_replicas(
+    config: Config, place: places.Place | None, gpus: int, guard: guardian.Guard | None = None
+) -> Replicas | None:
     """The replicas that the settings ask for; None for one that needs no strategy.
 
     It is called before TensorFlow has made its devices.
@@ -199,6 +188,7 @@ def make_replicas(config: Config, place: cluster.Place | None, gpus: int) -> Rep
       config: the settings.
       place: of this process in its cluster; None without one.
       gpus: that this process uses.
+      guard: knows which of the other workers are gone; None where no guardian stands over it.
 
     Raises:
       UserError: a batch that cannot be cut into as many parts.
@@ -235,4 +225,4 @@ def make_replicas(config: Config, place: cluster.Place | None, gpus: int) -> Rep
         num_accelerators={kind: gpus or replicas},
         rpc_layer="grpc",
     )
-    return Replicas(tf.distribute.MultiWorkerMirroredStrategy(resolver, options), place)
+    return Replicas(tf.distribute.MultiWorkerMirroredStrategy(resolver, options), place, guard)
