@@ -1,6 +1,5 @@
 """Start a cluster of processes on this machine, to try out what several machines would do."""
 
-import functools
 import json
 import os
 import secrets
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tfloop.commands.command import Command, one_of
@@ -37,12 +37,20 @@ def launch(config: Config, options: dict[str, Any], arguments: list[str]) -> int
             f"--batch_size={config.batch_size} cannot be cut into {parts} equal parts, one for "
             f"each worker{also}"
         )
-    if one_of(options, "network", ("private", "open")) == "private":
-        network.enter_private()
+    is_open = one_of(options, "network", ("private", "open")) == "open" or network.is_private()
+    enter = network.make_private() if not is_open else lambda: None
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(count)]
     flags = _flags(config, options, count)
-    token = secrets.token_hex(16)
-    return _supervise([_start(index, addresses, flags, token) for index in range(count)])
+    environment = {**os.environ, cluster.TOKEN: secrets.token_hex(16)}
+
+    def prepare() -> None:
+        enter()
+        guardian.end_with(launcher, signal.SIGTERM)
+
+    launcher = os.getpid()
+    return _supervise(
+        [_start(index, addresses, flags, environment, prepare) for index in range(count)]
+    )
 
 
 def _flags(config: Config, options: dict[str, Any], workers: int) -> list[str]:
@@ -72,17 +80,24 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _start(index: int, addresses: list[str], flags: list[str], token: str) -> subprocess.Popen:
+def _start(
+    index: int,
+    addresses: list[str],
+    flags: list[str],
+    environment: dict[str, str],
+    prepare: Callable[[], None],
+) -> subprocess.Popen:
+    """A worker; `prepare` is called in its process before the program."""
     place = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     return subprocess.Popen(
         [sys.executable, "-m", "tfloop", "train", *flags],
-        env={**os.environ, "TF_CONFIG": json.dumps(place), cluster.TOKEN: token},
+        env={**environment, "TF_CONFIG": json.dumps(place)},
         stdout=None if index == 0 else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches the workers through us, once
-        preexec_fn=functools.partial(guardian.end_with, os.getpid(), signal.SIGTERM),
+        preexec_fn=prepare,
     )
 
 

@@ -10,9 +10,11 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 
 from tfloop.errors import UserError
 
@@ -26,23 +28,30 @@ OPEN_PORTS = (
 )
 
 
-def enter_private() -> None:
-    """From now on this process, and those it starts, have a network of their own.
+def make_private() -> Callable[[], None]:
+    """A new network; the function moves a process that has one thread into it.
 
-    The user stays who it is. It must be called while the process has one thread.
+    The user stays who it is.
 
     Raises:
       UserError: this system does not give one.
     """
     try:
-        _leave_network()
-        _bring_loopback_up()
+        namespaces = _new_namespaces()
     except OSError as error:
         raise UserError(
             f"--network=private: this system gives no private network ({error.strerror}), and "
             "TensorFlow's ports would listen on every address of this machine without a password; "
             "where nobody else can reach it, say --network=open"
         ) from None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def enter() -> None:
+        for namespace in namespaces:
+            if libc.setns(namespace, 0):
+                raise OSError(ctypes.get_errno(), "cannot enter the network")
+
+    return enter
 
 
 def is_private() -> bool:
@@ -54,14 +63,47 @@ def is_private() -> bool:
     return all(each & _LOOPBACK for each in flags if each & _UP)
 
 
-def _leave_network() -> None:
+def _new_namespaces() -> list[int]:
+    """Open files that stand for what a process must enter: a user's namespace, a network's.
+
+    They are made by a child, since only a process with one thread may make a user's namespace.
+    """
     if not sys.platform.startswith("linux"):
         raise OSError(errno.ENOSYS, "it is not Linux")
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            _leave_network(libc)
+            _bring_loopback_up()
+            os.write(writer, b"done")
+            signal.pause()
+        except OSError as error:
+            os.write(writer, str(error.strerror).encode())
+        finally:
+            os._exit(0)
+    try:
+        os.close(writer)
+        said = os.read(reader, 1000).decode()
+        os.close(reader)
+        if said != "done":
+            raise OSError(errno.EPERM, said)
+        names = [f"/proc/{child}/ns/{kind}" for kind in ("user", "net")]
+        if os.stat(names[0]).st_ino == os.stat("/proc/self/ns/user").st_ino:
+            names.pop(0)
+        return [os.open(name, os.O_RDONLY) for name in names]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _leave_network(libc: ctypes.CDLL) -> None:
     user, group = os.getuid(), os.getgid()
     try:
-        _unshare(_NEW_NETWORK)  # root needs no more
+        _unshare(libc, _NEW_NETWORK)  # root needs no more
     except OSError:
-        _unshare(_NEW_USER | _NEW_NETWORK)
+        _unshare(libc, _NEW_USER | _NEW_NETWORK)
         for name, content in (
             ("setgroups", "deny"),
             ("uid_map", f"{user} {user} 1"),
@@ -71,8 +113,7 @@ def _leave_network() -> None:
                 file.write(content)
 
 
-def _unshare(what: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
+def _unshare(libc: ctypes.CDLL, what: int) -> None:
     if libc.unshare(what):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
