@@ -1,3 +1,23 @@
-from tfloop.cli import main
+"""The program: `tfloop`, or `python -m tfloop`."""
 
-raise SystemExit(main())
+import os
+import sys
+
+
+def main() -> int:
+    """Run the command line; its exit code. Ctrl-C while it is imported is one line, too."""
+    try:
+        from tfloop import cli, stopping
+    except KeyboardInterrupt:
+        print("tfloop: interrupted", file=sys.stderr)
+        return 130
+    code = cli.main()
+    if stopping.abandoned:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

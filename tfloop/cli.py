@@ -5,14 +5,17 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is los
 """
 
 import re
+import signal
 import sys
 from typing import Any
 
 from absl import flags
 
+from tfloop import streams
 from tfloop.commands import COMMANDS, Command
 from tfloop.config import FIELDS, GROUPS, PRESETS, Config, check_given, users_of
 from tfloop.errors import DivergenceError, UserError, WorkerLost
+from tfloop.stopping import StopAsked
 from tfloop.training import code
 from tfloop.version import __version__
 from tfloop.wording import value_text
@@ -25,13 +28,24 @@ _HELP = ("--help", "-h", "-help", "--helpfull")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    streams.prepare()
+    with streams.kept():
+        return _ended(argv)
+
+
+def _ended(argv: list[str]) -> int:
+    """The exit code, and one line for what went wrong."""
     try:
         return _main(argv)
     except (UserError, DivergenceError, WorkerLost) as error:
         _say(error.as_flags)
         return next(code for kind, code in _CODES.items() if isinstance(error, kind))
+    except StopAsked as error:
+        number = error.signal or signal.SIGTERM
+        _say("interrupted" if number == signal.SIGINT else "terminated")
+        return 128 + number
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
+        streams.drop(sys.stdout)
         return 0
     except OSError as error:
         _say(f"{error.filename or 'writing'}: {error.strerror or error}")
@@ -67,6 +81,8 @@ def _main(argv: list[str]) -> int:
         known = ", ".join(COMMANDS)
         raise UserError(f"'{name}' is no command; choose from {known}, or see --help")
     command = COMMANDS[name]
+    if command.topic in ("train", "search", "cluster"):
+        streams.go_on_without_readers()
     if any(argument in _HELP for argument in rest):
         print(_help(name, command))
         return 0

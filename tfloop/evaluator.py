@@ -1,4 +1,8 @@
-"""Evaluation: the means over a part of a data set, in one compiled call, and the outputs."""
+"""Evaluation: the means over a part of a data set, and the outputs.
+
+Where that is short it is one compiled call. Otherwise it is several, each of which goes on with the
+sums of the one before, so that the result has the same bits, however it is cut.
+"""
 
 import functools
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from tfloop.errors import UserError
 from tfloop.nests import filled, leaves, map_leaves, named_leaves
 from tfloop.state import TrainState
 from tfloop.step import judged, losses, model_losses, rows_of
+from tfloop.stopping import Pace, StopAsked, interruptible
 from tfloop.tracing import Traced
 
 KEPT = 8  # traces of evaluations, for as many sizes of the last batch
@@ -37,6 +42,7 @@ class Evaluator:
         outputs: Any,
         timed: Timed,
         eager: bool,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make one.
 
@@ -48,12 +54,14 @@ class Evaluator:
           outputs: a nest of tensors, as the model gives them.
           timed: counts the seconds of a block as "evaluation" or "tracing".
           eager: run op by op.
+          stop: asked between compiled calls; where it says true, StopAsked is raised.
         """
         self.batch_size = batch_size
         self._state, self._data, self._forward = state, data, forward
         self._output_shapes = map_leaves(lambda x: x.shape[1:], outputs)
         self._timed, self._eager = timed, eager
         self._made: dict[tuple[bool, int], Traced] = {}
+        self._stop, self._pace = stop, Pace(8)
 
     @property
     def traces(self) -> int:
@@ -71,18 +79,29 @@ class Evaluator:
           UserError: there are no examples, or they are of other types than in training.
         """
         self._check(split)
-        size = self.batch_size
-        at_once = len(split) if split.is_in_memory else max(READ_AT_ONCE // size, 1) * size
-        results = []
+        size, count = self.batch_size, len(split)
+        most = count if split.is_in_memory else max(READ_AT_ONCE // size, 1)
+        evaluation = self._evaluation(count)
+        results: list[Any] = []
+        first, sums, means = 0, tf.zeros([self._sums], tf.float64), None
         with self._state.using_ema():
-            for first in range(0, len(split), at_once):
-                results.append(self._rows(split, slice(first, first + at_once)))
-        sums = tf.add_n([sums for sums, _ in results])
+            while first < count:
+                if self._stop():
+                    raise StopAsked
+                batches = min(most, self._pace.next(-(-(count - first) // size)))
+                rows = slice(first, min(first + batches * size, count))
+                inputs = self._inputs(split, rows)
+                with self._timed("evaluation") as timer:
+                    sums, means, outputs = evaluation.call(*inputs, tf.constant(rows.stop), sums)
+                    means.numpy()  # waits for the device
+                self._pace.note(batches, timer.seconds)
+                results.append(outputs)
+                first = rows.stop
 
         def join(*parts: tf.Tensor) -> np.ndarray:
             return np.concatenate([part.numpy() for part in parts])
 
-        return sums, map_leaves(join, *(outputs for _, outputs in results))
+        return means, map_leaves(join, *results)
 
     def _check(self, split: Split) -> None:
         trained, noun = self._data.train, self._data.noun
@@ -113,22 +132,22 @@ class Evaluator:
                         f"{what}{of} to evaluate are {one}, those of the training {two}"
                     )
 
-    def _rows(self, split: Split, rows: slice) -> tuple[tf.Tensor, Any]:
-        """(sums, outputs) of some rows; the time counts without reading them."""
+    @property
+    def _sums(self) -> int:
+        """How many sums are kept: of data loss, accuracy, model loss and the user's own metrics."""
+        return 3 + len(self._state.objective.extra)
+
+    def _inputs(self, split: Split, rows: slice) -> tuple[Any, Any, tf.Tensor]:
+        """(inputs, targets, weight) of some rows."""
         inputs = map_leaves(tf.constant, split.rows(rows))
         targets = map_leaves(lambda array: tf.constant(array[rows]), split.targets)
-        count = leaves(targets)[0].shape[0]
-        weight = tf.ones([count])
+        weight = tf.ones([leaves(targets)[0].shape[0]])
         if split.sample_weight is not None:
             weight = tf.constant(split.sample_weight[rows])
-        evaluation = self._evaluation(count)
-        with self._timed("evaluation"):
-            sums, outputs = evaluation.call(inputs, targets, weight)
-            sums.numpy()  # waits for the device
-        return sums, outputs
+        return inputs, targets, weight
 
     def _evaluation(self, rows: int) -> Traced:
-        """The compiled evaluation of so many rows: one for each size of a last batch."""
+        """The compiled evaluation of so many rows in all: one for each size of a last batch."""
         full, rest = divmod(rows, self.batch_size)
         key = full > 0, rest
         if key not in self._made:
@@ -140,7 +159,7 @@ class Evaluator:
             )
         made = self._made[key]
         if not self._eager and not made.traces:
-            with self._timed("tracing"):
+            with self._timed("tracing"), interruptible():
                 made.call.get_concrete_function()
         return made
 
@@ -151,20 +170,30 @@ class Evaluator:
 
         train = self._data.train
         nests = [map_leaves(spec, nest) for nest in (train.inputs, train.targets)]
-        return [*nests, tf.TensorSpec([None], tf.float32)]
+        scalars = tf.TensorSpec([], tf.int32), tf.TensorSpec([self._sums], tf.float64)
+        return [*nests, tf.TensorSpec([None], tf.float32), *scalars]
 
     def _evaluate_all(
-        self, inputs: Any, targets: Any, weight: tf.Tensor, full: bool, rest: int
-    ) -> tuple[tf.Tensor, Any]:
-        """The sums of train_step over all examples, and the outputs.
+        self,
+        inputs: Any,
+        targets: Any,
+        weight: tf.Tensor,
+        count: tf.Tensor,
+        sums: tf.Tensor,
+        full: bool,
+        rest: int,
+    ) -> tuple[tf.Tensor, tf.Tensor, Any]:
+        """(the sums to go on with, the sums as those of train_step, the outputs).
 
         Args:
-          inputs, targets, weight: of all rows.
+          inputs, targets, weight: of these rows.
+          count: rows until here, those before these included.
+          sums: to go on with, of the rows before these.
           full: are there full batches?
-          rest: rows of the last batch, behind those; 0 for none.
+          rest: rows of the last batch of all, behind those; 0 for none.
         """
         state, size, rows = self._state, self.batch_size, tf.shape(weight)[0]
-        batches = (rows - rest) // size
+        batches = rows // size
         everything = Batch(inputs, targets, weight)
 
         def of_batch(first: tf.Tensor, size: int) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -185,12 +214,18 @@ class Evaluator:
             pairs = zip(outputs, found, strict=True)
             return i + 1, sums + new, [array.write(i, value) for array, value in pairs]
 
-        sums = tf.zeros([3 + len(state.objective.extra)], tf.float64)
-        found: list[list[tf.Tensor]] = [[] for _ in leaves(self._output_shapes)]
+        def last_batch() -> tuple[tf.Tensor, list[tf.Tensor]]:
+            return of_batch(batches * size, rest)
+
+        def no_batch() -> tuple[tf.Tensor, list[tf.Tensor]]:
+            return tf.zeros_like(sums), [tf.zeros([0, *shape]) for shape in shapes]
+
+        shapes = leaves(self._output_shapes)
+        found: list[list[tf.Tensor]] = [[] for _ in shapes]
         if full:
             arrays = [
                 tf.TensorArray(tf.float32, batches, element_shape=[size, *shape])
-                for shape in leaves(self._output_shapes)
+                for shape in shapes
             ]
             begin = tf.constant(0), sums, arrays
             _, sums, arrays = tf.while_loop(
@@ -199,19 +234,20 @@ class Evaluator:
             for parts, array in zip(found, arrays, strict=True):
                 parts.append(array.concat())
         if rest:
-            new, last = of_batch(batches * size, rest)
+            is_last = rows > batches * size
+            new, last = tf.cond(is_last, last_batch, no_batch) if full else last_batch()
             sums = sums + new
             for parts, value in zip(found, last, strict=True):
                 parts.append(value)
-        examples = tf.cast(rows, tf.float64)
+        examples = tf.cast(count, tf.float64)
         data, accuracy, model, *more = tf.unstack(sums / examples)
         loss = losses(state, tf.cast(data, tf.float32), tf.cast(model, tf.float32))
         metrics = tf.concat(
             [tf.cast(tf.stack(loss), tf.float64), tf.stack([accuracy, 0.0, *more])], axis=0
         )
-        sums = tf.concat([[1.0, examples], examples * metrics], axis=0)
         whole = [tf.concat(parts, axis=0) if len(parts) > 1 else parts[0] for parts in found]
-        return sums, filled(self._output_shapes, whole)
+        means = tf.concat([[1.0, examples], examples * metrics], axis=0)
+        return sums, means, filled(self._output_shapes, whole)
 
 
 def _as_float32(x: tf.Tensor) -> tf.Tensor:

@@ -39,6 +39,7 @@ from tfloop.step import (
     rows_of,
     train_step,
 )
+from tfloop.stopping import Pace, StopAsked, interruptible
 from tfloop.tracing import Traced
 from tfloop.vectors import Vector
 from tfloop.wording import names_text
@@ -98,17 +99,58 @@ class Evaluation:
 
 @dataclasses.dataclass(eq=False)
 class PendingCall:
-    """Steps that a loop is ready to make in one compiled call.
+    """Steps that a loop is ready to make.
 
-    `Loop.make` makes them, or an ensemble does, side by side with those of other loops.
+    `Loop.make` makes them, or an ensemble does, side by side with those of other loops: in one
+    compiled call where that is short, or in several, each of which goes on with the sums of the one
+    before, bit for bit as in one.
     """
 
     loop: "Loop"
     source: Any  # what the loop's pipeline takes batches from
     count: int
+    part: "CallPart"  # what was made of it in an earlier process
+    made: int = 0  # steps, of `count`
     last: Step | None = None  # of the steps made, with the sums of all
     waited: float = 0.0  # seconds, of these
     seconds: float = 0.0
+
+    @property
+    def so_far(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """What the next steps go on from: (the sums, the largest loss of a step)."""
+        if self.last is not None:
+            return self.last.sums, self.last.worst
+        if self.part.sums:
+            return tf.constant(self.part.sums, tf.float64), tf.constant(self.part.worst)
+        return tf.zeros(self.loop.state.totals.shape, tf.float64), tf.constant(tf.float32.min)
+
+    def add(self, steps: int, last: Step, waited: float, seconds: float) -> None:
+        """So many more steps were made."""
+        self.made += steps
+        self.last = last
+        self.waited += waited
+        self.seconds += seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class CallPart:
+    """What a run that was stopped within a call, or before the evaluation behind it, goes on from.
+
+    Attributes:
+      steps: of the call that are made.
+      sums: of these; empty where the call was made.
+      worst: the largest loss of one of them.
+      seconds: that they took.
+      waited: seconds, of these, that batches were waited for.
+      learning_rate: of the last step.
+    """
+
+    steps: int = 0
+    sums: tuple[float, ...] = ()
+    worst: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+    learning_rate: float | None = None
 
 
 Record: TypeAlias = Call | Evaluation | Epoch
@@ -141,6 +183,9 @@ class Loop:
       classifies: is there an output for each class, so that accuracy means something?
       grad_fn: computes loss and gradients of a step's batch.
       is_fast: is the forward pass rearranged?
+      stop: asked between compiled calls and between batches of an evaluation; where it says true,
+        StopAsked is raised.
+      part: what was made of the call that comes next; None for none of it.
     """
 
     def __init__(
@@ -224,6 +269,9 @@ class Loop:
         self._place: tuple[int, int, int] | None = None
         self._source: Any = None
         self._eager, self.is_warm = eager, False
+        self.stop: Callable[[], bool] = lambda: False
+        self.part: CallPart | None = None
+        self._pace = Pace(1)
         worker = (replicas.worker, replicas.workers, replicas.total) if replicas else ()
         self.pipeline = pipelines.make(pipeline, data.train, batch_size, *worker)
         self.steps = self.pipeline.steps
@@ -255,7 +303,14 @@ class Loop:
             grad_fn = replicas.grad_fn(grad_fn)
         self.grad_fn, self.is_fast = grad_fn, fast
         self._evaluator = Evaluator(
-            state, data, self.evaluation_batch_size, self.forward, outputs, self._timed, eager
+            state,
+            data,
+            self.evaluation_batch_size,
+            self.forward,
+            outputs,
+            self._timed,
+            eager,
+            lambda: self.stop(),
         )
         self._compiles_steps = jit_compile and not compiles_whole
         self._make_step()
@@ -272,11 +327,18 @@ class Loop:
         train = (self.beside or self).compiled.traces
         return {"train": train, "evaluate": self._evaluator.traces}
 
-    def train_steps(self, source: Any, steps: tf.Tensor) -> tuple[Step, tf.Tensor]:
+    def train_steps(
+        self, source: Any, steps: tf.Tensor, sums: tf.Tensor, worst: tf.Tensor
+    ) -> tuple[Step, tf.Tensor]:
         """`steps` steps in one call: (the last step, with the sums of all; seconds of waiting).
 
         A count that is a tensor keeps one trace for all counts. The seconds are those spent waiting
         for batches.
+
+        Args:
+          source: what the pipeline takes batches from.
+          steps: how many.
+          sums, worst: of the steps before these that count with them.
         """
         pipeline = self.pipeline
         # Read once: on a GPU no step then waits for the one before to tell it.
@@ -297,7 +359,8 @@ class Loop:
             return step.after(total), waited + seconds
 
         full = tf.clip_by_value(pipeline.full - first, 0, steps)  # of these steps
-        start = (tf.constant(0), no_step(self.state), tf.constant(0.0, tf.float64))
+        before = no_step(self.state)._replace(sums=sums, worst=worst)
+        start = (tf.constant(0), before, tf.constant(0.0, tf.float64))
         _, total, waited = tf.while_loop(lambda i, *_: i < full, body, start, parallel_iterations=1)
         if pipeline.rest:  # the epoch's last step has another shape
             total, waited = tf.cond(full < steps, last_step, lambda: (total, waited))
@@ -338,40 +401,64 @@ class Loop:
         state = self.state
         while (index := int(state.batch_index)) < self.steps:
             self._follow_model()
-            call = PendingCall(self, self._source_at(index), self._call_length(index))
+            part, self.part = self.part or CallPart(), None
+            call = PendingCall(self, self._source_at(index), self._call_length(index), part)
             # Until the call has gone well, what it took of the source is not taken for granted.
             self._place = None
             step = int(state.global_step)
             with tf.profiler.experimental.Trace("train", step_num=step, _r=1):
                 yield call  # the trace marks it in a profile
-            assert call.last is not None
+            if call.last is not None:
+                self._note_rate()
+                if state.diverged:
+                    raise self._divergence()
+            if call.made < call.count or call.last is None:
+                self.part = self._part_of(call)
+                raise StopAsked
             last, count = call.last, call.count
-            self._note_rate()
-            if state.diverged:
-                raise self._divergence()
             self._place = self._position()
             yield Call(
                 int(state.epoch) + 1,
                 int(state.global_step),
                 index + count,
-                count,
+                part.steps + count,
                 self._means(last.sums),
                 float(last.worst),
                 float(last.learning_rate),
-                call.seconds,
-                call.waited,
+                part.seconds + call.seconds,
+                part.waited + call.waited,
                 Vector(last.gradient, state.weights),
                 Vector(last.update, state.weights),
             )
 
+    @staticmethod
+    def _part_of(call: PendingCall) -> CallPart | None:
+        """What is made of a call that was broken off; None for none of it."""
+        before, last = call.part, call.last
+        if last is None:
+            return before if before.sums else None
+        return CallPart(
+            before.steps + call.made,
+            tuple(last.sums.numpy().tolist()),
+            float(last.worst),
+            before.seconds + call.seconds,
+            before.waited + call.waited,
+        )
+
     def make(self, call: PendingCall) -> None:
-        """Make the steps of `call`, in a compiled call of their own."""
-        self.warm_up()
-        with self._timed("training") as timer:
-            last, waited = self.compiled.call(call.source, tf.constant(call.count))
-            last.sums.numpy()  # waits for the device: what a call returns, it returns at once
-            call.last, call.waited = last, float(waited)
-        call.seconds = timer.seconds
+        """Make the steps of `call`, in compiled calls of their own, or some where one is to stop.
+
+        Raises:
+          StopAsked: while it was traced.
+        """
+        while call.made < call.count and not self.stop():
+            self.warm_up()
+            steps = self._pace.next(call.count - call.made)
+            with self._timed("training") as timer:
+                last, waited = self.compiled.call(call.source, tf.constant(steps), *call.so_far)
+                last.sums.numpy()  # waits for the device: what a call returns, it returns at once
+            call.add(steps, last, float(waited), timer.seconds)
+            self._pace.note(steps, timer.seconds)
 
     def _call_length(self, index: int) -> int:
         """Steps in the call that begins here. Calls end at fixed places, resumed or not."""
@@ -430,7 +517,7 @@ class Loop:
         """
         if self.is_warm:
             return
-        with self._timed("tracing"), self.state.looking():
+        with self._timed("tracing"), self.state.looking(), interruptible():
             with self.taken_back():
                 missing = self._try_trace()
             if missing:  # its slots are made anew, so they are taken back anew
@@ -453,7 +540,9 @@ class Loop:
             _look(state, rows_of(self.batch(int(state.batch_index)), 0, 1))
             return
         source = self.pipeline.begin(state.seed, state.epoch, int(state.batch_index))
-        last, _ = self.compiled.call(source, tf.constant(self.steps_to_compile()))
+        none = PendingCall(self, source, 0, CallPart()).so_far
+        steps = self.steps_to_compile()
+        last, _ = self.compiled.begin(steps > 0, source, tf.constant(steps), *none)
         last.sums.numpy()  # waits for the device
 
     def steps_to_compile(self) -> int:
@@ -545,6 +634,10 @@ class Loop:
         state.diverged.assign(False)
         evaluates = evaluates or bool(state.schedule.slots)
         learning_rate = float(state.schedule(tf.maximum(state.schedule_step - 1, 0)))
+        if self.part and self.part.learning_rate is not None:  # an evaluation is to come
+            learning_rate, self.part = self.part.learning_rate, None
+            if int(state.epoch) < epochs and int(state.batch_index) < self.steps:
+                yield self._evaluation(learning_rate)
         while int(state.epoch) < epochs:
             before, first = self.seconds["training"], int(state.batch_index)
             for item in self.pending_epoch():
@@ -552,12 +645,12 @@ class Loop:
                     learning_rate = item.learning_rate
                 yield item
                 if evaluates and isinstance(item, Call) and self.evaluates_after(item):
-                    yield self._evaluation(item)
+                    yield self._evaluation(learning_rate)
             train = self._means(state.totals)
             is_due = (int(state.epoch) + 1) % self.evaluate_every.epochs == 0
             test, validation, outputs = None, None, None
             if evaluates and (is_due or int(state.epoch) + 1 == epochs):
-                test, validation, outputs = self._evaluate_both(train)
+                test, validation, outputs = self._evaluate_both(train, learning_rate)
             state.epoch.assign_add(1)
             state.batch_index.assign(0)
             state.totals.assign(tf.zeros_like(state.totals))
@@ -579,19 +672,26 @@ class Loop:
         steps = self.evaluate_every.steps
         return bool(steps) and call.step % steps == 0 and call.batch_index < self.steps
 
-    def _evaluation(self, call: Call) -> Evaluation:
-        train = self._means(self.state.totals)
-        found = self._evaluate_both(train)
-        digest = self.state.digest("weights", "moving")
-        return Evaluation(call.epoch, call.step, call.batch_index, train, *found, digest)
+    def _evaluation(self, learning_rate: float) -> Evaluation:
+        state = self.state
+        train = self._means(state.totals)
+        found = self._evaluate_both(train, learning_rate)
+        place = int(state.epoch) + 1, int(state.global_step), int(state.batch_index)
+        return Evaluation(*place, train, *found, state.digest("weights", "moving"))
 
-    def _evaluate_both(self, train: Metrics) -> tuple[Metrics | None, Metrics | None, Any]:
+    def _evaluate_both(
+        self, train: Metrics, learning_rate: float
+    ) -> tuple[Metrics | None, Metrics | None, Any]:
         """(test, validation, outputs for the test examples), each None where there are none."""
         test, outputs, validation = None, None, None
-        if len(self.data.test):
-            test, outputs = self.evaluate_with_outputs(self.data.test)
-        if len(self.data.validation):
-            validation = self.evaluate(self.data.validation)
+        try:
+            if len(self.data.test):
+                test, outputs = self.evaluate_with_outputs(self.data.test)
+            if len(self.data.validation):
+                validation = self.evaluate(self.data.validation)
+        except StopAsked:
+            self.part = CallPart(learning_rate=learning_rate)
+            raise
         if self.state.schedule.slots:
             self._note({"train": train, "test": test, "validation": validation})
         return test, validation, outputs

@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfloop.stopping import wait_for
+
 
 class Traced:
     """A compiled function.
@@ -37,6 +39,20 @@ class Traced:
         self.call: Any = self._function
         if not self._eager:
             self.call = tf.function(counted, autograph=False, **self._options)
+
+    def begin(self, changes: bool, *arguments: Any) -> Any:
+        """The first call, in which TensorFlow traces, and then optimizes, which may take long.
+
+        Args:
+          changes: does the call change anything? Then it cannot be broken off.
+          *arguments: of the function.
+        """
+        if self._eager:
+            return self.call(*arguments)
+        self.call.get_concrete_function(*arguments)
+        if changes or tf.distribute.has_strategy():
+            return self.call(*arguments)
+        return wait_for(lambda: self.call(*arguments))
 
     def renew(self, reason: str = "") -> None:
         """Trace anew at the next call, and say why; without a reason the last trace failed."""

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
+from tfloop import stopping
 from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
+from tfloop.stopping import StopAsked
 from tfloop.wording import counted
 
 STARTED = time.perf_counter()  # when the program began, but for the imports above
@@ -179,13 +181,14 @@ def output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM once asks the run to end after its current call, with a checkpoint.
+    """Ctrl-C, SIGTERM or SIGHUP once asks the run to end soon, with a checkpoint.
 
-    Twice ends the program.
+    As long as nobody has called `asked`, no run has begun, and the signal raises StopAsked. Twice
+    ends the program.
     """
 
     def __init__(self, listen: bool = True) -> None:
-        self._signal = 0
+        self._signal, self._has_begun = 0, False
         if listen:
             self.listen()
 
@@ -195,15 +198,20 @@ class Stop:
         Again where TensorFlow took them: with several workers it watches for SIGTERM.
         """
         if not self._signal:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                    signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
         self._signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may say it twice
+        if not self._has_begun or stopping.is_interruptible():
+            raise StopAsked(number)
 
     def asked(self) -> bool:
+        self._has_begun = True
         return bool(self._signal)
 
     def code(self) -> int:

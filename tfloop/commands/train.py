@@ -7,6 +7,7 @@ from tfloop.commands.command import STARTED, TERMINATED, Command, Stop, warn
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.machine import cluster, guardian, network, places
+from tfloop.stopping import StopAsked
 from tfloop.training import code, folders
 from tfloop.wording import counted
 
@@ -46,7 +47,12 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
         session.dry_run(config, device, replicas)
         return 0
     override = options["override"]
-    results = session.train(config, device, STARTED, stop.asked, resume, replicas, override)
+    try:
+        results = session.train(config, device, STARTED, stop.asked, resume, replicas, override)
+    except StopAsked:
+        if not stop.code():
+            raise
+        return stop.code()
     last = results[-1] if results else {"finished": True}
     was_stopped_by_another = not last["finished"] and not last["out_of_time"]
     return stop.code() or (TERMINATED if was_stopped_by_another else 0)

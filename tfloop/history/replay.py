@@ -21,7 +21,7 @@ from tfloop.errors import DivergenceError, UserError
 from tfloop.history.records import Point, Records
 from tfloop.loop import Call, Loop, PendingCall, Record
 from tfloop.training import checkpoints, folders
-from tfloop.training.run import scale_rate
+from tfloop.training.run import call_part, scale_rate
 from tfloop.version import __version__
 from tfloop.wording import counted
 
@@ -90,8 +90,10 @@ class Replay:
         """Set the state to a checkpoint of the run, or, without one, to its start."""
         state = self.loop.state
         state.begin(self.config.seed)
+        self.loop.part = None
         if path is not None:
             manifest = checkpoints.read_manifest(path)
+            self.loop.part = call_part(manifest)
             differs = bool(folders.changed(Config.make(**manifest["config"]), self.config))
             checkpoints.restore(state, path, differs)
             if differs:

@@ -12,6 +12,7 @@ from tfloop import parallelism
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.machine import cluster, guardian, places
+from tfloop.stopping import StopAsked
 
 
 def choose(config: Config, cores: int, replicas: int = 1, workers: int = 1) -> Config:
@@ -256,7 +257,7 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(sink.fileno(), 2)
         try:
             yield
-        except UserError:
+        except (UserError, KeyboardInterrupt, StopAsked):
             raise
         except BaseException:
             sink.seek(0)

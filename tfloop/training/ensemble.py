@@ -16,9 +16,10 @@ import tensorflow as tf
 
 from tfloop.data.dataset import Split
 from tfloop.errors import DivergenceError, WithoutGradient
-from tfloop.loop import Loop, PendingCall
+from tfloop.loop import CallPart, Loop, PendingCall
 from tfloop.nests import map_leaves
 from tfloop.step import judged
+from tfloop.stopping import Pace, StopAsked, interruptible
 from tfloop.tracing import Traced
 
 Training = Generator[PendingCall, None, dict]  # as `run.Run.train`
@@ -33,15 +34,19 @@ class SideBySide:
 
     def __init__(self, loops: Sequence[Loop]) -> None:
         self.loops, self.is_warm = list(loops), False
+        self._pace = Pace(1)
         self._sources: dict[Loop, Any] = {}
         name = "the training step of several models"
         self.compiled = Traced(self._steps, name, **loops[0].options)
         for loop in loops:
             loop.beside = self
 
-    def _steps(self, sources: list, counts: tf.Tensor) -> list:
+    def _steps(self, sources: list, counts: tf.Tensor, so_far: list) -> list:
         pairs = enumerate(zip(self.loops, sources, strict=True))
-        return [loop.train_steps(source, counts[index]) for index, (loop, source) in pairs]
+        return [
+            loop.train_steps(source, counts[index], *so_far[index])
+            for index, (loop, source) in pairs
+        ]
 
     def make(self, calls: Sequence[PendingCall]) -> None:
         """Make the steps of these calls; a loop that has none makes none.
@@ -49,18 +54,27 @@ class SideBySide:
         Their seconds are shared out by steps.
         """
         self._sources |= {call.loop: call.source for call in calls}
-        if not self.is_warm:
-            self._warm_up()
-        counts = {call.loop: call.count for call in calls}
-        steps, seconds = self._call([counts.get(loop, 0) for loop in self.loops])
-        made = dict(zip(self.loops, steps, strict=True))
-        for call in calls:
-            call.last, waited = made[call.loop]
-            call.waited = float(waited)
-            call.seconds = seconds * call.count / sum(counts.values())
-            call.loop.seconds["training"] += call.seconds
+        while any(call.made < call.count for call in calls) and not self.loops[0].stop():
+            if not self.is_warm:
+                self._warm_up()
+            self._make_some(calls)
 
-    def _call(self, counts: list[int]) -> tuple[list, float]:
+    def _make_some(self, calls: Sequence[PendingCall]) -> None:
+        by_loop = {call.loop: call for call in calls}
+        counts = {loop: self._pace.next(call.count - call.made) for loop, call in by_loop.items()}
+        so_far = [by_loop[loop].so_far if loop in by_loop else None for loop in self.loops]
+        steps, seconds = self._call([counts.get(loop, 0) for loop in self.loops], so_far)
+        self._pace.note(max(counts.values()), seconds)
+        made = dict(zip(self.loops, steps, strict=True))
+        for loop, call in by_loop.items():
+            last, waited = made[loop]
+            spent = seconds * counts[loop] / sum(counts.values())
+            loop.seconds["training"] += spent
+            if counts[loop]:
+                call.add(counts[loop], last, float(waited), spent)
+
+    def _call(self, counts: list[int], so_far: Sequence = ()) -> tuple[list, float]:
+        """(what each loop's steps gave, the seconds they took)."""
         for loop in self.loops:
             if loop not in self._sources:  # it took no part yet
                 state = loop.state
@@ -68,7 +82,14 @@ class SideBySide:
         started = time.perf_counter()
         try:
             sources = [self._sources[loop] for loop in self.loops]
-            steps = self.compiled.call(sources, tf.constant(counts))
+            nothing = [PendingCall(loop, (), 0, CallPart()).so_far for loop in self.loops]
+            pairs = zip(so_far or nothing, nothing, strict=True)
+            begun = [tuple(given or none) for given, none in pairs]
+            arguments = sources, tf.constant(counts), begun
+            if self.is_warm:
+                steps = self.compiled.call(*arguments)
+            else:
+                steps = self.compiled.begin(any(counts), *arguments)
             for last, _ in steps:
                 last.sums.numpy()  # waits for the device
         except tf.errors.OpError:
@@ -90,6 +111,7 @@ class SideBySide:
         with contextlib.ExitStack() as entered:
             for loop in self.loops:
                 entered.enter_context(loop.state.looking())
+            entered.enter_context(interruptible())
             seconds = self._trace(counts)
         self.is_warm, self._sources = True, sources
         for loop in self.loops:
@@ -118,13 +140,13 @@ class Calls(list[PendingCall]):
       failure: that error; None while all went well.
     """
 
-    failure: Exception | None = None
+    failure: Exception | StopAsked | None = None
 
     def __enter__(self) -> "Calls":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> bool:
-        self.failure = error if isinstance(error, Exception) else None
+        self.failure = error if isinstance(error, (Exception, StopAsked)) else None
         return self.failure is not None
 
 
@@ -154,7 +176,7 @@ class Together(Iterator[Calls]):
         self._calls.close()
 
     def _run(self) -> Generator[Calls, None, None]:
-        failure: Exception | None = None
+        failure: Exception | StopAsked | None = None
         try:
             while self._live:
                 calls = Calls(self._advance(failure))
@@ -165,7 +187,7 @@ class Together(Iterator[Calls]):
             for training in self._live.values():
                 training.close()
 
-    def _advance(self, failure: Exception | None) -> Iterator[PendingCall]:
+    def _advance(self, failure: Exception | StopAsked | None) -> Iterator[PendingCall]:
         """Take each training to its next call, or to its end."""
         for index, training in list(self._live.items()):
             try:

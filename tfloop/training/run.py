@@ -27,11 +27,12 @@ from tfloop.inspection.event_files import own_events
 from tfloop.inspection.plots import LivePlot
 from tfloop.inspection.progress import Display
 from tfloop.inspection.summaries import Summaries
-from tfloop.loop import Call, Epoch, Evaluation, Loop, PendingCall, Record
+from tfloop.loop import Call, CallPart, Epoch, Evaluation, Loop, PendingCall, Record
 from tfloop.machine import arithmetic
 from tfloop.machine.replicas import Replicas
 from tfloop.metrics import NAMES, Metrics
 from tfloop.state import TrainState
+from tfloop.stopping import StopAsked
 from tfloop.training import checkpoints, code, folders
 from tfloop.training.profile import Profile
 from tfloop.vectors import count_elements
@@ -131,6 +132,8 @@ class Run:
         self._started = started
         code.store(self._folder, self._config)
         self._check_steering()
+        if not self._replicas or self._replicas.workers == 1:  # several end at the same place
+            self._loop.stop = stop
         resumed = self._resume()
         self._count("setup", time.perf_counter() - started)
         diverged = yield from self._go_on(stop, resumed)
@@ -159,6 +162,8 @@ class Run:
             diverged = None
             try:
                 yield from self._records(stop, summaries, profile)
+            except StopAsked:
+                pass
             except DivergenceError as error:
                 diverged = error
                 if self._may_rewind():
@@ -255,6 +260,7 @@ class Run:
           Were summaries written before it?
         """
         self._loop.state.begin(self._config.seed)
+        self._loop.part = None
         self._reached, self._saved = Reached(), None
         self._before = dict(self._loop.seconds)
         folder, events = self._folder / "checkpoints", {}
@@ -280,6 +286,7 @@ class Run:
                 f"{self._folder}: has made {done} epochs, more than --epochs={config.epochs}"
             )
         self._reached = Reached(**manifest["reached"])
+        self._loop.part = call_part(manifest)
         for entry in self._reached.epochs:
             if "rate" in entry:  # as version 0.1 called it
                 entry["learning_rate"] = entry.pop("rate")
@@ -383,6 +390,7 @@ class Run:
             "reached": {**dataclasses.asdict(self._reached), "seconds": self._seconds()},
             "best": best,
             "events": events,
+            "part": dataclasses.asdict(loop.part) if loop.part else None,
         }
         self._checkpoints.save(manifest, best["checkpoint"] if best else None)
         self._saved = int(loop.state.global_step)
@@ -462,6 +470,12 @@ def machine(device: str) -> dict[str, Any]:
             "numpy": np.__version__,
         },
     }
+
+
+def call_part(manifest: dict[str, Any]) -> CallPart | None:
+    """What was made of the call within which a checkpoint was made."""
+    part = manifest.get("part")
+    return CallPart(**{**part, "sums": tuple(part["sums"])}) if part else None
 
 
 def scale_rate(state: TrainState, factor: float) -> None:

@@ -25,6 +25,7 @@ from tfloop.loop import Epoch, Loop
 from tfloop.machine.replicas import Replicas
 from tfloop.nests import leaves, named_leaves
 from tfloop.state import TrainState
+from tfloop.stopping import StopAsked
 from tfloop.training import code, folders, keras_import, manifests
 from tfloop.training.ensemble import Calls, End, SideBySide, Together, judge_together
 from tfloop.training.folders import reached_text
@@ -175,6 +176,8 @@ class Session:
           DivergenceError: a run diverged; those beside it have gone on to their end.
         """
         self._say_what_trains()
+        if self._stop():
+            raise StopAsked
         planned = self._plan()
         for first in range(0, len(planned), self._members):
             group = planned[first : first + self._members]
