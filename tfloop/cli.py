@@ -76,6 +76,9 @@ def _main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"tfloop {__version__}")
         return 0
+    for argument in argv:
+        if any("\udc80" <= character <= "\udcff" for character in argument):
+            raise UserError(f"{argument}: holds bytes that are no UTF-8; rename it")
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)

@@ -1,13 +1,16 @@
 """Readers of IDX and .npz files that trust nothing in them."""
 
+import contextlib
 import gzip
 import hashlib
 import io
 import math
 import os
+import resource
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,6 +49,7 @@ def read_idx(path: str | Path, sha256: str | None = None) -> np.ndarray:
     try:
         shape, dtype = _read_idx_header(stream, path)
         expected = math.prod(shape) * dtype.itemsize
+        check_fits(path, expected)
         if expected > limit:
             raise UserError(
                 f"{path}: truncated: its header promises {expected} bytes, more than the file can "
@@ -73,21 +77,36 @@ def _read_idx_header(stream: BinaryIO, path: Path) -> tuple[tuple[int, ...], np.
     return struct.unpack(f">{rank}I", sizes), np.dtype(IDX_DTYPES[header[2]])
 
 
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+def read_npz(
+    path: str | Path,
+    check: Callable[[dict[str, tuple[int, ...]]], object] = lambda shapes: None,
+    names: Collection[str] = (),
+) -> dict[str, np.ndarray]:
     """The arrays in an .npz file, read without pickle.
 
+    Args:
+      path: of the file.
+      check: is given the shapes before anything is read, and may refuse them.
+      names: of the arrays to read, where they are there; of none, all are read.
+
     Raises:
-      UserError: the file is damaged, promises more than it can hold, or holds Python objects.
+      UserError: the file is damaged, promises more than it can hold or than fits into memory, or
+        holds Python objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > os.path.getsize(path) * DEFLATE_LIMIT:
                 raise UserError(f"{path}: damaged: it promises more data than the file can hold")
-            for entry in entries:
-                _check_npy(archive, entry, path)
+            known = {
+                entry.filename.removesuffix(".npy"): _shape_of(archive, entry, path)
+                for entry in entries
+            }
+        check({name: shape for name, (shape, _) in known.items()})
+        wanted = [name for name in known if name in names] if names else list(known)
+        check_fits(path, sum(known[name][1] for name in wanted))
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: arrays[name] for name in wanted}
     except UserError:
         raise
     except (
@@ -127,10 +146,37 @@ def read_npy(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: damaged or not an .npy of a plain array: {error}") from None
 
 
-def _check_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str | Path) -> None:
-    """Raises UserError where an array's header promises more than its entry holds.
+def check_fits(path: str | Path, size: int) -> None:
+    """Raises UserError where so many bytes, unpacked, do not fit into free memory."""
+    free = _free_memory()
+    if free and size > free:
+        raise UserError(
+            f"{path}: holds {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free; "
+            "pack larger data as shards, or leave some out"
+        )
 
-    NumPy would make room for it first.
+
+def _free_memory() -> int:
+    """Bytes that this process may still take; 0 where that is not known."""
+    free = 0
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = 1024 * int(next(line for line in file if "MemAvailable" in line).split()[1])
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            with open("/proc/self/statm", encoding="ascii") as file:
+                taken = int(file.read().split()[0]) * resource.getpagesize()
+            free = max(1, min(free, limit - taken))
+    return free
+
+
+def _shape_of(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str | Path
+) -> tuple[tuple[int, ...], int]:
+    """(an array's shape, its bytes), from its header.
+
+    Raises:
+      UserError: it promises more than its entry holds; NumPy would make room for it first.
     """
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
@@ -138,7 +184,9 @@ def _check_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: str | Pat
         form = np.lib.format
         read = form.read_array_header_1_0 if is_first else form.read_array_header_2_0
         shape, _, dtype = read(file)
-    if math.prod(shape) * dtype.itemsize > entry.file_size:
+    size = math.prod(shape) * dtype.itemsize
+    if size > entry.file_size:
         raise UserError(
             f"{path}: damaged: {entry.filename} promises more data than the file can hold"
         )
+    return shape, size

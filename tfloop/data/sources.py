@@ -160,12 +160,22 @@ def _read_idx_parts(folder: Path, sums: dict[str, str]) -> tuple[Part, Part]:
 
 def _read_npz(dataset: str) -> tuple[Part, Part]:
     """An archive as Keras writes its data sets."""
-    arrays = read_npz(dataset)
     names = ("x_train", "y_train", "x_test", "y_test")
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        found = ", ".join(arrays) or "nothing"
-        raise UserError(f"{dataset}: has no {', '.join(missing)}; found {found}")
+
+    def check(shapes: dict[str, tuple[int, ...]]) -> None:
+        missing = [name for name in names if name not in shapes]
+        if missing:
+            found = ", ".join(shapes) or "nothing"
+            raise UserError(f"{dataset}: has no {', '.join(missing)}; found {found}")
+        for part in ("train", "test"):
+            images, labels = shapes[f"x_{part}"], shapes[f"y_{part}"]
+            if len(images) < 2 or not labels or images[0] != labels[0]:
+                raise UserError(
+                    f"{dataset}: x_{part} is {list(images)} and y_{part} {list(labels)}; expected "
+                    "as many labels as images"
+                )
+
+    arrays = read_npz(dataset, check, names)
     return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from tfloop.config import CODE, FIELDS, GROUPS, Config
 from tfloop.errors import UserError
 from tfloop.schedules import needs_length
+from tfloop.training import kinds
 from tfloop.user_code import is_reference
 from tfloop.wording import listed
 
@@ -201,6 +202,8 @@ def group_of(folder: Path) -> tuple[list[Path], int]:
     """
     try:
         group = json.loads((folder / GROUP).read_text(encoding="utf-8"))
+        if any(name in ("", "..") or Path(name).name != name for name in group["folders"]):
+            raise ValueError  # a group lies in one folder
         members = [folder.parent / name for name in group["folders"]]
         ensemble = int(group["ensemble"])
         if folder not in members or ensemble < 1:
@@ -208,7 +211,7 @@ def group_of(folder: Path) -> tuple[list[Path], int]:
         return members, ensemble
     except FileNotFoundError:
         return [folder], 1
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(
             f"{folder / GROUP}: cannot be read; go on with one run: --resume={folder}"
         ) from None
@@ -226,27 +229,25 @@ def result(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         return {}
-    for name, kinds in _KINDS.items():
-        if name in content and not _is_of(content[name], kinds):
-            raise UserError(
-                f"{folder / RESULT}: is damaged: {name} is {str(content[name])[:40]!r}; remove the "
-                "file, and --resume the run to have it written again"
-            )
+    if name := kinds.wrong(content, _KINDS):
+        raise UserError(
+            f"{folder / RESULT}: is damaged: {name} is {str(content[name])[:40]!r}; remove the "
+            "file, and --resume the run to have it written again"
+        )
     return content
 
 
 # The types of what others read of a result, and of each entry of its lists.
-_NUMBER, _NONE = (int, float), type(None)
 _KINDS: dict[str, Any] = {
     "steps": int,
     "steps_per_epoch": int,
     "finished": bool,
     "fingerprint": int,
-    "ms_per_step": _NUMBER,
+    "ms_per_step": kinds.NUMBER,
     "weights_sha256": str,
-    "diverged": (dict, _NONE),
-    "final": (dict, _NONE),
-    "best": (dict, _NONE),
+    "diverged": kinds.Maybe(dict),
+    "final": kinds.Maybe(dict),
+    "best": kinds.Maybe(dict),
     "hyper": dict,
     "seconds": dict,
     "versions": dict,
@@ -257,18 +258,6 @@ _KINDS: dict[str, Any] = {
     "rewound_to": [int],
     "overridden_at": [int],
 }
-
-
-def _is_of(value: Any, kinds: Any) -> bool:
-    """Is a value of JSON of these types? A list has those of its entries, a dict those it needs."""
-    if isinstance(kinds, list):
-        return isinstance(value, list) and all(_is_of(each, kinds[0]) for each in value)
-    if isinstance(kinds, dict):
-        return isinstance(value, dict) and all(
-            name in value and _is_of(value[name], kind) for name, kind in kinds.items()
-        )
-    is_bool = isinstance(value, bool)
-    return isinstance(value, kinds) and (not is_bool or kinds is bool)
 
 
 def all_finished(folders: list[Path]) -> bool:
@@ -443,9 +432,10 @@ def locked(folder: Path) -> Iterator[None]:
     The system lets go of it when the process ends, however it does.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds it, or there are links in it.
     """
-    with open(folder / "lock", "w") as file:
+    check_holds_no_links(folder)
+    with open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -453,6 +443,36 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder}: another process trains this run; wait for it, or end it"
             ) from None
         yield
+
+
+def check_holds_no_links(folder: Path) -> None:
+    """Raises UserError where a link in the folder would have what it points to changed."""
+    for parent, names, files in os.walk(folder):
+        for name in (*names, *files):
+            path = Path(parent, name)
+            if path.is_symlink():
+                raise UserError(
+                    f"{path}: is a link, to {os.readlink(path)!r}; a run is trained in its own "
+                    "folder alone: put there what the link points to, or remove it"
+                )
+
+
+def check_kept(folder: Path, identity: tuple[int, int] | None) -> None:
+    """Raises UserError where the run's folder is no longer the one that was begun in."""
+    if not (folder / CONFIG).is_file() or identity != identity_of(folder):
+        raise UserError(
+            f"{folder}: the folder, or its {CONFIG}, was removed while the run was trained; the "
+            "training ends, and what it reached since its last checkpoint is lost"
+        )
+
+
+def identity_of(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def write(path: Path, text: str) -> None:
@@ -463,7 +483,8 @@ def write(path: Path, text: str) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)  # it may be a link
+        with open(partial, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,10 @@
 """Models from others: the weights in a file that Keras wrote."""
 
+import json
+import math
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,7 @@ def import_weights(state: TrainState, path: str | Path, images: np.ndarray) -> N
         KeyError,
         RuntimeError,
         AttributeError,
+        RecursionError,
         zipfile.BadZipFile,
     ) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
@@ -99,6 +103,7 @@ def _misfit(message: str) -> str:
 
 
 def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
+    _check_sizes(state, path)
     model = keras.saving.load_model(path, compile=False, safe_mode=True)
     front = _front(model)
     theirs = [layer for layer in _with_weights(model) if layer not in front]
@@ -116,6 +121,52 @@ def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
     if front:
         _adopt_scale(state, front)
     _check_agreement(state, path, model, images, scales_itself=bool(front))
+
+
+_MOST_CONFIG = 4 << 20  # bytes of an archive's config.json
+_NO_SIZES = ("seed", "epsilon")  # numbers of a layer that make nothing large
+
+
+def _check_sizes(state: TrainState, path: Path) -> None:
+    """Raises UserError for an archive that would take far more memory than the model it must fit.
+
+    Keras unpacks all of it, and makes all its layers, before anyone can look at them.
+    """
+    shapes = [tuple(weight.shape) for weight in state.model.weights]
+    inputs = [spec.shape[1:] for spec in leaves(state.model.inputs)]
+    sizes = [size or 1 for shape in (*shapes, *inputs) for size in shape]
+    largest = max([1024, *sizes, *(math.prod(size or 1 for size in shape) for shape in inputs)])
+    weights = sum(4 * math.prod(shape) for shape in shapes)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry.file_size for entry in archive.infolist()}
+        most = 16 * weights + (64 << 20)  # an optimizer's slots, in 64 bits, and more
+        if sum(entries.values()) > most:
+            raise UserError(
+                f"{path}: unpacks to {sum(entries.values()) / 2**20:,.0f} MiB, too much for a "
+                f"model whose weights are {weights / 2**20:,.1f} MiB; see --conv, --dense"
+            )
+        if entries.get("config.json", 0) > _MOST_CONFIG:
+            raise UserError(f"{path}: its config.json is larger than {_MOST_CONFIG >> 20} MiB")
+        config = json.loads(archive.read("config.json"))
+    found = max(_numbers(config), default=0)
+    if found > largest:
+        raise UserError(
+            f"{path}: a layer in it has a size of {found:,}, the model has none above {largest:,}; "
+            "see --conv, --dense"
+        )
+
+
+def _numbers(config: Any) -> Iterator[int]:
+    """The whole numbers in a configuration as Keras writes it, but for those that size nothing."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [each for name, each in value.items() if name not in _NO_SIZES]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield value
 
 
 def _front(model: keras.Model) -> list[keras.layers.Layer]:

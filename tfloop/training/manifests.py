@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tfloop.errors import UserError
+from tfloop.training import kinds
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -68,6 +69,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: has format {version}, this version of tfloop reads {FORMAT}")
     if not is_whole:
         raise DamagedCheckpoint(f"{file}: damaged: its SHA-256 sum is not the one it names")
+    if name := kinds.wrong(manifest, _KINDS) or next((n for n in _NEEDED if n not in manifest), ""):
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: its {name} is not what a run writes")
     for name, expected in manifest["sha256"].items():
         file = path / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
@@ -75,6 +78,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}"
             )
     return manifest
+
+
+_ENTRIES = [{"epoch": int, "step": int}]
+_NEEDED = ("sha256",)
+_KINDS: dict[str, Any] = {
+    "sha256": kinds.Each(str),
+    "tfloop": str,
+    "config": dict,
+    "data": {"inputs": dict, "targets": dict, "kinds": kinds.Each(dict)},
+    "fingerprint": int,
+    "machine": dict,
+    "steps_per_epoch": int,
+    "reached": {
+        "epochs": _ENTRIES,
+        "seconds": kinds.Each(kinds.NUMBER),
+        "resumed_at": [int],
+    },
+    "best": kinds.Maybe({"checkpoint": str}),
+    "events": kinds.Each(int),
+    "part": kinds.Maybe({"steps": int, "sums": [kinds.NUMBER]}),
+    "without_gradient": [str],
+}
 
 
 def sum_of(manifest: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -103,6 +104,7 @@ class Run:
         self._before: dict[str, float] = {}  # the loop's seconds when the run began
         self._warned_of = len(loop.data.left_out)
         self._replicas = replicas
+        self._identity = folders.identity_of(folder)
         self._agree: Callable[[bool], bool] = replicas.agree if replicas else bool
 
     @functools.cached_property
@@ -193,6 +195,7 @@ class Run:
                 yield record
                 continue
             profile.write(record)
+            folders.check_kept(self._folder, self._identity)
             with self._timed("summaries"):
                 summaries.write(record)
             self._display.write(record, self._label)
@@ -285,8 +288,11 @@ class Run:
             raise UserError(
                 f"{self._folder}: has made {done} epochs, more than --epochs={config.epochs}"
             )
-        self._reached = Reached(**manifest["reached"])
-        self._loop.part = call_part(manifest)
+        try:
+            self._reached = Reached(**manifest["reached"])
+            self._loop.part = call_part(manifest)
+        except (TypeError, KeyError):
+            raise UserError(f"{path}: its manifest is not what a run writes") from None
         for entry in self._reached.epochs:
             if "rate" in entry:  # as version 0.1 called it
                 entry["learning_rate"] = entry.pop("rate")
@@ -307,6 +313,9 @@ class Run:
             if not size:
                 path.unlink()
             elif size <= path.stat().st_size:
+                if path.stat().st_nlink > 1:  # a backup may share the file
+                    copy = shutil.copy2(path, path.with_name(f"{path.name}.copy"))
+                    os.replace(copy, path)
                 os.truncate(path, size)
             else:
                 self._display.warn(

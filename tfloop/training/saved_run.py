@@ -42,7 +42,7 @@ def open_run(
                 f"{folder}: has no best checkpoint: the run had no validation images, see "
                 "--validation_size"
             )
-        path = folder / "checkpoints" / manifest["best"]["checkpoint"]
+        path = folder / "checkpoints" / Path(manifest["best"]["checkpoint"]).name
         manifest = checkpoints.read_manifest(path)
     config = _own_code(folder, Config.make(**manifest["config"]), named or {})
     state = make_state(config, spec_of(manifest), manifest["steps_per_epoch"])
@@ -72,6 +72,9 @@ def _function(settings: Mapping[str, Any]) -> str:
 
 def spec_of(manifest: dict[str, Any]) -> spec.Spec:
     """What the run's data are, from the manifest of a checkpoint."""
-    if "data" in manifest:
-        return spec.from_json(manifest["data"])
-    return spec.of_images(manifest["image_shape"], manifest["classes"], manifest["pixels"])
+    try:
+        if "data" in manifest:
+            return spec.from_json(manifest["data"])
+        return spec.of_images(manifest["image_shape"], manifest["classes"], manifest["pixels"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"the manifest of a checkpoint says nothing of its data: {error}") from None

@@ -1,0 +1,45 @@
+"""Is what was read from a JSON file of the types that a run writes?
+
+A kind is a type, or several in a tuple; a list with the kind of its entries; a dict with the kinds
+of the entries it must have; `Each`, a dict whose values are all of one kind; or `Maybe`, where it
+may be None.
+"""
+
+from typing import Any, NamedTuple
+
+NUMBER = (int, float)
+
+
+class Each(NamedTuple):
+    """A dict from texts to values of one kind."""
+
+    kind: Any
+
+
+class Maybe(NamedTuple):
+    """None, or a value of this kind."""
+
+    kind: Any
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    if isinstance(kind, Maybe):
+        return value is None or is_of(value, kind.kind)
+    if isinstance(kind, Each):
+        return isinstance(value, dict) and all(is_of(each, kind.kind) for each in value.values())
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(is_of(each, kind[0]) for each in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(
+            name in value and is_of(value[name], each) for name, each in kind.items()
+        )
+    is_bool = isinstance(value, bool)
+    return isinstance(value, kind) and (not is_bool or kind is bool)
+
+
+def wrong(content: dict[str, Any], kinds: dict[str, Any]) -> str:
+    """The name of the first entry that is there and of another kind; "" where all are right."""
+    for name, kind in kinds.items():
+        if name in content and not is_of(content[name], kind):
+            return name
+    return ""
