@@ -2,17 +2,22 @@
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from tfloop.commands.command import Command, run_folders, start
 from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.training.folders import CONFIG
+from tfloop.wording import counted
 
 
 def plot(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     folders, reference = run_folders(arguments), _reference(options["reference"])
     if not options["out"]:
         raise UserError("--out: expected a PNG file, found nothing")
+    for folder in folders:
+        _check_is_one(folder)
     start(config)
     from tfloop.inspection import event_files, plots
 
@@ -20,10 +25,24 @@ def plot(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     runs = {}
     for name, folder in zip(names, folders, strict=True):
         label = name if names.count(name) == 1 else folder
-        runs[label] = plots.by_epoch(event_files.read_scalars(folder), folder)
+        fits = plots.by_epoch(event_files.read_scalars(folder), folder)
+        for number, fit in enumerate(fits, start=1):
+            runs[label if len(fits) == 1 else f"{label}, fit {number}"] = fit
     plots.save(plots.curves(runs, reference, metric=_metric(options, runs)), options["out"])
     print(options["out"])
     return 0
+
+
+def _check_is_one(folder: str) -> None:
+    """Raises UserError, at once, for a folder that holds many runs and is none."""
+    path = Path(folder)
+    if (path / CONFIG).is_file() or not path.is_dir():
+        return
+    if runs := sorted(found.parent.name for found in path.glob(f"*/{CONFIG}")):
+        raise UserError(
+            f"{folder}: holds {counted(len(runs), 'run')}; name those to plot, such as "
+            f"{path / runs[0]}"
+        )
 
 
 def _metric(options: dict[str, Any], runs: dict[str, Any]) -> str:

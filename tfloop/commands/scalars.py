@@ -24,12 +24,15 @@ def scalars(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     start(config)
     from tfloop.inspection import event_files
 
-    wanted = [tag for tag in options["tags"].split(",") if tag]
     rows = []
     for folder in folders:
+        base = event_files.base_of(folder)
         for scalar in event_files.read_scalars(folder):
-            if not wanted or scalar.tag in wanted:
-                rows.append((str(Path(folder, scalar.run)), *scalar[1:]))
+            rows.append((str(base / scalar.run), *scalar[1:]))
+    wanted = [tag for line in csv.reader([options["tags"]]) for tag in line if tag]
+    if any(row[1] == options["tags"] for row in rows):  # one whose name has commas
+        wanted = [options["tags"]]
+    rows = [row for row in rows if not wanted or row[1] in wanted]
     for tag in wanted:
         if not any(row[1] == tag for row in rows):
             raise UserError(
@@ -94,7 +97,7 @@ COMMAND = Command(
     settings=(),
     options={
         "format": ("csv", "csv or json"),
-        "tags": ("", "these tags only, comma-separated"),
+        "tags": ("", "these tags only, comma-separated; in double quotes where they hold commas"),
         "hparams": (False, "a line for each run in the folders: its settings and last metrics"),
         "out": ("", "the file; unset: standard output"),
     },

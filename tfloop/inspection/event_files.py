@@ -111,18 +111,32 @@ def read_scalars(folder: str | Path) -> list[Scalar]:
     """Every scalar in the event files in `folder` and below, in the order of files and events.
 
     Files of any writer are read, TensorFlow's first version of summaries too. A last record that is
-    not whole yet, as in the files of a live run, is left out.
+    not whole yet, as in the files of a live run, is left out, and so are zeros at a file's end.
+
+    Args:
+      folder: with event files, or one such file.
 
     Raises:
       UserError: no event files, or a damaged one.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return read_files([folder], base_of(folder))
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'does not exist'}")
     files = event_paths(folder)
     if not files:
         raise UserError(f"{folder}: holds no event files, here or below")
     return read_files(files, folder)
+
+
+def base_of(folder: str | Path) -> Path:
+    """From where the runs are named: the folder; of a single file that of its run."""
+    folder = Path(folder)
+    if not folder.is_file():
+        return folder
+    parent = folder.absolute().parent
+    return parent.parent if parent.name in ("train", "test", "validation") else parent
 
 
 def read_files(files: Iterable[Path], folder: Path) -> list[Scalar]:
@@ -134,7 +148,7 @@ def read_files(files: Iterable[Path], folder: Path) -> list[Scalar]:
     scalars: list[Scalar] = []
     known: set[tuple[str, str]] = set()
     for path in files:
-        run = str(path.parent.relative_to(folder))
+        run = str(path.absolute().parent.relative_to(folder.absolute()))
         for event in _events(path):
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars":
@@ -171,10 +185,19 @@ def _events(path: Path) -> Iterator[Event]:
     except DecodeError:
         raise UserError(f"{path}: holds records that are no events") from None
     except tf.errors.DataLossError as error:
-        if "truncated" not in error.message:
+        at = re.search(r"corrupted record at (\d+)", error.message)
+        is_end = "truncated" in error.message or (at and _is_zeros(path, int(at[1])))
+        if not is_end:
             raise UserError(f"{path}: is damaged: {_plain(error)}") from None
     except tf.errors.OpError as error:
         raise UserError(f"{path}: cannot be read: {_plain(error)}") from None
+
+
+def _is_zeros(path: Path, start: int) -> bool:
+    """Is there nothing but zeros from here on? So a file ends whose writer's machine went down."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return all(not any(part) for part in iter(lambda: file.read(1 << 20), b""))
 
 
 def _plain(error: tf.errors.OpError) -> str:

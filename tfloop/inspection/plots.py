@@ -193,26 +193,44 @@ def _accuracy_limits(
 
 # What `curves` draws → where tfloop, and Keras's callback, write it: (run, tag).
 _BY_EPOCH = {
-    "train/accuracy": [("train", "epoch_accuracy")],
-    "train/loss": [("train", "epoch_loss")],
-    "test/accuracy": [("test", "accuracy"), ("validation", "epoch_accuracy")],
-    "test/loss": [("test", "loss/total"), ("validation", "epoch_loss")],
-    "validation/accuracy": [("validation", "accuracy")],
-    "validation/loss": [("validation", "loss/total")],
+    "train/accuracy": ("train", "epoch_accuracy"),
+    "train/loss": ("train", "epoch_loss"),
+    "test/accuracy": ("test", "accuracy"),
+    "test/loss": ("test", "loss/total"),
+    "validation/accuracy": ("validation", "accuracy"),
+    "validation/loss": ("validation", "loss/total"),
 }
 
 
 _NOT_METRICS = ("loss/", "epoch_", "gradient_norm", "evaluation_", "accuracy")
 
 
-def by_epoch(scalars: list, where: str) -> Series:
-    """What `curves` draws of one run, from the scalars of its event files.
+def by_epoch(scalars: list, where: str) -> list[Series]:
+    """What `curves` draws of a folder, from the scalars of its event files: a series for each fit.
 
-    Those that Keras's callback writes are known.
+    A run of tfloop is one fit, along epochs from 1 on. Those that Keras's callback writes are
+    known: x is then the step that was written, which is the epoch from 0 on, and a step that is not
+    above the one before begins another fit.
 
     Raises:
       UserError: there is no accuracy or loss by epoch among them.
     """
+    runs = {scalar.run for scalar in scalars}
+    if runs == {"."}:  # the folder of a part
+        scalars = [scalar._replace(run="train") for scalar in scalars]
+    is_own = any(scalar.tag == "loss/total" for scalar in scalars)
+    fits = [_own_fit(scalars)] if is_own else _fits_of_keras(scalars)
+    found = [fit for fit in fits if fit]
+    if not found:
+        tags = sorted({f"{scalar.run}/{scalar.tag}" for scalar in scalars})
+        shown = ", ".join(tags[:6]) or "no scalars"
+        more = " …" if len(tags) > 6 else ""
+        raise UserError(f"{where}: holds no accuracy or loss by epoch; it holds {shown}{more}")
+    return found
+
+
+def _own_fit(scalars: list) -> Series:
+    """That of a run of tfloop."""
     series: dict[tuple[str, str], list[float]] = {}
     steps: dict[tuple[str, str], list[int]] = {}
     for scalar in scalars:
@@ -222,21 +240,44 @@ def by_epoch(scalars: list, where: str) -> Series:
     places = dict(_BY_EPOCH)
     for run, tag in series:
         if run in ("test", "validation") and not tag.startswith(_NOT_METRICS):
-            places.setdefault(f"{run}/{tag}", [(run, tag)])
-    for name, known in places.items():
-        place = next((place for place in known if place in series), None)
-        if place:
+            places.setdefault(f"{run}/{tag}", (run, tag))
+    for name, place in places.items():
+        if place in series:
             values = series[place]
             x = [float(epoch) for epoch in range(1, len(values) + 1)]
             if epochs and epochs[0] and len(values) != len(epochs):  # evaluated more often, or less
                 x = [step / epochs[0] for step in steps[place]]
             curves[name] = x, values
-    if not curves:
-        tags = sorted({f"{run}/{tag}" for run, tag in series})
-        shown = ", ".join(tags[:6]) or "no scalars"
-        more = " …" if len(tags) > 6 else ""
-        raise UserError(f"{where}: holds no accuracy or loss by epoch; it holds {shown}{more}")
     return curves
+
+
+def _fits_of_keras(scalars: list) -> list[Series]:
+    """Those in the logs of Keras's callback, whose tags are epoch_loss, epoch_accuracy …"""
+    fits: list[dict[str, tuple[list[float], list[float]]]] = []
+    last: dict[str, tuple[int, int]] = {}  # name → (fit, step)
+    for scalar in scalars:
+        part = scalar.run.rpartition("/")[2]
+        if part not in ("train", "validation", "test") or not scalar.tag.startswith("epoch_"):
+            continue
+        name = f"{part}/{scalar.tag.removeprefix('epoch_')}"
+        fit, step = last.get(name, (0, -1))
+        fit += scalar.step <= step
+        last[name] = fit, scalar.step
+        while len(fits) <= fit:
+            fits.append({})
+        x, y = fits[fit].setdefault(name, ([], []))
+        x.append(float(scalar.step))
+        y.append(scalar.value)
+    return [_with_accuracy(fit) for fit in fits]
+
+
+def _with_accuracy(fit: dict) -> Series:
+    """The series with an accuracy of any name as "accuracy", where there is none of that name."""
+    names = {name.partition("/")[2] for name in fit}
+    others = sorted(name for name in names if name == "acc" or name.endswith(("_acc", "accuracy")))
+    if "accuracy" in names or not others:
+        return fit
+    return {name.replace(f"/{others[0]}", "/accuracy"): xy for name, xy in fit.items()}
 
 
 class LivePlot:
