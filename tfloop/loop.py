@@ -272,6 +272,7 @@ class Loop:
         self.stop: Callable[[], bool] = lambda: False
         self.part: CallPart | None = None
         self._pace = Pace(1)
+        self._has_replicas = replicas is not None
         worker = (replicas.worker, replicas.workers, replicas.total) if replicas else ()
         self.pipeline = pipelines.make(pipeline, data.train, batch_size, *worker)
         self.steps = self.pipeline.steps
@@ -542,7 +543,9 @@ class Loop:
         source = self.pipeline.begin(state.seed, state.epoch, int(state.batch_index))
         none = PendingCall(self, source, 0, CallPart()).so_far
         steps = self.steps_to_compile()
-        last, _ = self.compiled.begin(steps > 0, source, tf.constant(steps), *none)
+        # Of several workers, all make their operations in one order, from one thread.
+        stays = steps > 0 or self._has_replicas
+        last, _ = self.compiled.begin(stays, source, tf.constant(steps), *none)
         last.sums.numpy()  # waits for the device
 
     def steps_to_compile(self) -> int:

@@ -40,17 +40,17 @@ class Traced:
         if not self._eager:
             self.call = tf.function(counted, autograph=False, **self._options)
 
-    def begin(self, changes: bool, *arguments: Any) -> Any:
+    def begin(self, stays: bool, *arguments: Any) -> Any:
         """The first call, in which TensorFlow traces, and then optimizes, which may take long.
 
         Args:
-          changes: does the call change anything? Then it cannot be broken off.
+          stays: it cannot be broken off, such as one that changes something.
           *arguments: of the function.
         """
         if self._eager:
             return self.call(*arguments)
         self.call.get_concrete_function(*arguments)
-        if changes or tf.distribute.has_strategy():
+        if stays:
             return self.call(*arguments)
         return wait_for(lambda: self.call(*arguments))
 

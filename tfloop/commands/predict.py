@@ -23,8 +23,11 @@ def predict(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     folder, source = arguments
     _, state, manifest = saved_run.open_run(folder, options["best"], warn, options)
     of_data = saved_run.spec_of(manifest)
-    names, inputs = predictions.read_inputs(source, of_data)
+    ranges = manifest.get("ranges", {})
+    names, inputs = predictions.read_inputs(source, of_data, ranges, warn)
     spec.check_inputs(of_data, inputs, source)
+    for note in spec.notes_on_ranges(ranges, inputs):
+        warn(f"{source}: {note}")
     outputs = predictions.predict(state, inputs)
     columns = list(_columns(state.objective, outputs))
     with output(options["out"]) as file:

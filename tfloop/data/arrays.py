@@ -1,7 +1,7 @@
 """A data set from arrays: their shapes, types and values tell what they are. All is checked."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,32 @@ def from_arrays(
     if class_weight:
         train = _with_class_weight(name, train, kinds, class_weight)
     fit = Standardizer.fit if standardize else Standardizer.identities
-    return Dataset(name, train, held_out, test, kinds, fit(train.inputs))
+    notes = tuple(notes_on(train, kinds))
+    return Dataset(name, train, held_out, test, kinds, fit(train.inputs), notes=notes)
+
+
+_CHANNELS = (1, 3, 4)  # as most images have
+
+
+def notes_on(train: Split, kinds: Mapping[str, Target]) -> Iterator[str]:
+    """What looks as if it was meant otherwise: channels that come first, classes from 1 on."""
+    if train.has_images:
+        first, second, last = train.inputs.shape[1:]
+        if first in _CHANNELS and last not in _CHANNELS and second == last:
+            yield (
+                f"the images are {first} high, {second} wide and have {last} channels; if their "
+                "channels come first, give np.moveaxis(images, 1, -1)"
+            )
+    for (name, targets), target in zip(named_leaves(train.targets), kinds.values(), strict=True):
+        if target.is_one_class and target.kind == "classes" and not target.names:
+            least = int(np.min(targets)) if len(targets) else 0
+            if least > 0:
+                of = f" of {name}" if name else ""
+                yield (
+                    f"no training example{of} has class 0: the class numbers go from {least} to "
+                    f"{int(np.max(targets))}; they are counted from 0 on, so the model has "
+                    f"{target.classes} classes"
+                )
 
 
 def _shuffled(train: Split, test: Split, seed: int) -> tuple[Split, Split]:

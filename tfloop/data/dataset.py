@@ -184,6 +184,7 @@ class Dataset:
     kinds: Mapping[str, Target]
     standardizer: Standardizer
     left_out: tuple[str, ...] = ()  # damaged records, where they are left out
+    notes: tuple[str, ...] = ()  # what looks as if it was meant otherwise
     digest: str = ""  # of what is on disk, where the images stay there
 
     def __post_init__(self) -> None:

@@ -95,11 +95,14 @@ def load(
     raise UserError(f"--dataset={dataset}: not {choices}")
 
 
-def _from_parts(read: Callable[[str], tuple[Part, Part]]) -> Callable[[str, Cut], Dataset]:
-    """A `Source.read` from a function that gives the (training, test) arrays as they lie there."""
+def _from_parts(read: Callable[[str], Sequence[Part]]) -> Callable[[str, Cut], Dataset]:
+    """A `Source.read` from a function that gives the arrays of the parts as they lie there.
+
+    They are (training, test) or (training, test, validation).
+    """
 
     def read_and_cut(dataset: str, cut: Cut) -> Dataset:
-        (x_train, y_train), (x_test, y_test) = read(dataset)
+        (x_train, y_train), (x_test, y_test), *validation = read(dataset)
         return from_arrays(
             x_train,
             y_train,
@@ -110,6 +113,7 @@ def _from_parts(read: Callable[[str], tuple[Part, Part]]) -> Callable[[str, Cut]
             validation_size=cut.validation_size,
             standardize=cut.standardize,
             seed=cut.seed,
+            validation=validation[0] if validation else None,
         )
 
     return read_and_cut
@@ -158,8 +162,9 @@ def _read_idx_parts(folder: Path, sums: dict[str, str]) -> tuple[Part, Part]:
     return part("train"), part("t10k")
 
 
-def _read_npz(dataset: str) -> tuple[Part, Part]:
-    """An archive as Keras writes its data sets."""
+def _read_npz(dataset: str) -> list[Part]:
+    """An archive as Keras writes its data sets; validation examples may be in it, too."""
+    validation: list[tuple[str, str]] = []
     names = ("x_train", "y_train", "x_test", "y_test")
 
     def check(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -167,6 +172,9 @@ def _read_npz(dataset: str) -> tuple[Part, Part]:
         if missing:
             found = ", ".join(shapes) or "nothing"
             raise UserError(f"{dataset}: has no {', '.join(missing)}; found {found}")
+        for part in ("val", "valid", "validation"):
+            if f"x_{part}" in shapes and f"y_{part}" in shapes:
+                validation.append((f"x_{part}", f"y_{part}"))
         for part in ("train", "test"):
             images, labels = shapes[f"x_{part}"], shapes[f"y_{part}"]
             if len(images) < 2 or not labels or images[0] != labels[0]:
@@ -175,8 +183,10 @@ def _read_npz(dataset: str) -> tuple[Part, Part]:
                     "as many labels as images"
                 )
 
-    arrays = read_npz(dataset, check, names)
-    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
+    pairs = [("x_train", "y_train"), ("x_test", "y_test")]
+    wanted = {*names, *(f"{a}_{part}" for a in "xy" for part in ("val", "valid", "validation"))}
+    arrays = read_npz(dataset, check, wanted)
+    return [(arrays[x], arrays[y]) for x, y in pairs + validation[:1]]
 
 
 def _read_shards(dataset: str, cut: Cut) -> Dataset:

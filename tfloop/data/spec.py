@@ -9,7 +9,7 @@ import numpy as np
 from tfloop.data.dataset import Dataset
 from tfloop.data.targets import Target
 from tfloop.errors import UserError
-from tfloop.nests import is_leaf, leaves, map_leaves
+from tfloop.nests import is_leaf, leaves, map_leaves, named_leaves
 from tfloop.wording import shape_text
 
 
@@ -127,6 +127,32 @@ def _from_json(content: Any) -> Any:
     if "tuple" in content:
         return tuple(_from_json(part) for part in content["tuple"])
     return Array(tuple(content["shape"]), content["dtype"])
+
+
+def ranges(inputs: Any) -> dict[str, list[float]]:
+    """By name, the least and the greatest of the numbers in a nest of arrays in memory."""
+    found = {}
+    for name, array in named_leaves(inputs):
+        if isinstance(array, np.ndarray) and array.dtype.kind in "fu" and array.size:
+            found[name] = [float(array.min()), float(array.max())]
+    return found
+
+
+def notes_on_ranges(trained: Mapping[str, Any], inputs: Any) -> list[str]:
+    """Lines on inputs that lie in quite another range than those of the training, as `ranges`."""
+    notes = []
+    for name, (low, high) in ranges(inputs).items():
+        known = trained.get(name)
+        if not known:
+            continue
+        size, trained_size = max(abs(low), abs(high)), max(abs(known[0]), abs(known[1]))
+        if size and trained_size and not 0.05 < size / trained_size < 20:
+            of = f" of {name}" if name else ""
+            notes.append(
+                f"the inputs{of} go from {low:g} to {high:g}, in training from {known[0]:g} to "
+                f"{known[1]:g}; are they scaled otherwise?"
+            )
+    return notes
 
 
 def check_inputs(spec: Spec, inputs: Any, where: str) -> None:

@@ -1,10 +1,10 @@
 """The user's own code that a run was made with: kept in its folder, and when it may be run again.
 
-A run's folder holds source.json, which names each function with the digest of its files, and
-source/ with their contents. Code that a folder names, and not the command line, is run only if the
-user has named it before: every function that was named on a command line, or in Python, is noted in
-a file of the user's own, outside all run folders. What is kept in a folder is for reading; it is
-never run unless it is named. Needs no TensorFlow.
+A run's folder holds source.json, which names each function with the digest of its files, and the
+place of the data, and source/ with the files' contents. Code that a folder names, and not the
+command line, is run only if the user has named it before: every function that was named on a
+command line, or in Python, is noted in a file of the user's own, outside all run folders. What is
+kept in a folder is for reading; it is never run unless it is named. Needs no TensorFlow.
 """
 
 import json
@@ -20,6 +20,7 @@ from tfloop.training import folders
 from tfloop.user_code import is_reference
 
 FILE, FOLDER = "source.json", "source"
+_DATA = "data"  # the entry of FILE that says where the data lie
 
 
 def references(config: Config) -> list[tuple[str, str]]:
@@ -89,8 +90,19 @@ def store(folder: Path, config: Config) -> None:
             for name, content in contents.items():
                 _make((kept / name).parent)
                 folders.write(kept / name, content)
+    if not is_reference(config.dataset) and Path(config.dataset).exists():
+        entries[_DATA] = {config.dataset: str(Path(config.dataset).resolve())}
     if entries and {**stored, **entries} != stored:
         folders.write_json(folder / FILE, {**stored, **entries})
+
+
+def _with_place_of_data(folder: Path, config: Config) -> Config:
+    """The settings, with the data's whole path where it is not found from here."""
+    places = _stored(folder).get(_DATA)
+    place = places.get(config.dataset) if isinstance(places, dict) else None
+    if is_reference(config.dataset) or Path(config.dataset).exists() or not isinstance(place, str):
+        return config
+    return config.replace(dataset=place)
 
 
 def _make(folder: Path) -> None:
@@ -165,7 +177,8 @@ def trusted(
     for flag, by_reference in found.items():
         moved = tuple(by_reference.get(value, value) for value in _values(config, flag))
         values[flag] = moved if isinstance(getattr(config, flag), tuple) else moved[0]
-    return config.replace(**values) if values else config
+    config = config.replace(**values) if values else config
+    return config if "dataset" in named else _with_place_of_data(folder, config)
 
 
 def _place(reference: str, entry: dict | None, known: set[str]) -> str | None:

@@ -398,8 +398,10 @@ def changed(old: Config, new: Config) -> list[str]:
 
 
 def _bare(name: str, config: Config) -> Any:
-    """A setting; the name of a function of the user's own without its file's folder."""
+    """A setting; the name of a file, or of a function in one, without the folder it lies in."""
     value = getattr(config, name)
+    if name == "dataset" and not is_reference(value):
+        return Path(value).name  # what it holds is compared by its fingerprint
     if name not in CODE:
         return value
     values = value if isinstance(value, tuple) else (value,)

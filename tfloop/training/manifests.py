@@ -87,6 +87,7 @@ _KINDS: dict[str, Any] = {
     "tfloop": str,
     "config": dict,
     "data": {"inputs": dict, "targets": dict, "kinds": kinds.Each(dict)},
+    "ranges": kinds.Each([kinds.NUMBER]),
     "fingerprint": int,
     "machine": dict,
     "steps_per_epoch": int,

@@ -1,12 +1,13 @@
 """What a model gives for new inputs, read from pictures, an .npy or an .npz file."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfloop.data import pictures
+from tfloop.data import pictures, shards
 from tfloop.data.arrays import as_inputs
 from tfloop.data.dataset import is_scaled
 from tfloop.data.readers import read_npy, read_npz
@@ -20,25 +21,36 @@ ARRAYS = ("images", "inputs", "x", "x_test")
 BATCH = 256
 
 
-def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
+def read_inputs(
+    path: str | Path,
+    spec: Spec,
+    ranges: Mapping[str, Any],
+    warn: Callable[[str], None] = lambda text: None,
+) -> tuple[list[str], Any]:
     """(names, inputs) of the pictures in a folder, by name, or of the arrays in an .npz file.
 
     Args:
-      path: the folder, or the file: with one array for each input, by its name; an array named
-        images, inputs, x or x_test where there is one input.
+      path: the folder, of pictures or of shards, whose test examples are taken; or the file: with
+        one array for each input, by its name; an array named images, inputs, x or x_test where
+        there is one input.
       spec: what the model takes.
+      ranges: as `spec.ranges`, of the training inputs, where they are known.
+      warn: is told how pictures are scaled.
 
     Raises:
       UserError: nothing to read, a damaged file, or other inputs than the model's.
     """
     path = Path(path)
+    if spec.has_images and path.is_dir() and any(map(shards.is_shard, path.iterdir())):
+        test = shards.load(path).test.inputs
+        return [str(row) for row in range(len(test))], _scaled(test[:], path, spec, ranges, warn)
     if spec.has_images and (path.is_dir() or path.suffix.lower() in pictures.endings()):
         files = pictures.find(path).files if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: holds no pictures")
         images = [_read_picture(file, spec.image_shape) for file in files]
         names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
-        return names, np.stack(images)
+        return names, _scaled(np.stack(images), path, spec, ranges, warn)
     if path.suffix == ".npy" and path.is_file() and isinstance(spec.inputs, Array):
         return _checked(read_npy(path), path, spec)
     if path.suffix != ".npz" or not path.is_file():
@@ -59,6 +71,35 @@ def read_inputs(path: str | Path, spec: Spec) -> tuple[list[str], Any]:
     if isinstance(spec.inputs, tuple):
         inputs = tuple(inputs[str(place)] for place in range(len(spec.inputs)))
     return _checked(inputs, path, spec)
+
+
+def _scaled(
+    images: np.ndarray,
+    path: Path,
+    spec: Spec,
+    ranges: Mapping[str, Any],
+    warn: Callable[[str], None],
+) -> np.ndarray:
+    """Pictures as the numbers that a model was trained on, where these are not pixels.
+
+    Raises:
+      UserError: nobody knows how those were scaled.
+    """
+    dtype = leaves(spec.inputs)[0].dtype
+    if dtype == "uint8":
+        return images
+    known = ranges.get("")
+    if not dtype.startswith("float") or not known:
+        raise UserError(
+            f"{path}: holds pixels from 0 to 255, and the model was trained on {dtype} of a scale "
+            "that its run does not tell; give an .npz file"
+        )
+    low, high = known
+    if high > 1.5 or low < -1.5:
+        return images.astype(dtype)
+    warn(f"{path}: pixels are scaled to {-1 if low < 0 else 0} to 1, as in training")
+    shares = images.astype(np.float64) / 255.0
+    return (2.0 * shares - 1.0 if low < 0 else shares).astype(dtype)
 
 
 def _checked(inputs: Any, path: Path, spec: Spec) -> tuple[list[str], Any]:

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from tfloop import criterion
 from tfloop.config import Config
-from tfloop.data.spec import of_data
+from tfloop.data.spec import of_data, ranges
 from tfloop.errors import DivergenceError, UserError
 from tfloop.inspection.event_files import own_events
 from tfloop.inspection.plots import LivePlot
@@ -106,6 +106,10 @@ class Run:
         self._replicas = replicas
         self._identity = folders.identity_of(folder)
         self._agree: Callable[[bool], bool] = replicas.agree if replicas else bool
+
+    @functools.cached_property
+    def _ranges(self) -> dict[str, list[float]]:
+        return ranges(self._loop.data.train.inputs)
 
     @functools.cached_property
     def _fingerprint(self) -> int:
@@ -393,6 +397,7 @@ class Run:
             "tfloop": __version__,
             "config": dataclasses.asdict(self._config),
             "data": of_data(loop.data).to_json(),
+            "ranges": self._ranges,
             "fingerprint": self._fingerprint,
             "machine": machine(self._device),
             "steps_per_epoch": loop.steps,

@@ -283,6 +283,8 @@ class Session:
                 f"{data.name}: its order differs each time it is begun, so a run does not repeat; "
                 "shuffle with a seed, and let a function make the dataset"
             )
+        for note in data.notes:
+            self._display.warn(f"{data.name}: {note}")
         if count := len(data.left_out):
             records = f"{counted(count, 'damaged record')} {'is' if count == 1 else 'are'}"
             self._display.warn(f"{records} left out; the first: {data.left_out[0]}")
@@ -382,6 +384,7 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
     display = Display(1, loop.steps, config.quiet)
     try:
         with tempfile.TemporaryDirectory(dir=logdir, prefix="dry_run-") as folder, display:
+            folders.write(Path(folder) / folders.CONFIG, own.to_json())
             run = Run(own, loop, Path(folder), display, device, replicas)
             group = Together([run.train(time.perf_counter(), lambda: False)])
             for calls in group:
