@@ -124,6 +124,11 @@ class PendingCall:
             return tf.constant(self.part.sums, tf.float64), tf.constant(self.part.worst)
         return tf.zeros(self.loop.state.totals.shape, tf.float64), tf.constant(tf.float32.min)
 
+    @property
+    def is_open(self) -> bool:
+        """Are there steps to make, and did none diverge?"""
+        return self.made < self.count and not (self.made and self.loop.state.diverged)
+
     def add(self, steps: int, last: Step, waited: float, seconds: float) -> None:
         """So many more steps were made."""
         self.made += steps
@@ -271,7 +276,8 @@ class Loop:
         self._eager, self.is_warm = eager, False
         self.stop: Callable[[], bool] = lambda: False
         self.part: CallPart | None = None
-        self._pace = Pace(1)
+        # Several workers make the same calls: TensorFlow adds up what belongs to one iteration.
+        self._pace = Pace(1) if not replicas or replicas.workers == 1 else None
         self._has_replicas = replicas is not None
         worker = (replicas.worker, replicas.workers, replicas.total) if replicas else ()
         self.pipeline = pipelines.make(pipeline, data.train, batch_size, *worker)
@@ -452,14 +458,17 @@ class Loop:
         Raises:
           StopAsked: while it was traced.
         """
-        while call.made < call.count and not self.stop():
+        while call.is_open and not self.stop():
             self.warm_up()
-            steps = self._pace.next(call.count - call.made)
+            steps = call.count - call.made
+            if self._pace:
+                steps = self._pace.next(steps)
             with self._timed("training") as timer:
                 last, waited = self.compiled.call(call.source, tf.constant(steps), *call.so_far)
                 last.sums.numpy()  # waits for the device: what a call returns, it returns at once
             call.add(steps, last, float(waited), timer.seconds)
-            self._pace.note(steps, timer.seconds)
+            if self._pace:
+                self._pace.note(steps, timer.seconds)
 
     def _call_length(self, index: int) -> int:
         """Steps in the call that begins here. Calls end at fixed places, resumed or not."""

@@ -163,8 +163,8 @@ COMMAND = Command(
         "override": (False, "as with train"),
         "network": (
             "private",
-            "private: the workers see each other and no other network; open: they keep this "
-            "machine's, and TensorFlow's ports listen on all its addresses",
+            "private: the workers see each other and no other network; open: this machine's, on "
+            "all whose addresses TensorFlow's ports listen",
         ),
     },
 )

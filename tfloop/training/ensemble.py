@@ -54,10 +54,10 @@ class SideBySide:
         Their seconds are shared out by steps.
         """
         self._sources |= {call.loop: call.source for call in calls}
-        while any(call.made < call.count for call in calls) and not self.loops[0].stop():
+        while (left := [call for call in calls if call.is_open]) and not self.loops[0].stop():
             if not self.is_warm:
                 self._warm_up()
-            self._make_some(calls)
+            self._make_some(left)
 
     def _make_some(self, calls: Sequence[PendingCall]) -> None:
         by_loop = {call.loop: call for call in calls}

@@ -25,7 +25,6 @@ from tfloop.loop import Epoch, Loop
 from tfloop.machine.replicas import Replicas
 from tfloop.nests import leaves, named_leaves
 from tfloop.state import TrainState
-from tfloop.stopping import StopAsked
 from tfloop.training import code, folders, keras_import, manifests
 from tfloop.training.ensemble import Calls, End, SideBySide, Together, judge_together
 from tfloop.training.folders import reached_text
@@ -52,7 +51,8 @@ def train(
       config: the settings.
       device: the device's name, for the record.
       started: time.perf_counter() when the program began, from which set-up is counted.
-      stop: asked after every record; true ends the run with a checkpoint.
+      stop: asked before the first run, after every record and amid what takes long; true ends the
+        run with a checkpoint.
       resume: the folders of the runs to go on with, one for each seed, in place of new ones.
       replicas: what to train on, in place of one device.
 
@@ -177,7 +177,7 @@ class Session:
         """
         self._say_what_trains()
         if self._stop():
-            raise StopAsked
+            return
         planned = self._plan()
         for first in range(0, len(planned), self._members):
             group = planned[first : first + self._members]
