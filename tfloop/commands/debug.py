@@ -114,7 +114,11 @@ _OPTIONS = {
         "largest jump of the loss; unset: last",
     ),
     "break_at": ("", "stop at this step only"),
-    "break_if": ("", "stop before the update where this holds: 'gradients.norm > 10'"),
+    "break_if": (
+        "",
+        "stop before the update where this holds: 'gradients.norm > 10'; it is Python and is run, "
+        "from a --flagfile, too",
+    ),
     "break_on_nan": (False, "stop before the update where a value is not finite"),
 }
 COMMAND = Command(

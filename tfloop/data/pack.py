@@ -1,7 +1,5 @@
 """Writes TFRecord shards: of a folder of pictures, a folder to each class, or of any data set."""
 
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfloop import scratch
 from tfloop.data import pictures, shards, sources
 from tfloop.data.dataset import Dataset, Split
 from tfloop.errors import UserError
@@ -80,29 +79,26 @@ def cached(dataset: Dataset, folder: str | Path) -> Path:
 
 def _make(folder: Path, contents: _Contents, format: str, shard_mib: int) -> None:
     """The folder with its shards and their index, whole or not at all."""
-    partial: Path | None = None
     encode = _Encoder(format, contents.mode)
+    partial = folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f"{folder.name}."
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=".partial"))
-        for part, images in contents.parts.items():
-            examples = (encode(image, label) for image, label in images)
-            _write(partial, part, examples, shard_mib << 20)
-        if contents.classes:
-            names = "\n".join(contents.classes) + "\n"
-            (partial / "classes.txt").write_text(names, encoding="utf-8")
-        shards.load(partial)  # checks what was written, and leaves the index
-        partial.chmod(0o755)
-        partial.rename(folder)
+        with scratch.folder(folder.parent, f"{folder.name}.", ".partial") as partial:
+            for part, images in contents.parts.items():
+                examples = (encode(image, label) for image, label in images)
+                _write(partial, part, examples, shard_mib << 20)
+            if contents.classes:
+                names = "\n".join(contents.classes) + "\n"
+                (partial / "classes.txt").write_text(names, encoding="utf-8")
+            shards.load(partial)  # checks what was written, and leaves the index
+            partial.chmod(0o755)
+            partial.rename(folder)
+    except UnicodeEncodeError:
+        raise UserError(f"{folder}: a class has a name that is no UTF-8; rename it") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     except UserError as error:
         message = error.as_flags.replace(f"--dataset={partial}", str(folder))
         raise UserError(message.replace(str(partial), str(folder))) from None
-    finally:
-        if partial:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _arrays(dataset: Dataset, source: str) -> _Contents:

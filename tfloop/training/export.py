@@ -1,8 +1,5 @@
 """Models for others: plain Keras or TensorFlow, which take raw inputs and need no tfloop."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop import models
+from tfloop import models, scratch
 from tfloop.errors import UserError
 from tfloop.nests import named_leaves
 from tfloop.state import TrainState
@@ -160,9 +157,9 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
         raise UserError(f"--out={path}: exists already; name another")
     model = None if format == "weights" else plain_model(state)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-            partial = Path(folder) / path.name
+        with scratch.folder(path.parent, ".export-") as folder:
+            partial = folder / path.name
+            _write_names(state, partial)
             if model is None:
                 _save_weights(state, partial)
             elif format == "keras":
@@ -170,14 +167,12 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
             elif format == "saved_model":
                 model.export(partial, verbose=False)
             else:
-                saved = str(Path(folder) / "saved")
+                saved = str(folder / "saved")
                 model.export(saved, verbose=False)
                 partial.write_bytes(tf.lite.TFLiteConverter.from_saved_model(saved).convert())
-            if partial.is_dir():
-                shutil.move(partial, path)
-            else:
-                os.replace(partial, path)
-            _write_names(state, path)
+            for made in sorted(folder.iterdir(), key=lambda made: made == partial):  # it last
+                if made.name.startswith(path.name):
+                    made.rename(path.with_name(made.name))
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written: {error.strerror or error}") from None
     except UserError:

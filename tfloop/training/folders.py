@@ -11,13 +11,11 @@ import fcntl
 import json
 import math
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tfloop import scratch
 from tfloop.config import CODE, FIELDS, GROUPS, Config
 from tfloop.errors import UserError
 from tfloop.schedules import needs_length
@@ -57,30 +55,11 @@ def made_whole(config: Config) -> Iterator[Path]:
     """
     logdir = Path(config.logdir)
     try:
-        logdir.mkdir(parents=True, exist_ok=True)
-        for path in logdir.iterdir():
-            is_old = path.name.startswith(PARTIAL) and time.time() - path.stat().st_mtime > 60
-            if is_old and not _is_held(path):
-                shutil.rmtree(path, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=logdir))
-    except OSError as error:
-        raise UserError(f"--logdir={logdir}: cannot be written: {error.strerror}") from None
-    try:
-        with locked(folder):
+        with scratch.folder(logdir, PARTIAL) as folder:
             write(folder / CONFIG, config.to_json())
             yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _is_held(folder: Path) -> bool:
-    """Does a process hold the folder's lock?"""
-    try:
-        with locked(folder):
-            return False
-    except (UserError, OSError):
-        return True
+    except OSError as error:
+        raise UserError(f"--logdir={logdir}: cannot be written: {error.strerror}") from None
 
 
 def placed(folder: Path, config: Config) -> Path:

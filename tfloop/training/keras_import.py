@@ -124,7 +124,7 @@ def _import_model(state: TrainState, path: Path, images: np.ndarray) -> None:
 
 
 _MOST_CONFIG = 4 << 20  # bytes of an archive's config.json
-_NO_SIZES = ("seed", "epsilon")  # numbers of a layer that make nothing large
+_NO_SIZES = ("seed", "epsilon", "shared_object_id")  # numbers of a layer that make nothing large
 
 
 def _check_sizes(state: TrainState, path: Path) -> None:

@@ -365,7 +365,7 @@ def adopt(config: Config, path: str | Path) -> Path:
         code.store(folder, config)
         with display:
             Run(config, loop, folder, display, "").save({})
-    return folders.placed(folder, config)
+        return folders.placed(folder, config)
 
 
 def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) -> None:
