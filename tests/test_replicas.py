@@ -1,8 +1,10 @@
 """The one step on several replicas and in several processes: the same result, the same files, and
 clear failures."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -19,7 +21,7 @@ from tfloop.cli import main
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.inspection.event_files import read_scalars
-from tfloop.machine import cluster, places
+from tfloop.machine import cluster, guardian, places
 from tfloop.training import checkpoints
 
 SMOOTH = [
@@ -341,23 +343,172 @@ def test_workers_that_agree_train_with_the_settings_of_the_chief():
     assert len({config.replace(name="", quiet=False) for config in found}) == 1
 
 
-def test_a_stranger_who_talks_nonsense_does_not_keep_a_cluster_from_meeting():
+def strange_messages(count):
+    """What strangers, and workers with a fault, may send: bytes that end in a newline, or not."""
+    chance = random.Random(0)
+    odd = [
+        None,
+        True,
+        -1,
+        10**30,
+        1.5,
+        "",
+        "\x1b[2Jyou\nare hacked",
+        [],
+        {},
+        [[1]],
+        {"a": {"b": 1}},
+    ]
+    names = ["index", "workers", "settings", "error", "nonce", "content", "signature", "gone"]
+    names += ["answer", "refused", "ended", "started", "device", "tfloop"]
+    for number in range(count):
+        message = {name: chance.choice(odd) for name in chance.sample(names, chance.randrange(6))}
+        if number % 4 == 0:
+            message["content"] = json.dumps(message)
+        yield chance.choice(
+            [
+                json.dumps(message).encode() + b"\n",
+                json.dumps(message).encode() + b"\n",
+                json.dumps(chance.choice(odd)).encode() + b"\n",
+                b"[" * 100_000 + b"\n",
+                chance.randbytes(200) + b"\n",
+                b"GET / HTTP/1.1\r\n\r\n",
+                b"x" * 5_000,
+                b"",
+            ]
+        )
+
+
+def test_200_strangers_do_not_keep_a_cluster_from_meeting():
+    """Half speak at once, half when they were greeted; half stay, half leave."""
     addresses = [f"127.0.0.1:{port}" for port in ports(2)]
-    found = []
+    host, port = "127.0.0.1", int(addresses[0].split(":")[1])
+    found, staying = [], []
     meeting = threading.Thread(
-        target=lambda: found.extend(meet(addresses, [(0, {}, ""), (1, {}, "")]))
+        target=lambda: found.extend(meet(addresses, [(0, {"worker_timeout": 60.0}, "")]))
     )
     meeting.start()
-    for content in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b""):
+    for number, content in enumerate(strange_messages(200)):
+        for _ in range(50):
+            try:
+                stranger = socket.create_connection((host, port), timeout=5)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            if number % 2:
+                stranger.recv(1000)
+            stranger.sendall(content)
+        if number % 4 < 2:
+            staying.append(stranger)
+        else:
+            stranger.close()
+    assert meeting.is_alive()
+    found += meet(addresses, [(1, {}, "")])
+    meeting.join(20)
+    assert len(found) == 2 and all(isinstance(config, Config) for config in found)
+    for stranger in staying:
+        stranger.close()
+
+
+def test_a_worker_takes_nothing_of_what_200_others_say_in_place_of_the_chief():
+    for number, content in enumerate(strange_messages(200)):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            if number % 2:
+                theirs.sendall(json.dumps({"nonce": "a"}).encode() + b"\n")
+            theirs.sendall(content)
+            theirs.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ValueError, OSError):
+                # An unsigned refusal is all that may be said without the token.
+                assert cluster._converse(ours, {}, 5.0) is None and b"refused" in content
+
+
+def test_200_messages_between_guardians_are_taken_or_end_the_connection():
+    place = places.Place(0, ("a:1", "b:2", "c:3"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        guard = guardian._Guardian(place, 10.0, os.getpid(), ours)
+        for content in strange_messages(200):
+            one, other = socket.socketpair()
+            with one, other:
+                guard._add_link(1, one)
+                other.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    other.sendall(content[:100_000])
+                other.close()
+                for _ in range(200):
+                    if not guard._links[1].is_open:
+                        break
+                    guard._listen_to(guard._links[1])
+                assert not guard._links[1].is_open
+        assert set(guard._gone) <= {1, 2}
+
+
+def test_what_a_worker_with_the_token_says_is_checked_and_printed_without_controls():
+    place = places.Place(0, ("a:1", "b:2"))
+    own = {"workers": ["a:1", "b:2"], "settings": {"l2": 0}, "tfloop": "1", "device": "CPU"}
+    own["tensorflow"] = "2"
+    reached = 0
+    for content in strange_messages(2000):
         try:
-            with socket.create_connection(
-                ("127.0.0.1", int(addresses[0].split(":")[1])), timeout=1
-            ) as stranger:
-                stranger.sendall(content)
-        except OSError:
-            pass  # they have met already
-    meeting.join(40)
-    assert all(isinstance(config, Config) for config in found) and len(found) == 2
+            hello = cluster._parsed(content)
+        except ValueError:
+            continue
+        hello = {"index": 1, "workers": ["a:1", "b:2"], "settings": {}, **hello}
+        if cluster._is_hello(hello):
+            reached += 1
+            assert cluster._difference(place, own, hello, {1}).isprintable()
+    assert reached > 50
+
+
+def test_who_holds_another_token_is_told_and_the_chief_says_who_was_turned_away(monkeypatch):
+    addresses = [f"127.0.0.1:{port}" for port in ports(2)]
+    monkeypatch.setenv(cluster.TOKEN, "one")
+    chief = threading.Thread(target=lambda: said.extend(meet(addresses, [(0, IMPATIENT, "")])))
+    said = []
+    chief.start()
+    time.sleep(0.5)
+    # Threads share an environment, so the worker's side is done by hand.
+    with socket.create_connection(("127.0.0.1", int(addresses[0].split(":")[1]))) as worker:
+        lines = worker.makefile("rb")
+        nonce = json.loads(lines.readline())["nonce"]
+        hello = {"content": "{}", "signature": "other", "nonce": nonce}
+        worker.sendall(json.dumps(hello).encode() + b"\n")
+        assert json.loads(lines.readline()) == {"refused": "another token"}
+    chief.join(20)
+    assert f"1 connection had another {cluster.TOKEN}" in said[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_dies_as_the_meeting_ends_ends_the_other_with_its_line(tmp_path, victim):
+    """Where TensorFlow, which waits for it without end, hears no signal."""
+    die = (
+        "import os, sys; from tfloop.machine import cluster; meet = cluster.meet\n"
+        "def deadly(*args): meet(*args); os.kill(os.getpid(), 9)\n"
+        "cluster.meet = deadly\nfrom tfloop.cli import main; sys.exit(main())"
+    )
+    addresses = [f"127.0.0.1:{port}" for port in ports(2)]
+    flags = ["train", "--strategy=multi_worker", "--preset=digits", f"--logdir={tmp_path}"]
+    processes = []
+    for index in range(2):
+        place = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        program = ["-c", die] if index == victim else ["-m", "tfloop"]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *program, *flags],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "TF_CONFIG": json.dumps(place)},
+            )
+        )
+    _, error = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 4
+    assert error == (
+        f"tfloop: worker {victim} ({addresses[victim]}) is gone; start the cluster again with "
+        "--resume=auto to go on from the last checkpoint\n"
+    )
+    processes[victim].communicate(timeout=10)
 
 
 def test_processes_that_do_not_fit_end_with_the_line_and_exit_code_2_and_leave_nothing(tmp_path):

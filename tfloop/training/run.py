@@ -146,6 +146,7 @@ class Run:
         while diverged and self._agree(self._may_rewind()):
             resumed = self._rewind(diverged)
             diverged = yield from self._go_on(stop, resumed)
+        folders.check_kept(self._folder, self._identity)
         result = self._result(diverged)
         folders.write_json(self._folder / folders.RESULT, result)
         self._agree(result["finished"])
@@ -392,6 +393,7 @@ class Run:
 
     def save(self, events: dict[str, int]) -> None:
         """Make a checkpoint; `events` are the sizes of the event files at this moment."""
+        folders.check_kept(self._folder, self._identity)
         loop, best = self._loop, self._reached.best
         manifest = {
             "tfloop": __version__,
