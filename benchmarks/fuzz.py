@@ -6,7 +6,7 @@ Hypothesis makes the cases: valid files with bytes flipped, cut out, repeated an
 any kind, and flags with any value. With --guided Atheris makes those of the file readers: it sees
 which lines of the reader a case reaches, and builds on the cases that reach new ones (libFuzzer's
 method). What counts as clear is a UserError of one line, which the command line prints and exits
-with 2. A checkpoint that was changed must never be taken for a good one.
+with 2. A checkpoint that was changed must never be taken for a good one. Memory is limited.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import io
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -202,7 +203,174 @@ def targets(folder: Path) -> dict[str, Target]:
         mutated(text.encode()).map(lambda content: content.decode(errors="replace")),
         places._from_tf_config,
     )
+    found |= pictures_target(folder, mutated)
+    found |= run_targets(folder, mutated)
     return found
+
+
+def edited(document):
+    """Strategy: the JSON document with one to three of its values, at any depth, replaced."""
+    from hypothesis import strategies as st
+
+    paths = list(_paths(document))
+    value = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+        ),
+        max_leaves=4,
+    )
+
+    def apply(changes):
+        changed = json.loads(json.dumps(document))
+        for path, new in changes:
+            place = changed
+            try:
+                for step in path[:-1]:
+                    place = place[step]
+                place[path[-1]] = new
+            except (KeyError, IndexError, TypeError):
+                continue  # an earlier change took it away
+        return changed
+
+    change = st.tuples(st.sampled_from(paths), value)
+    return st.lists(change, min_size=1, max_size=3).map(apply) | st.just(document)
+
+
+def _paths(value, start=()):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in pairs:
+        yield (*start, key)
+        if isinstance(inner, (dict, list)):
+            yield from _paths(inner, (*start, key))
+
+
+def pictures_target(folder: Path, mutated: Callable) -> dict[str, Target]:
+    """Pictures in Pillow's own odd formats, looked at and read."""
+    from hypothesis import strategies as st
+    from PIL import Image
+
+    from tfloop.data import pictures
+
+    grey = Image.frombytes("L", (5, 4), bytes(range(20)))
+    modes = {"png": "LA", "bmp": "P", "gif": "P", "tiff": "CMYK", "webp": "RGBA", "jpeg": "L"}
+    modes |= {"ppm": "RGB", "tga": "RGBA", "pcx": "P", "sgi": "RGB", "ico": "RGBA", "dds": "RGBA"}
+    originals = []
+    for ending, mode in modes.items():
+        buffer = io.BytesIO()
+        grey.convert("RGB").convert(mode).save(buffer, ending)
+        originals.append((ending, buffer.getvalue()))
+
+    def run(case):
+        ending, content = case
+        path = folder / f"picture.{ending}"
+        path.write_bytes(content)
+        found = pictures.look(path)
+        assert pictures.read(found, found.mode).shape[-1] == pictures.CHANNELS[found.mode]
+
+    cases = [st.tuples(st.just(ending), mutated(content)) for ending, content in originals]
+    return {"pictures": Target(st.one_of(cases), run)}
+
+
+def run_targets(folder: Path, mutated: Callable) -> dict[str, Target]:
+    """What lies in a run's folder, with other content and right sums, and archives of Keras."""
+    import zipfile
+
+    import keras
+    from hypothesis import strategies as st
+
+    import tfloop
+    from tfloop.commands import scalars
+    from tfloop.config import Config
+    from tfloop.history.records import Records
+    from tfloop.training import folders, keras_import, manifests, saved_run, session
+
+    config = Config.make(
+        "digits",
+        conv=(2,),
+        dense=(3,),
+        epochs=1,
+        validation_size=40,
+        quiet=True,
+        logdir=str(folder / "runs"),
+        summaries="none",
+    )
+    run = Path(session.train(config)[0]["folder"])
+    known = {name: json.loads((run / name).read_text()) for name in ("result.json", "config.json")}
+    manifest_path = next(run.glob("checkpoints/*/manifest.json"))
+    manifest = json.loads(manifest_path.read_text())
+    del manifest["sha256_of_this"]
+    group = {"folders": [run.name], "ensemble": 1}
+
+    def write(path, content):
+        path.write_text(json.dumps(content))
+
+    def result(content):
+        write(run / "result.json", content)
+        try:
+            folders.result(run)
+            folders.all_finished([run])
+            folders.epochs_done(run, config)
+            Records(run)
+            with contextlib.redirect_stdout(io.StringIO()):
+                scalars._hparams([str(run)], "json", "")
+        finally:
+            write(run / "result.json", known["result.json"])
+
+    def with_right_sum(content):
+        write(manifest_path, {**content, "sha256_of_this": manifests.sum_of(content)})
+        try:
+            saved_run.open_run(run)
+            Records(run)
+        finally:
+            write(manifest_path, {**manifest, "sha256_of_this": manifests.sum_of(manifest)})
+
+    def of_group(content):
+        write(run / "group.json", content)
+        try:
+            members, _ = folders.group_of(run)
+            assert all(member.parent == run.parent for member in members)
+        finally:
+            (run / "group.json").unlink()
+
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(2, 3, activation="relu"),
+            keras.layers.MaxPooling2D(2),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3, activation="relu"),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.save(folder / "model.keras")
+    with zipfile.ZipFile(folder / "model.keras") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    state = tfloop.make_loop(config.replace(pool=(2,))).state
+    images = tfloop.load("digits").test.inputs[:8]
+
+    def archive_of(case):
+        changed, weights = case
+        path = folder / "changed.keras"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                content = weights if name.endswith(".h5") else content
+                content = json.dumps(changed) if name == "config.json" else content
+                archive.writestr(name, content)
+        keras_import.import_weights(state, path, images)
+
+    configuration = json.loads(entries["config.json"])
+    weights = next(content for name, content in entries.items() if name.endswith(".h5"))
+    return {
+        "result.json": Target(edited(known["result.json"]), result),
+        "manifest, right sum": Target(edited(manifest), with_right_sum),
+        "group.json": Target(edited(group), of_group),
+        ".keras": Target(
+            st.tuples(edited(configuration), st.just(weights))
+            | st.tuples(st.just(configuration), mutated(weights)),
+            archive_of,
+        ),
+    }
 
 
 def fuzz(name: str, target: Target, cases: int) -> dict:
@@ -334,9 +502,20 @@ def guide(name: str, cases: int, folder: Path) -> None:
     atheris.Fuzz()
 
 
+def limit_memory(gibibytes: float) -> None:
+    """A case that takes more fails: what asks for it gets none."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    most = taken + int(gibibytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument(
+        "--memory", type=float, default=4.0, help="GiB that a case may take, beside what runs"
+    )
     parser.add_argument("--only", default="", help="a part of the target's name")
     parser.add_argument(
         "--guided",
@@ -351,7 +530,9 @@ def main() -> None:
         guide(options.guide, options.cases, Path(options.folder))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, target in targets(Path(folder)).items():
+        made = targets(Path(folder))
+        limit_memory(options.memory)
+        for name, target in made.items():
             if options.only in name:
                 rows.append(fuzz(name, target, options.cases))
                 print(rows[-1], flush=True)

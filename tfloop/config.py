@@ -234,7 +234,7 @@ class RunSettings:
     seeds: tuple[int, ...] = option(
         (), "train once for each of these, in one process", within=WHOLE
     )
-    runs: int = option(1, "train N times with the same seed, in one process", within=COUNT)
+    runs: int = option(1, "train N times with the same seed, in one process", within=(1, 10_000))
     ensemble: int = option(
         1,
         "train N models side by side, with seeds from --seed on, or those of --seeds",

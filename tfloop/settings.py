@@ -17,6 +17,8 @@ COUNT = (1, 2**31 - 1)
 WHOLE = (0, 2**31 - 1)
 POSITIVE = (1e-30, math.inf)
 NOT_NEGATIVE = (0.0, math.inf)
+# In a list, such as one of layers: TensorFlow takes minutes for some hundred layers.
+MOST_VALUES, MOST_SEEDS = 256, 10_000
 
 Retrace = Literal["never", "value", "set", "nonzero", "length"]
 
@@ -74,6 +76,9 @@ class Field(NamedTuple):
             value = value.split(",") if value.strip() else []
         elif not isinstance(value, (list, tuple)):
             value = [value]
+        most = MOST_SEEDS if self.name == "seeds" else MOST_VALUES
+        if len(value) > most:
+            raise UserError(f"--{self.name}: holds {len(value)} values; at most {most} are taken")
         return tuple(self._parse_one(part) for part in value)
 
     def _parse_one(self, value: Any) -> Any:

@@ -19,6 +19,7 @@ from tfloop.errors import UserError
 from tfloop.nests import leaves, map_leaves
 from tfloop.state import TrainState
 from tfloop.training.export import plain_model
+from tfloop.wording import first_sentence
 
 TOLERANCE = 1e-4  # of probabilities, between their model and this one
 
@@ -53,17 +54,8 @@ def import_weights(state: TrainState, path: str | Path, images: np.ndarray) -> N
             _import_h5(state, path)
     except UserError:
         raise
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-        RecursionError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever Keras makes of a file that it did not write
+        raise UserError(f"{path}: cannot be read: {first_sentence(error)}") from None
 
 
 _NO_WEIGHTS = re.compile(r"(^|/)(optimizer|normalization(_\d+)?|seed_generator(_\d+)?)/")

@@ -1,8 +1,8 @@
 """Is what was read from a JSON file of the types that a run writes?
 
 A kind is a type, or several in a tuple; a list with the kind of its entries; a dict with the kinds
-of the entries it must have; `Each`, a dict whose values are all of one kind; or `Maybe`, where it
-may be None.
+of the entries it must have, or may have where the name ends in "?"; `Each`, a dict whose values are
+all of one kind; or `Maybe`, where it may be None.
 """
 
 from typing import Any, NamedTuple
@@ -31,10 +31,34 @@ def is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(is_of(each, kind[0]) for each in value)
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(
-            name in value and is_of(value[name], each) for name, each in kind.items()
+            is_of(value[name.rstrip("?")], each) if name.rstrip("?") in value else name[-1] == "?"
+            for name, each in kind.items()
         )
     is_bool = isinstance(value, bool)
     return isinstance(value, kind) and (not is_bool or kind is bool)
+
+
+_METRICS = Each(Maybe(NUMBER))
+ENTRY = {  # of a result's epochs and evaluations
+    "epoch": int,
+    "step": int,
+    "train?": Maybe(_METRICS),
+    "test?": Maybe(_METRICS),
+    "validation?": Maybe(_METRICS),
+    "weights_sha256?": str,
+    "learning_rate?": NUMBER,
+    "rate?": NUMBER,
+    "seconds?": NUMBER,
+    "steps?": int,
+}
+BEST = {
+    "epoch": int,
+    "step": int,
+    "metric?": str,
+    "value?": NUMBER,
+    "accuracy?": NUMBER,
+    "checkpoint?": str,
+}
 
 
 def wrong(content: dict[str, Any], kinds: dict[str, Any]) -> str:

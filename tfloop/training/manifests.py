@@ -80,7 +80,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-_ENTRIES = [{"epoch": int, "step": int}]
 _NEEDED = ("sha256",)
 _KINDS: dict[str, Any] = {
     "sha256": kinds.Each(str),
@@ -92,11 +91,17 @@ _KINDS: dict[str, Any] = {
     "machine": dict,
     "steps_per_epoch": int,
     "reached": {
-        "epochs": _ENTRIES,
+        "epochs": [kinds.ENTRY],
+        "evaluations?": [kinds.ENTRY],
+        "best?": kinds.Maybe(kinds.BEST),
+        "rewinds?": [int],
+        "rewound_to?": [int],
+        "overridden_at?": [int],
+        "goal?": str,
         "seconds": kinds.Each(kinds.NUMBER),
         "resumed_at": [int],
     },
-    "best": kinds.Maybe({"checkpoint": str}),
+    "best": kinds.Maybe({**kinds.BEST, "checkpoint": str}),
     "events": kinds.Each(int),
     "part": kinds.Maybe({"steps": int, "sums": [kinds.NUMBER]}),
     "without_gradient": [str],

@@ -11,6 +11,7 @@ from tfloop.errors import UserError
 from tfloop.state import TrainState
 from tfloop.training import checkpoints, code, folders
 from tfloop.user_code import is_reference
+from tfloop.wording import first_sentence
 
 
 def open_run(
@@ -45,7 +46,16 @@ def open_run(
         path = folder / "checkpoints" / Path(manifest["best"]["checkpoint"]).name
         manifest = checkpoints.read_manifest(path)
     config = _own_code(folder, Config.make(**manifest["config"]), named or {})
-    state = make_state(config, spec_of(manifest), manifest["steps_per_epoch"])
+    of_data = spec_of(manifest)
+    try:
+        state = make_state(config, of_data, manifest["steps_per_epoch"])
+    except UserError:
+        raise
+    except Exception as error:
+        if config.model:  # the user's own code is to be seen
+            raise
+        reason = first_sentence(error)
+        raise UserError(f"{path}: its manifest describes no model: {reason}") from None
     checkpoints.restore(state, path)
     state.adopt_ema()
     return config, state, manifest
