@@ -1,5 +1,6 @@
 """Models for others: plain Keras or TensorFlow, which take raw inputs and need no tfloop."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,10 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
             elif format == "saved_model":
                 model.export(partial, verbose=False)
             else:
-                saved = str(folder / "saved")
-                model.export(saved, verbose=False)
-                partial.write_bytes(tf.lite.TFLiteConverter.from_saved_model(saved).convert())
+                # TensorFlow takes the name of a saved model for a pattern, so its folder is plain.
+                with tempfile.TemporaryDirectory() as saved:
+                    model.export(saved, verbose=False)
+                    partial.write_bytes(tf.lite.TFLiteConverter.from_saved_model(saved).convert())
             for made in sorted(folder.iterdir(), key=lambda made: made == partial):  # it last
                 if made.name.startswith(path.name):
                     made.rename(path.with_name(made.name))
