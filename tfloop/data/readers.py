@@ -49,12 +49,12 @@ def read_idx(path: str | Path, sha256: str | None = None) -> np.ndarray:
     try:
         shape, dtype = _read_idx_header(stream, path)
         expected = math.prod(shape) * dtype.itemsize
-        check_fits(path, expected)
         if expected > limit:
             raise UserError(
                 f"{path}: truncated: its header promises {expected} bytes, more than the file can "
                 "hold"
             )
+        check_fits(path, expected)
         body = stream.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged: {error}") from None

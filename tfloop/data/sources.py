@@ -175,13 +175,10 @@ def _read_npz(dataset: str) -> list[Part]:
         for part in ("val", "valid", "validation"):
             if f"x_{part}" in shapes and f"y_{part}" in shapes:
                 validation.append((f"x_{part}", f"y_{part}"))
-        for part in ("train", "test"):
+        for part, word in (("train", "training"), ("test", "test")):
             images, labels = shapes[f"x_{part}"], shapes[f"y_{part}"]
-            if len(images) < 2 or not labels or images[0] != labels[0]:
-                raise UserError(
-                    f"{dataset}: x_{part} is {list(images)} and y_{part} {list(labels)}; expected "
-                    "as many labels as images"
-                )
+            if images and labels and images[0] != labels[0]:
+                raise UserError(f"{dataset}: {images[0]} {word} images but {labels[0]} targets")
 
     pairs = [("x_train", "y_train"), ("x_test", "y_test")]
     wanted = {*names, *(f"{a}_{part}" for a in "xy" for part in ("val", "valid", "validation"))}

@@ -1,5 +1,6 @@
 """Models for others: plain Keras or TensorFlow, which take raw inputs and need no tfloop."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def plain_model(state: TrainState, as_predicted: bool = True) -> keras.Model:
         )
     twin = keras.models.clone_model(model, clone_function=_in_float32)
     graph = model._functional if isinstance(model, keras.Sequential) else model
-    inputs = keras.tree.map_structure(_input_like, graph._inputs_struct)
+    inputs = _inputs_like(graph._inputs_struct)
     if isinstance(inputs, (list, tuple)) and len(inputs) == 1:
         inputs = inputs[0]
     x = _standardized(state, inputs)
@@ -60,7 +61,7 @@ def _averaged(plain: keras.Model, pixels: int) -> keras.Model:
     """The mean of what the model gives for an image, and for it shifted by N pixels four ways."""
     if not pixels:
         return plain
-    image, n, layers = plain.input, pixels, keras.layers
+    image, n, layers = keras.Input(plain.input_shape[1:], name="inputs"), pixels, keras.layers
     given = [plain(image)]
     for way, rows, columns in (
         ("down", (n, 0), (0, 0)),
@@ -86,10 +87,21 @@ def _variables(model: keras.Model) -> list:
     return [v for v in model.variables if not v.path.endswith("seed_generator_state")]
 
 
-def _input_like(x: Any) -> Any:
-    """An input of the same shape and name: numbers as float32, text as text."""
-    dtype = x.dtype if x.dtype in ("string", "bool") or "int" in x.dtype else "float32"
-    return keras.Input(x.shape[1:], dtype=dtype, name=x.name)
+def _inputs_like(inputs: Any) -> Any:
+    """Inputs of the same shapes: numbers as float32, text as text.
+
+    Those that have no name of their own, but one that Keras counts up, are called "inputs" or, of
+    several, "input_0", "input_1" …, since signatures bear these names.
+    """
+    flat = keras.tree.flatten(inputs)
+    made = []
+    for number, x in enumerate(flat):
+        name = x.name
+        if re.fullmatch(r"keras_tensor(_\d+)?|input_layer(_\d+)?", name):
+            name = "inputs" if len(flat) == 1 else f"input_{number}"
+        dtype = x.dtype if x.dtype in ("string", "bool") or "int" in x.dtype else "float32"
+        made.append(keras.Input(x.shape[1:], dtype=dtype, name=name))
+    return keras.tree.pack_sequence_as(inputs, made)
 
 
 def _standardized(state: TrainState, inputs: Any) -> Any:
