@@ -44,6 +44,10 @@ install_for() {
   state=$(cat "$here/pyproject.toml" "$here/constraints.txt"; printf '%s' "$here")
   [[ -x $python && -f $venv/.installed-$extra &&
     $(<"$venv/.installed-$extra") == "$state" ]] && return
+  local place=$venv
+  [[ -e $venv ]] || place=$here
+  [[ -w $place ]] || fail 1 "$place may not be written by $(id -un), so nothing can be installed \
+there; copy the project to a folder of your own"
   # An interrupted installation can leave packages that pip takes for whole: begin again.
   if [[ -e $venv/.installing || ! -x $python ]]; then
     found=$(find_python)

@@ -9,6 +9,7 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 import tfloop
+from tfloop.data import readers
 from tfloop.data.dataset import Standardizer
 from tfloop.data.readers import read_idx
 from tfloop.data.sources import SHIPPED
@@ -277,3 +278,37 @@ def test_validation_is_stratified_and_taken_from_training_only(digits):
 def test_a_validation_size_that_cannot_be_cut_is_named(size, message):
     with pytest.raises(UserError, match=f"validation_size={size}.*{message}"):
         tfloop.load("digits", validation_size=size)
+
+
+def test_an_npz_that_does_not_fit_into_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    images, labels = np.zeros((200, 64, 64), np.uint8), np.arange(200) % 3
+    path = tmp_path / "a.npz"
+    arrays = dict(x_train=images, y_train=labels, x_test=images, y_test=labels)
+    np.savez_compressed(path, **arrays, other=np.zeros(1 << 24, np.uint8))
+    monkeypatch.setattr(readers, "_free_memory", lambda: 2 << 20)
+    assert len(tfloop.load(str(path)).train) == 200  # what is not asked for does not count
+    monkeypatch.setattr(readers, "_free_memory", lambda: 1 << 20)
+    with pytest.raises(UserError, match=r"a.npz: holds 0.0 GiB, 0.0 GiB of memory are free"):
+        tfloop.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "change, note",
+    [
+        ({"x": lambda x: np.moveaxis(np.stack([x] * 3, -1), -1, 1)}, "channels come first"),
+        ({"y": lambda y: y + 1}, "no training example has class 0"),
+        ({}, ""),
+    ],
+    ids=["channels first", "classes from 1", "nothing"],
+)
+def test_what_looks_as_if_it_was_meant_otherwise_is_noted(change, note):
+    x, y = np.zeros((12, 8, 8), np.uint8), np.arange(12) % 3
+    x, y = change.get("x", lambda x: x)(x), change.get("y", lambda y: y)(y)
+    notes = tfloop.from_arrays(x, y, x, y).notes
+    assert len(notes) == bool(note) and note in "".join(notes)
+
+
+def test_validation_examples_in_an_npz_are_those_of_the_run(tmp_path):
+    x, y = np.zeros((12, 8, 8), np.uint8), np.arange(12) % 3
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_val=x[:6], y_val=y[:6], x_test=x, y_test=y)
+    assert len(tfloop.load(str(tmp_path / "a.npz")).validation) == 6

@@ -300,3 +300,29 @@ def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(
         and error.count("\n") == 1
     ), error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda name, content: content.replace(b'"units": 8', b'"units": 1000000000'), "a size of"),
+        (lambda name, content: bytes(200 << 20) if name.endswith(".h5") else content, "unpacks to"),
+    ],
+    ids=["a layer of a billion units", "zeros by the hundred MiB"],
+)
+def test_an_archive_that_would_take_much_memory_is_refused_before_it_is_read(
+    tmp_path, capsys, monkeypatch, change, message
+):
+    import zipfile
+
+    stack().save(tmp_path / "good.keras")
+    with (
+        zipfile.ZipFile(tmp_path / "good.keras") as good,
+        zipfile.ZipFile(tmp_path / "m.keras", "w", zipfile.ZIP_DEFLATED) as changed,
+    ):
+        for name in good.namelist():
+            changed.writestr(name, change(name, good.read(name)))
+    monkeypatch.setattr(keras.saving, "load_model", None)  # it must not come to that
+    path = tmp_path / "m.keras"
+    assert main(["import", str(path), *MODEL, "--nostandardize", f"--logdir={tmp_path}/runs"]) == 2
+    assert message in capsys.readouterr().err

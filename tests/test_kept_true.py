@@ -142,3 +142,37 @@ def test_a_result_that_no_run_writes_is_named(tmp_path, content):
     (tmp_path / "result.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"result\.json: is damaged: {next(iter(content))} is"):
         folders.result(tmp_path)
+
+
+def test_a_run_finds_its_data_from_any_folder_and_says_where_they_are_scaled_otherwise(
+    tmp_path, monkeypatch, capsys
+):
+    """Trained on floats from 0 to 1; pictures are scaled to that, numbers to 255 are noticed."""
+    from PIL import Image
+
+    chance = np.random.default_rng(0)
+    x, y = chance.random((40, 8, 8, 1), dtype=np.float32), np.arange(40) % 4
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    np.savez("d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    flags = ["--conv=2", "--kernel=1", "--pool=", "--dense=4", "--batch_size=8", "--epochs=1"]
+    assert main(["train", "--dataset=d.npz", *flags, "--quiet", "--summaries=none"]) == 0
+    run = str(tmp_path / "here" / "runs" / "article2-001")
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["evaluate", run]) == 0
+    assert main(["train", f"--resume={run}", "--epochs=2", "--quiet"]) == 0
+    capsys.readouterr()
+    np.savez("large.npz", x=255 * x)
+    assert main(["predict", run, "large.npz"]) == 0
+    assert "are they scaled otherwise?" in capsys.readouterr().err
+    pixels = chance.integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save("a.png")
+    np.savez("a.npz", x=pixels[None, ..., None].astype(np.float32) / 255)
+    given = {}
+    for name in ("a.png", "a.npz"):
+        assert main(["predict", run, name]) == 0
+        captured = capsys.readouterr()
+        given[name] = captured.out.splitlines()[1].split(",")[1:]
+        assert ("pixels are scaled to 0 to 1" in captured.err) == (name == "a.png")
+    assert given["a.png"] == given["a.npz"]

@@ -118,7 +118,7 @@ def test_a_stopped_run_ends_as_one_that_went_through(config, monkeypatch, optimi
 
     whole = session.train(config(optimizer=optimizer, name="whole"))[0]
     monkeypatch.setattr(stopping, "LONGEST", 1e-9)  # every step, and batch, may be the last
-    for stopped_at in (2, 3, 6, 12, 21, 31, 32, 33, 47, 60):
+    for stopped_at in (2, 6, 12, 31, 32, 47):
         own = config(optimizer=optimizer, name=f"stopped-{stopped_at}")
         first = session.train(own, stop=stop_after(stopped_at))[0]
         assert not first["finished"] and first["steps"] < whole["steps"]
@@ -459,17 +459,14 @@ def start(tmp_path, *flags, **options):
     )
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
-)
-def test_a_signal_ends_the_run_with_a_checkpoint_within_five_seconds(tmp_path, number, code):
+def test_a_signal_ends_the_run_with_a_checkpoint_within_five_seconds(tmp_path):
     process = start(tmp_path)
     while "epoch 2/" not in process.stdout.readline():
         pass
     asked = time.monotonic()
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert time.monotonic() - asked < 5 and process.returncode == code
+    assert time.monotonic() - asked < 5 and process.returncode == 143
     found = result(tmp_path / "digits-001")
     assert not found["finished"] and found["epochs"]
     from tfloop.training import checkpoints

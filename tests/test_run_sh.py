@@ -1,5 +1,6 @@
 """run.sh, with a stand-in for Python: it makes environments at once and notes pip's work."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,14 @@ def test_it_installs_once_and_passes_flags_and_exit_codes_through(run):
     started = time.perf_counter()
     again = run("train")
     assert time.perf_counter() - started < 1 and again.stderr == "" and len(run.log()) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_user_who_may_not_write_there_is_told_in_one_line(run):
+    run.folder.chmod(0o500)
+    done = run("train")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "may not be written by" in done.stderr
 
 
 def test_the_tests_need_more_and_bring_what_train_needs(run):

@@ -18,7 +18,7 @@ from tfloop.errors import DivergenceError, UserError, WorkerLost
 from tfloop.stopping import StopAsked
 from tfloop.training import code
 from tfloop.version import __version__
-from tfloop.wording import value_text
+from tfloop.wording import value_text, without_controls
 
 BAD_INPUT, DIVERGED, WORKER_LOST, INTERRUPTED = 2, 3, 4, 130
 _CODES = {UserError: BAD_INPUT, DivergenceError: DIVERGED, WorkerLost: WORKER_LOST}
@@ -61,7 +61,7 @@ def _ended(argv: list[str]) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"tfloop: {message}", file=sys.stderr)
+    print(f"tfloop: {without_controls(message)}", file=sys.stderr)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -57,6 +57,13 @@ def first_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {shown}"
 
 
+def without_controls(text: str) -> str:
+    """The text with what a terminal would act on, as in a name of a file, written as \\x1b."""
+    return "".join(
+        c if ord(c) >= 32 and not 127 <= ord(c) < 160 else f"\\x{ord(c):02x}" for c in text
+    )
+
+
 def printable(text: str, most: int = 200) -> str:
     """A stranger's text, safe to print: one line of at most so many characters, no controls."""
     shown = "".join(c if c.isprintable() else "�" for c in text)

@@ -12,7 +12,7 @@ from tfloop import stopping
 from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
 from tfloop.stopping import StopAsked
-from tfloop.wording import counted
+from tfloop.wording import counted, without_controls
 
 STARTED = time.perf_counter()  # when the program began, but for the imports above
 FAILED, TERMINATED = 1, 143  # exit codes: a check failed; as after SIGTERM
@@ -81,7 +81,7 @@ def start(config: Config) -> tuple[Config, str]:
 
 
 def warn(message: str) -> None:
-    print(f"tfloop: {message}", file=sys.stderr)
+    print(f"tfloop: {without_controls(message)}", file=sys.stderr)
 
 
 def one_argument(arguments: list[str], name: str, what: str) -> str:

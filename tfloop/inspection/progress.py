@@ -7,6 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tfloop.loop import Call, Epoch, Evaluation, Record
 from tfloop.metrics import Metrics
+from tfloop.wording import without_controls
 
 
 class Display:
@@ -40,7 +41,8 @@ class Display:
 
     def warn(self, line: str) -> None:
         """Say it even when quiet, on standard error."""
-        self._errors.print(f"tfloop: {line}", soft_wrap=True, markup=False, highlight=False)
+        text = f"tfloop: {without_controls(line)}"
+        self._errors.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def write(self, record: Record, label: str = "") -> None:
         """Show a record.
