@@ -43,7 +43,8 @@ def _locked(parent: Path, prefix: str, suffix: str) -> tuple[Path, int]:
         path = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
         with contextlib.suppress(FileNotFoundError):  # another took it for litter at this instant
             lock = os.open(path, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # NFS locks no folders; then no litter is removed
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 return path, lock
             os.close(lock)
