@@ -88,10 +88,10 @@ def look(path: Path) -> Picture:
             return Picture(path, mode, is_plain and is_upright)
     except UserError:
         raise
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as a picture: {_reason(error)}") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has too many pixels for a picture") from None
+    except Exception as error:  # Pillow's readers of odd formats raise what comes
+        raise UserError(f"{path}: cannot be read as a picture: {_reason(error)}") from None
 
 
 def _check(path: Path, image: Image.Image) -> None:
@@ -168,6 +168,8 @@ def read(picture: Picture, mode: str) -> np.ndarray:
             pixels = np.asarray(upright.convert(mode))
     except tf.errors.OpError:
         raise UserError(f"{path}: is damaged: it cannot be read as a picture") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{path}: cannot be read as a picture: {_reason(error)}") from None
     return pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
