@@ -188,15 +188,20 @@ class Stop:
     """
 
     def __init__(self, listen: bool = True) -> None:
-        self._signal, self._has_begun = 0, False
+        self._signal, self._has_begun, self._is_alone = 0, False, True
         if listen:
             self.listen()
 
-    def listen(self) -> None:
+    def listen(self, is_alone: bool = True) -> None:
         """Take the signals.
 
         Again where TensorFlow took them: with several workers it watches for SIGTERM.
+
+        Args:
+          is_alone: unset, other workers train along, and all end at the same place: nothing is
+            broken off.
         """
+        self._is_alone = is_alone
         if not self._signal:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
@@ -207,7 +212,7 @@ class Stop:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may say it twice
-        if not self._has_begun or stopping.is_interruptible():
+        if self._is_alone and (not self._has_begun or stopping.is_interruptible()):
             raise StopAsked(number)
 
     def asked(self) -> bool:

@@ -36,7 +36,7 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     from tfloop.machine import devices
 
     config, device, replicas = devices.start(config, asked, guard)
-    stop.listen()
+    stop.listen(is_alone=not guard)
     if guard:
         guard.started()
         if replicas.is_chief and not network.is_private():

@@ -301,7 +301,8 @@ class _Guardian:
             link.has_started = True
         if isinstance(code := message.get("ended"), int):
             link.code = code
-            if code not in AGREED or not self._has_started:
+            had_begun = self._has_started and link.has_started
+            if code not in AGREED or not had_begun:
                 self._lose(index)
         if isinstance(lost := message.get("gone"), int) and lost != self._place.index:
             self._lose(lost)
