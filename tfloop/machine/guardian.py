@@ -291,7 +291,7 @@ class _Guardian:
             self._selector.unregister(link.connection)
             link.is_open = False
             if link.code is None:
-                self._lose(index)
+                self._lose(index, link.has_started)
             return
         for message in messages:
             self._take(index, link, message)
@@ -301,20 +301,19 @@ class _Guardian:
             link.has_started = True
         if isinstance(code := message.get("ended"), int):
             link.code = code
-            had_begun = self._has_started and link.has_started
-            if code not in AGREED or not had_begun:
-                self._lose(index)
+            if code not in AGREED or not (self._has_started and link.has_started):
+                self._lose(index, link.has_started)
         if isinstance(lost := message.get("gone"), int) and lost != self._place.index:
-            self._lose(lost)
+            self._lose(lost, message.get("had_started") is not False)
 
-    def _lose(self, index: int) -> None:
+    def _lose(self, index: int, had_started: bool) -> None:
         """A worker is gone."""
         if index in self._gone or not 0 <= index < len(self._place.addresses):
             return
         self._gone.append(index)
-        self._tell_all({"gone": index})
-        # Where TensorFlow has not started, the child cannot notice.
-        seconds = GRACE if self._has_started else 0.0
+        self._tell_all({"gone": index, "had_started": had_started})
+        # Where TensorFlow has not started, here or there, the child cannot notice.
+        seconds = GRACE if self._has_started and had_started else 0.0
         self._set_end(seconds, lost_text(self._place, [index]), WORKER_LOST)
 
     def _tell_all(self, message: dict) -> None:
@@ -332,4 +331,4 @@ class _Guardian:
         self._tell_all({"beat": True})
         for index, link in self._links.items():
             if link.is_open and link.code is None and now - link.heard > self._timeout:
-                self._lose(index)
+                self._lose(index, link.has_started)

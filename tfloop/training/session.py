@@ -176,7 +176,8 @@ class Session:
           DivergenceError: a run diverged; those beside it have gone on to their end.
         """
         self._say_what_trains()
-        if self._stop():
+        several = self._replicas is not None and self._replicas.workers > 1
+        if self._stop() and not several:  # several end at the same place, later
             return
         planned = self._plan()
         for first in range(0, len(planned), self._members):
