@@ -224,7 +224,7 @@ _KINDS: dict[str, Any] = {
     "fingerprint": int,
     "ms_per_step": kinds.NUMBER,
     "weights_sha256": str,
-    "diverged": kinds.Maybe({"step": int, "layer": str}),
+    "diverged": kinds.Maybe({"step": int}),
     "final": kinds.Maybe(kinds.ENTRY),
     "best": kinds.Maybe(kinds.BEST),
     "hyper": dict,
