@@ -326,3 +326,12 @@ def test_an_archive_that_would_take_much_memory_is_refused_before_it_is_read(
     path = tmp_path / "m.keras"
     assert main(["import", str(path), *MODEL, "--nostandardize", f"--logdir={tmp_path}/runs"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_numbers_that_a_model_was_compiled_with_are_no_sizes(tmp_path):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 100_000, 0.96)
+    model = stack()
+    model.compile(keras.optimizers.SGD(schedule), "sparse_categorical_crossentropy")
+    model.save(tmp_path / "m.keras")
+    flags = [*MODEL, "--nostandardize", f"--logdir={tmp_path}/runs"]
+    assert main(["import", str(tmp_path / "m.keras"), *flags]) == 0

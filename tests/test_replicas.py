@@ -527,6 +527,32 @@ def test_processes_that_do_not_fit_end_with_the_line_and_exit_code_2_and_leave_n
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_mistake_that_all_workers_make_is_said_once_by_each(tmp_path):
+    addresses = [f"127.0.0.1:{port}" for port in ports(2)]
+    flags = ["--batch_size=63", f"--logdir={tmp_path}/runs"]
+    for process in [worker(index, addresses, *flags) for index in range(2)]:
+        _, error = process.communicate(timeout=90)
+        assert process.returncode == 2
+        assert error == (
+            "tfloop: --batch_size=63 cannot be cut into 2 equal parts, one for each replica\n"
+        )
+
+
+def test_a_guardian_leaves_a_signal_alone_that_is_ignored_from_the_start():
+    """As nohup asks for."""
+    code = """
+import os, signal, time
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from tfloop.machine import guardian, places
+guard = guardian.stand_over(places.Place(0, ("a:1", "b:2")), 0.5)
+guard.started()
+os.kill(os.getppid(), signal.SIGHUP)
+time.sleep(1.5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_workers_with_other_data_are_named(tmp_path, random):
     images = random.integers(0, 256, (40, 8, 8), dtype=np.uint8)
     for name, shift in (("a", 0), ("b", 1)):

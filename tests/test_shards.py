@@ -320,6 +320,13 @@ def test_of_a_tail_of_zeros_every_lost_record_is_counted(tmp_path, random):
     assert len(data.train) == 21 and len(data.left_out) == 9
 
 
+@pytest.mark.parametrize("length", [0x8B1F, 0x9C78], ids=["gzip", "zlib"])
+def test_a_plain_shard_whose_first_length_looks_like_a_compressed_file_is_plain(tmp_path, length):
+    with tf.io.TFRecordWriter(str(tmp_path / "train-0.tfrecord")) as writer:
+        writer.write(b"x" * length)
+    assert shards.shards(tmp_path, "train") == [tmp_path / "train-0.tfrecord"]
+
+
 @pytest.mark.parametrize("kind", ["GZIP", "ZLIB"])
 def test_compressed_shards_are_read_as_plain_ones(tmp_path, random, kind):
     images = random.integers(0, 256, (12, 5, 4, 1), dtype=np.uint8)

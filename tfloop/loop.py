@@ -527,7 +527,7 @@ class Loop:
         """
         if self.is_warm:
             return
-        with self._timed("tracing"), self.state.looking(), interruptible():
+        with self._timed("tracing"), self.state.looking():
             with self.taken_back():
                 missing = self._try_trace()
             if missing:  # its slots are made anew, so they are taken back anew
@@ -547,7 +547,8 @@ class Loop:
     def _trace(self) -> None:
         state = self.state
         if self._eager:
-            _look(state, rows_of(self.batch(int(state.batch_index)), 0, 1))
+            with interruptible():
+                _look(state, rows_of(self.batch(int(state.batch_index)), 0, 1))
             return
         source = self.pipeline.begin(state.seed, state.epoch, int(state.batch_index))
         none = PendingCall(self, source, 0, CallPart()).so_far
@@ -577,9 +578,11 @@ class Loop:
     def taken_back(self) -> Iterator[None]:
         """After this block the state is what it was before."""
         before = {id(v): (v, v.numpy()) for v in self.state.named().values()}
+        part, self.part = self.part, None
         try:
             yield
         finally:
+            self.part = part
             for variable in self.state.named().values():  # slots may have been made anew
                 if id(variable) in before:
                     variable.assign(before[id(variable)][1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfloop.stopping import wait_for
+from tfloop.stopping import interruptible, wait_for
 
 
 class Traced:
@@ -49,10 +49,11 @@ class Traced:
         """
         if self._eager:
             return self.call(*arguments)
-        self.call.get_concrete_function(*arguments)
-        if stays:
-            return self.call(*arguments)
-        return wait_for(lambda: self.call(*arguments))
+        with interruptible():
+            self.call.get_concrete_function(*arguments)
+            if not stays:
+                return wait_for(lambda: self.call(*arguments))
+        return self.call(*arguments)
 
     def renew(self, reason: str = "") -> None:
         """Trace anew at the next call, and say why; without a reason the last trace failed."""

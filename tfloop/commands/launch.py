@@ -112,8 +112,9 @@ def _supervise(workers: list[subprocess.Popen]) -> int:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, send_all)
+    for number in guardian.SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, send_all)
     readers = [
         threading.Thread(target=_hand_on, args=(index, worker), daemon=True)
         for index, worker in enumerate(workers)

@@ -95,7 +95,8 @@ def _unpacked(path: Path) -> Path:
     try:
         copy.parent.mkdir(exist_ok=True)
         for old in copy.parent.glob(f"{glob.escape(path.name)}.*"):
-            old.unlink()
+            if old != copy and not _is_being_made(old):
+                old.unlink(missing_ok=True)
         with open(path, "rb") as file, open(partial, "xb") as target:
             _unpack(file, target, kind)
         partial.replace(copy)
@@ -111,6 +112,12 @@ def _unpacked(path: Path) -> Path:
     return copy
 
 
+def _is_being_made(path: Path) -> bool:
+    """Is it the partial copy of a process that lives?"""
+    found = re.search(r"\.(\d+)\.partial$", path.name)
+    return found is not None and Path(f"/proc/{found[1]}").exists()
+
+
 def _compression(path: Path) -> str:
     """ "gzip", "zlib", or "" for none, from the first bytes.
 
@@ -119,7 +126,7 @@ def _compression(path: Path) -> str:
     """
     with open(path, "rb") as file:
         start = file.read(HEADER)
-    if start[:2] == b"\x1f\x8b":
+    if start[:2] == b"\x1f\x8b" and _length(path, 0) is None:
         return "gzip"
     is_zlib = len(start) > 1 and start[0] == 0x78 and int.from_bytes(start[:2], "big") % 31 == 0
     if is_zlib and _length(path, 0) is None:

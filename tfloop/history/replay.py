@@ -93,9 +93,9 @@ class Replay:
         self.loop.part = None
         if path is not None:
             manifest = checkpoints.read_manifest(path)
-            self.loop.part = call_part(manifest)
             differs = bool(folders.changed(Config.make(**manifest["config"]), self.config))
             checkpoints.restore(state, path, differs)
+            self.loop.part = None if differs else call_part(manifest)
             if differs:
                 state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
         self.start, self._running = step, None

@@ -22,12 +22,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tfloop.machine.places import Place
 from tfloop.wording import joined
 
 GRACE = 15.0  # seconds that training gets to end by itself once another worker is gone
+MISTAKE = 5.0  # the same, where another ended with a mistake that may be this one's, too
 BEAT = 1.0  # seconds between the signs of life that guardians send each other
 LONGEST = 1 << 12  # bytes of one message
 WORKER_LOST = 4  # exit code
@@ -71,18 +73,20 @@ def stand_over(place: Place, timeout: float) -> Guard:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGTSTP))
+    # One that is ignored from the start, as nohup asks for, stays so.
+    heeded = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*heeded, signal.SIGTSTP))
     guardians, line = socket.socketpair()
     guardian = os.getpid()
     child = os.fork()
     if child:
         line.close()
-        raise SystemExit(_Guardian(place, timeout, child, guardians).run())
+        raise SystemExit(_Guardian(place, timeout, child, guardians, heeded).run())
     guardians.close()
     end_with(guardian, signal.SIGKILL)
     os.setpgid(0, 0)  # what a terminal or a shell sends comes once, from the guardian
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, signal.SIGTSTP))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*heeded, signal.SIGTSTP))
     return Guard(line)
 
 
@@ -139,8 +143,16 @@ class _Link:
 
 
 class _Guardian:
-    def __init__(self, place: Place, timeout: float, child: int, line: socket.socket) -> None:
+    def __init__(
+        self,
+        place: Place,
+        timeout: float,
+        child: int,
+        line: socket.socket,
+        heeded: Sequence[signal.Signals] = SIGNALS,
+    ) -> None:
         self._place, self._timeout, self._child, self._line = place, timeout, child, line
+        self._heeded = set(heeded)
         self._links: dict[int, _Link] = {}
         self._received = b""
         self._handed: list[int] = []  # file descriptors that have come with messages
@@ -252,8 +264,8 @@ class _Guardian:
     # -- signals
 
     def _hand_on_signals(self) -> None:
-        while signal.sigpending() & set(SIGNALS):
-            number = signal.sigwait(SIGNALS)
+        while signal.sigpending() & self._heeded:
+            number = signal.sigwait(self._heeded)
             if self._asked or not self._has_started:
                 self._kill_child()
                 self._say("interrupted" if number == signal.SIGINT else "terminated")
@@ -302,18 +314,22 @@ class _Guardian:
         if isinstance(code := message.get("ended"), int):
             link.code = code
             if code not in AGREED or not (self._has_started and link.has_started):
-                self._lose(index, link.has_started)
+                # A mistake that all have made is said by each; a killed one says nothing.
+                is_mistake = code < 128
+                self._lose(index, link.has_started, MISTAKE if is_mistake else 0.0)
         if isinstance(lost := message.get("gone"), int) and lost != self._place.index:
-            self._lose(lost, message.get("had_started") is not False)
+            is_mistake = message.get("least") == MISTAKE
+            had_started = message.get("had_started") is not False
+            self._lose(lost, had_started, MISTAKE if is_mistake else 0.0)
 
-    def _lose(self, index: int, had_started: bool) -> None:
-        """A worker is gone."""
+    def _lose(self, index: int, had_started: bool, least: float = 0.0) -> None:
+        """A worker is gone; the child gets `least` seconds to end by itself."""
         if index in self._gone or not 0 <= index < len(self._place.addresses):
             return
         self._gone.append(index)
-        self._tell_all({"gone": index, "had_started": had_started})
+        self._tell_all({"gone": index, "had_started": had_started, "least": least})
         # Where TensorFlow has not started, here or there, the child cannot notice.
-        seconds = GRACE if self._has_started and had_started else 0.0
+        seconds = GRACE if self._has_started and had_started else least
         self._set_end(seconds, lost_text(self._place, [index]), WORKER_LOST)
 
     def _tell_all(self, message: dict) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 from tfloop.errors import UserError
@@ -78,18 +80,28 @@ def _from_tf_config(text: str) -> Place:
 
 
 def _from_slurm() -> Place:
-    import tensorflow as tf  # it knows best how to read Slurm's variables
-
+    # TensorFlow knows best how to read Slurm's variables. It is asked in another process: this one
+    # becomes a guardian, and has not yet chosen what TensorFlow reads when it is imported.
+    done = subprocess.run([sys.executable, "-c", _ASK_SLURM], capture_output=True, text=True)
     try:
-        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
-            gpus_per_node=4096, gpus_per_task=1, auto_set_gpu=False
-        )
-        workers = resolver.cluster_spec().as_dict()["worker"]
+        if done.returncode:
+            raise ValueError(done.stderr.strip().splitlines()[-1])
+        workers = json.loads(done.stdout.splitlines()[-1])
         return Place(int(os.environ["SLURM_PROCID"]), tuple(workers))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (ValueError, IndexError) as error:
         raise UserError(
             f"--strategy=multi_worker: Slurm's variables do not describe a job step: {error}"
         ) from None
+
+
+_ASK_SLURM = """
+import json
+import tensorflow as tf
+resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+    gpus_per_node=4096, gpus_per_task=1, auto_set_gpu=False
+)
+print(json.dumps(resolver.cluster_spec().as_dict()["worker"]))
+"""
 
 
 def unreachable(place: Place) -> list[int]:

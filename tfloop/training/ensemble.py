@@ -19,7 +19,7 @@ from tfloop.errors import DivergenceError, WithoutGradient
 from tfloop.loop import CallPart, Loop, PendingCall
 from tfloop.nests import map_leaves
 from tfloop.step import judged
-from tfloop.stopping import Pace, StopAsked, interruptible
+from tfloop.stopping import Pace, StopAsked
 from tfloop.tracing import Traced
 
 Training = Generator[PendingCall, None, dict]  # as `run.Run.train`
@@ -111,7 +111,6 @@ class SideBySide:
         with contextlib.ExitStack() as entered:
             for loop in self.loops:
                 entered.enter_context(loop.state.looking())
-            entered.enter_context(interruptible())
             seconds = self._trace(counts)
         self.is_warm, self._sources = True, sources
         for loop in self.loops:

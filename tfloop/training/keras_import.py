@@ -140,6 +140,7 @@ def _check_sizes(state: TrainState, path: Path) -> None:
         if entries.get("config.json", 0) > _MOST_CONFIG:
             raise UserError(f"{path}: its config.json is larger than {_MOST_CONFIG >> 20} MiB")
         config = json.loads(archive.read("config.json"))
+    config.pop("compile_config", None)  # is not read
     found = max(_numbers(config), default=0)
     if found > largest:
         raise UserError(

@@ -295,7 +295,8 @@ class Run:
             )
         try:
             self._reached = Reached(**manifest["reached"])
-            self._loop.part = call_part(manifest)
+            # Of other settings, such as other metrics, the sums are others.
+            self._loop.part = None if differs else call_part(manifest)
         except (TypeError, KeyError):
             raise UserError(f"{path}: its manifest is not what a run writes") from None
         for entry in self._reached.epochs:
