@@ -44,7 +44,7 @@ def targets(folder: Path) -> dict[str, Target]:
     from tfloop import cli
     from tfloop.commands import command
     from tfloop.config import FIELDS, Config
-    from tfloop.data import pack, readers, shards, sources
+    from tfloop.data import pack, readers, shards, sources, tfrecords
     from tfloop.errors import UserError
     from tfloop.inspection import event_files
     from tfloop.machine import places
@@ -188,7 +188,7 @@ def targets(folder: Path) -> dict[str, Target]:
             for label, image in enumerate(images[..., None]):
                 writer.write(pack.example(image, label, "png"))
     first = packed / "train-0.tfrecord"
-    known = {record for _, _, record, _ in shards._records(first)}
+    known = {record for _, _, record, _ in tfrecords.records(first)}
 
     def read_shards(path: Path) -> None:
         (packed / "index.npz").unlink(missing_ok=True)
@@ -430,6 +430,7 @@ INSTRUMENTED = (
     "tfloop.data.readers",
     "tfloop.data.shards",
     "tfloop.data.sources",
+    "tfloop.data.tfrecords",
     "tfloop.inspection.event_files",
     "tfloop.settings",
     "zipfile",

@@ -21,7 +21,7 @@ from tfloop.cli import main
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.inspection.event_files import read_scalars
-from tfloop.machine import cluster, guardian, places
+from tfloop.machine import cluster, guardian, messages, places, reception
 from tfloop.training import checkpoints
 
 SMOOTH = [
@@ -452,11 +452,11 @@ def test_what_a_worker_with_the_token_says_is_checked_and_printed_without_contro
     reached = 0
     for content in strange_messages(2000):
         try:
-            hello = cluster._parsed(content)
+            hello = messages.parsed(content)
         except ValueError:
             continue
         hello = {"index": 1, "workers": ["a:1", "b:2"], "settings": {}, **hello}
-        if cluster._is_hello(hello):
+        if reception.is_hello(hello):
             reached += 1
             assert cluster._difference(place, own, hello, {1}).isprintable()
     assert reached > 50
@@ -464,7 +464,7 @@ def test_what_a_worker_with_the_token_says_is_checked_and_printed_without_contro
 
 def test_who_holds_another_token_is_told_and_the_chief_says_who_was_turned_away(monkeypatch):
     addresses = [f"127.0.0.1:{port}" for port in ports(2)]
-    monkeypatch.setenv(cluster.TOKEN, "one")
+    monkeypatch.setenv(messages.TOKEN, "one")
     chief = threading.Thread(target=lambda: said.extend(meet(addresses, [(0, IMPATIENT, "")])))
     said = []
     chief.start()
@@ -477,7 +477,7 @@ def test_who_holds_another_token_is_told_and_the_chief_says_who_was_turned_away(
         worker.sendall(json.dumps(hello).encode() + b"\n")
         assert json.loads(lines.readline()) == {"refused": "another token"}
     chief.join(20)
-    assert f"1 connection had another {cluster.TOKEN}" in said[0]
+    assert f"1 connection had another {messages.TOKEN}" in said[0]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

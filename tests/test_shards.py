@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import tfloop
 from tfloop.cli import main
-from tfloop.data import pack, pipelines, shards
+from tfloop.data import pack, pipelines, shards, tfrecords
 from tfloop.errors import UserError
 from tfloop.training import session
 
@@ -301,7 +301,7 @@ def test_a_damaged_record_is_named_with_its_number_or_left_out_and_counted(copy,
 
 def test_a_damaged_length_costs_that_record_alone(copy):
     path, number, offset, _ = place(copy, 700)
-    damage(path, offset - shards.HEADER)
+    damage(path, offset - tfrecords.HEADER)
     with pytest.raises(
         UserError, match=re.escape(f"{path}: record {number} is damaged, and so is its length")
     ):
@@ -355,7 +355,7 @@ def test_two_damaged_records_and_a_truncated_end_are_all_found(copy):
 
 def place_after(path: Path, number: int) -> int:
     """The offset of the content of a record of a shard, by its number."""
-    return next(offset for found, offset, _, _ in shards._records(path) if found == number)
+    return next(offset for found, offset, _, _ in tfrecords.records(path) if found == number)
 
 
 @pytest.mark.parametrize("on_bad_record", ["stop", "skip"])

@@ -58,13 +58,16 @@ def first_sentence(error: BaseException) -> str:
 
 
 def without_controls(text: str) -> str:
-    """The text with what a terminal would act on, as in a name of a file, written as \\x1b."""
-    return "".join(
-        c if ord(c) >= 32 and not 127 <= ord(c) < 160 else f"\\x{ord(c):02x}" for c in text
-    )
+    """The text with what a terminal would act on, as in a name of a file, written as \\x1b.
+
+    Bytes of a name that are no text stay: a stream writes them so itself.
+    """
+    is_shown = [c.isprintable() or "\udc80" <= c <= "\udcff" for c in text]
+    pairs = zip(text, is_shown, strict=True)
+    return "".join(c if shown else f"\\x{ord(c):02x}" for c, shown in pairs)
 
 
 def printable(text: str, most: int = 200) -> str:
     """A stranger's text, safe to print: one line of at most so many characters, no controls."""
-    shown = "".join(c if c.isprintable() else "�" for c in text)
+    shown = without_controls(text)
     return shown if len(shown) <= most else f"{shown[:most]} …"

@@ -15,7 +15,7 @@ from typing import Any
 from tfloop.commands.command import Command, one_of
 from tfloop.config import FIELDS, Config
 from tfloop.errors import UserError
-from tfloop.machine import cluster, guardian, network
+from tfloop.machine import guardian, messages, network
 from tfloop.wording import value_text
 
 PATIENCE = 30.0  # seconds that the other workers get to end by themselves after one has
@@ -41,7 +41,7 @@ def launch(config: Config, options: dict[str, Any], arguments: list[str]) -> int
     enter = network.make_private() if not is_open else lambda: None
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(count)]
     flags = _flags(config, options, count)
-    environment = {**os.environ, cluster.TOKEN: secrets.token_hex(16)}
+    environment = {**os.environ, messages.TOKEN: secrets.token_hex(16)}
 
     def prepare() -> None:
         enter()

@@ -2,24 +2,15 @@
 
 Each listens at its address; the others say hello to the chief, which compares versions and settings
 and answers, to all the same: go, or what is wrong. So a mistake of one is a clear line on every
-one, within a bounded time.
-
-Whoever can reach the chief's port may connect. So both sides show that they hold the cluster's
-token, without sending it: the chief begins with a number of its own, and what follows is signed
-with token and numbers (HMAC-SHA256). From those who do not sign, or send no hello, the chief takes
-a limited number of bytes and seconds, whatever they send. Without a token anyone can sign.
+one, within a bounded time. Whoever can reach the chief's port may connect (see `reception`), and
+only who holds the cluster's token is answered (see `messages`).
 """
 
-import collections
 import contextlib
 import dataclasses
-import hashlib
-import hmac
 import importlib.metadata
 import json
-import os
 import secrets
-import selectors
 import socket
 import time
 from collections.abc import Iterator
@@ -27,7 +18,9 @@ from typing import Any, NamedTuple
 
 from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.machine.messages import PATIENCE, TOKEN, opened, read_line, send, signed
 from tfloop.machine.places import Place
+from tfloop.machine.reception import MOST, Reception, Visitor
 from tfloop.version import __version__
 from tfloop.wording import counted, joined, printable
 
@@ -48,11 +41,7 @@ MAY_DIFFER = (
     "pipeline",
     "worker_timeout",
 )
-TOKEN = "TFLOOP_CLUSTER_TOKEN"  # the variable that holds it
-LONGEST = 1 << 20  # bytes of one message
-PATIENCE = 5.0  # seconds that a visitor has for its hello
 LINGER = 10.0  # seconds that the chief stays to tell those who come late what is wrong
-MOST = 64  # visitors that may be about to say hello, beside the workers
 
 
 class Meeting(NamedTuple):
@@ -93,7 +82,7 @@ def meet(place: Place, asked: Config, settings: Config, device: str) -> Meeting:
     try:
         with _listening(place) as listener:
             if place.is_chief:
-                with contextlib.closing(_Reception(listener)) as reception:
+                with contextlib.closing(Reception(listener)) as reception:
                     return _gather(place, hello, settings, reception, deadline)
             answer, link = _ask(place, hello, asked.worker_timeout)
     except _CannotListen as error:
@@ -114,7 +103,7 @@ def refuse(place: Place, asked: Config, reason: str) -> None:
     with (
         contextlib.suppress(UserError, OSError),
         _listening(place) as listener,
-        contextlib.closing(_Reception(listener)) as reception,
+        contextlib.closing(Reception(listener)) as reception,
     ):
         while len(refused) < len(place.addresses) - 1:
             event = reception.wait(deadline)
@@ -175,154 +164,14 @@ def _own_address(place: Place, host: str, port: int) -> tuple[Any, Any]:
 # --- the chief
 
 
-class _Visitor:
-    """One that has connected to the chief: a worker perhaps."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.nonce = secrets.token_hex(16)
-        self.deadline = time.monotonic() + PATIENCE
-        self.index: int | None = None  # of the worker, once it has said hello
-        self._their_nonce = ""
-        self._received = b""
-
-    def greet(self) -> None:
-        self.connection.setblocking(False)
-        self.connection.send(json.dumps({"nonce": self.nonce}).encode() + b"\n")
-
-    def read(self) -> dict | None:
-        """Its hello, once it is there.
-
-        Raises:
-          OSError: it is gone.
-          ValueError: it says no hello, or does not sign it with the token.
-        """
-        received = self.connection.recv(1 << 16)
-        if not received:
-            raise ConnectionError
-        self._received += received
-        if self.index is not None or len(self._received) > LONGEST:
-            raise ValueError("said too much")
-        line, end, _ = self._received.partition(b"\n")
-        if not end:
-            return None
-        self._received = b""
-        try:
-            message = _parsed(line)
-            nonce = message.get("nonce")
-            if not isinstance(nonce, str):
-                raise ValueError
-            hello = _opened(message, self.nonce, nonce)
-        except _OtherToken:
-            self._send({"refused": "another token"})
-            raise ValueError("another token") from None
-        except ValueError:
-            raise ValueError("no hello") from None
-        if not _is_hello(hello):
-            raise ValueError("no hello")
-        self.index, self._their_nonce = hello["index"], nonce
-        return hello
-
-    def answer(self, message: dict) -> None:
-        self._send(_signed(message, self._their_nonce, self.nonce))
-
-    def _send(self, message: dict) -> None:
-        with contextlib.suppress(OSError):  # one that is gone need not be told
-            self.connection.settimeout(PATIENCE)
-            _send(self.connection, message)
-
-
-class _Event(NamedTuple):
-    """A worker said hello, or, where there is no hello, is gone again."""
-
-    visitor: _Visitor
-    hello: dict | None
-
-
-class _Reception:
-    """Takes those who connect, all at a time, and hands on who says hello."""
-
-    def __init__(self, listener: socket.socket) -> None:
-        listener.setblocking(False)
-        self._listener = listener
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self.turned_away: collections.Counter[str] = collections.Counter()  # by reason
-
-    def close(self) -> None:
-        """Part with all that are still here, but for those that were kept."""
-        for key in list(self._selector.get_map().values()):
-            if key.data:
-                key.data.connection.close()
-        self._selector.close()
-
-    def keep(self, visitor: _Visitor) -> socket.socket:
-        """The connection is no longer the reception's."""
-        self._selector.unregister(visitor.connection)
-        visitor.connection.settimeout(PATIENCE)
-        return visitor.connection
-
-    def wait(self, deadline: float) -> _Event | None:
-        """The next event; None where there is none until the deadline."""
-        while (left := deadline - time.monotonic()) > 0:
-            self._part_with_the_slow()
-            for key, _ in self._selector.select(min(left, 0.5)):
-                if key.data and key.data.connection.fileno() < 0:  # made room for another
-                    continue
-                if not key.data:
-                    self._accept()
-                elif event := self._read(key.data):
-                    return event
-        return None
-
-    def _strangers(self) -> list[_Visitor]:
-        keys = self._selector.get_map().values()
-        return [key.data for key in keys if key.data and key.data.index is None]
-
-    def _part_with_the_slow(self) -> None:
-        for visitor in self._strangers():
-            if time.monotonic() > visitor.deadline:
-                self._part_with(visitor, "no hello")
-
-    def _part_with(self, visitor: _Visitor, why: str) -> None:
-        if visitor.index is None:
-            self.turned_away[why] += 1
-        self._selector.unregister(visitor.connection)
-        visitor.connection.close()
-
-    def _accept(self) -> None:
-        strangers = self._strangers()
-        if len(strangers) >= MOST:  # the one that has waited longest makes room
-            self._part_with(min(strangers, key=lambda visitor: visitor.deadline), "no hello")
-        with contextlib.suppress(OSError):
-            visitor = _Visitor(self._listener.accept()[0])
-            try:
-                visitor.greet()
-            except OSError:
-                visitor.connection.close()
-                raise
-            self._selector.register(visitor.connection, selectors.EVENT_READ, visitor)
-
-    def _read(self, visitor: _Visitor) -> _Event | None:
-        was_known = visitor.index is not None
-        try:
-            hello = visitor.read()
-        except BlockingIOError:
-            return None
-        except (OSError, ValueError) as error:
-            self._part_with(visitor, str(error) if isinstance(error, ValueError) else "no hello")
-            return _Event(visitor, None) if was_known else None
-        return _Event(visitor, hello) if hello else None
-
-
 def _gather(
-    place: Place, own: dict, settings: Config, reception: _Reception, deadline: float
+    place: Place, own: dict, settings: Config, reception: Reception, deadline: float
 ) -> Meeting:
     """The chief's part: wait for every other worker, and answer.
 
     Go, to all at once; or what is wrong, as soon as it is known.
     """
-    waiting: dict[int, _Visitor] = {}
+    waiting: dict[int, Visitor] = {}
     others, wrong = set(range(1, len(place.addresses))), ""
     told: set[int] = set()
     while others - set(waiting) - told:
@@ -356,7 +205,7 @@ def _gather(
     return Meeting(settings, {index: reception.keep(each) for index, each in waiting.items()})
 
 
-def _turned_away(reception: _Reception) -> str:
+def _turned_away(reception: Reception) -> str:
     """How many others connected, and why they were turned away."""
     parts = []
     if count := reception.turned_away["another token"]:
@@ -364,19 +213,6 @@ def _turned_away(reception: _Reception) -> str:
     if count := sum(reception.turned_away.values()) - count:
         parts.append(f"{counted(count, 'connection')} said no hello")
     return f"; {joined(parts)}" if parts else ""
-
-
-def _is_hello(hello: dict) -> bool:
-    """Are the values of the types that a worker sends?"""
-    index, workers = hello.get("index"), hello.get("workers")
-    texts = [hello.get(name, "") for name in ("tfloop", "tensorflow", "device", "error")]
-    return (
-        isinstance(index, int)
-        and not isinstance(index, bool)
-        and isinstance(workers, list)
-        and all(isinstance(text, str) for text in (*workers, *texts))
-        and isinstance(hello.get("settings"), dict)
-    )
 
 
 def _difference(place: Place, own: dict, hello: dict, missing: set[int]) -> str:
@@ -448,90 +284,20 @@ def _converse(connection: socket.socket, hello: dict, patience: float) -> dict |
     """
     nonce = secrets.token_hex(16)
     end = time.monotonic() + patience
-    with contextlib.closing(_Lines(connection)) as lines:
-        theirs = lines.read(time.monotonic() + PATIENCE).get("nonce")
-        if not isinstance(theirs, str):
-            raise ValueError("no chief")
-        _send(connection, {**_signed(hello, theirs, nonce), "nonce": nonce})
-        message = lines.read(end)
+    greeting, rest = read_line(connection, b"", time.monotonic() + PATIENCE)
+    theirs = greeting.get("nonce")
+    if not isinstance(theirs, str):
+        raise ValueError("no chief")
+    send(connection, {**signed(hello, theirs, nonce), "nonce": nonce})
+    message, _ = read_line(connection, rest, end)
     if "refused" in message:
         return None
-    answer = _opened(message, nonce, theirs)
+    answer = opened(message, nonce, theirs)
     if not isinstance(answer.get("error", ""), str):
         raise ValueError("no answer")
     if "error" not in answer and not isinstance(answer.get("settings"), dict):
         raise ValueError("no answer")
     return answer
-
-
-class _Lines:
-    """Reads messages from a connection, up to a length and a time."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._received = connection, b""
-
-    def close(self) -> None:
-        self._connection.settimeout(PATIENCE)
-
-    def read(self, end: float) -> dict:
-        while b"\n" not in self._received:
-            self._connection.settimeout(max(0.01, end - time.monotonic()))
-            received = self._connection.recv(1 << 16)
-            self._received += received
-            if not received or len(self._received) > LONGEST or time.monotonic() > end:
-                raise ValueError("no message")
-        line, _, self._received = self._received.partition(b"\n")
-        return _parsed(line)
-
-
-# --- messages
-
-
-def _send(connection: socket.socket, message: dict) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _parsed(line: bytes) -> dict:
-    """Raises ValueError where the line is no JSON object."""
-    try:
-        message = json.loads(line)
-    except RecursionError:
-        raise ValueError("too deep") from None
-    if not isinstance(message, dict):
-        raise ValueError("no message")
-    return message
-
-
-class _OtherToken(ValueError):
-    pass
-
-
-def _signed(content: dict, first: str, second: str) -> dict:
-    """A message that holds the content, as text, and its signature."""
-    text = json.dumps(content)
-    return {"content": text, "signature": _signature(text, first, second)}
-
-
-def _opened(message: dict, first: str, second: str) -> dict:
-    """The content of a signed message.
-
-    Raises:
-      _OtherToken: it is signed with another token.
-      ValueError: it is no signed message.
-    """
-    text, signature = message.get("content"), message.get("signature")
-    if not isinstance(text, str) or not isinstance(signature, str):
-        raise ValueError("not signed")
-    wanted = _signature(text, first, second)
-    if not hmac.compare_digest(signature.encode(errors="replace"), wanted.encode()):
-        raise _OtherToken("another token")
-    return _parsed(text.encode(errors="replace"))
-
-
-def _signature(text: str, first: str, second: str) -> str:
-    """HMAC-SHA256 by the cluster's token of a text and the numbers of both sides."""
-    signed = json.dumps([first, second, text]).encode()
-    return hmac.new(os.environ.get(TOKEN, "").encode(), signed, hashlib.sha256).hexdigest()
 
 
 def _to_compare(config: Config) -> dict:

@@ -303,7 +303,7 @@ class _Guardian:
             self._selector.unregister(link.connection)
             link.is_open = False
             if link.code is None:
-                self._lose(index, link.has_started)
+                self._lose(index, self._grace(link))
             return
         for message in messages:
             self._take(index, link, message)
@@ -313,23 +313,28 @@ class _Guardian:
             link.has_started = True
         if isinstance(code := message.get("ended"), int):
             link.code = code
-            if code not in AGREED or not (self._has_started and link.has_started):
-                # A mistake that all have made is said by each; a killed one says nothing.
-                is_mistake = code < 128
-                self._lose(index, link.has_started, MISTAKE if is_mistake else 0.0)
+            has_trained = self._has_started and link.has_started
+            if not has_trained and code < 128:  # a mistake that all have made is said by each
+                self._lose(index, MISTAKE)
+            elif not has_trained or code not in AGREED:
+                self._lose(index, self._grace(link))
         if isinstance(lost := message.get("gone"), int) and lost != self._place.index:
-            is_mistake = message.get("least") == MISTAKE
-            had_started = message.get("had_started") is not False
-            self._lose(lost, had_started, MISTAKE if is_mistake else 0.0)
+            seconds = message.get("seconds")
+            self._lose(lost, seconds if seconds in (0.0, MISTAKE, GRACE) else GRACE)
 
-    def _lose(self, index: int, had_started: bool, least: float = 0.0) -> None:
-        """A worker is gone; the child gets `least` seconds to end by itself."""
+    def _grace(self, link: _Link) -> float:
+        """Seconds in which the child may notice that this one is gone.
+
+        Where TensorFlow has not started, here or there, it cannot.
+        """
+        return GRACE if self._has_started and link.has_started else 0.0
+
+    def _lose(self, index: int, seconds: float) -> None:
+        """A worker is gone; the child gets so long to end by itself."""
         if index in self._gone or not 0 <= index < len(self._place.addresses):
             return
         self._gone.append(index)
-        self._tell_all({"gone": index, "had_started": had_started, "least": least})
-        # Where TensorFlow has not started, here or there, the child cannot notice.
-        seconds = GRACE if self._has_started and had_started else least
+        self._tell_all({"gone": index, "seconds": seconds})
         self._set_end(seconds, lost_text(self._place, [index]), WORKER_LOST)
 
     def _tell_all(self, message: dict) -> None:
@@ -347,4 +352,4 @@ class _Guardian:
         self._tell_all({"beat": True})
         for index, link in self._links.items():
             if link.is_open and link.code is None and now - link.heard > self._timeout:
-                self._lose(index, link.has_started)
+                self._lose(index, self._grace(link))

@@ -5,7 +5,6 @@ A run that was stopped, by whatever, goes on where its newest checkpoint is.
 
 import contextlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfloop import criterion, models
+from tfloop import criterion, models, scratch
 from tfloop.assembly import load_data, make_loop
 from tfloop.config import Config
 from tfloop.data.dataset import Dataset
@@ -384,9 +383,9 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
     logdir.mkdir(parents=True, exist_ok=True)
     display = Display(1, loop.steps, config.quiet)
     try:
-        with tempfile.TemporaryDirectory(dir=logdir, prefix="dry_run-") as folder, display:
-            folders.write(Path(folder) / folders.CONFIG, own.to_json())
-            run = Run(own, loop, Path(folder), display, device, replicas)
+        with scratch.folder(logdir, "dry_run-") as folder, display:
+            folders.write(folder / folders.CONFIG, own.to_json())
+            run = Run(own, loop, folder, display, device, replicas)
             group = Together([run.train(time.perf_counter(), lambda: False)])
             for calls in group:
                 with calls:
