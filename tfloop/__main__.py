@@ -20,4 +20,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    # Where Ctrl-C came amid code that runs from a string, such as a dataclass's, CPython remembers
+    # that, and `python -m` ends by the signal although it was caught. The next such code resets it.
+    exec("")
+    raise SystemExit(code)
