@@ -130,6 +130,20 @@ def test_a_run_that_is_asked_to_end_while_it_is_traced_ends_at_once(tmp_path, mo
     assert resumed["finished"] and resumed["state_sha256"] == whole["state_sha256"]
 
 
+@pytest.mark.parametrize("became", [None, SystemError("bad argument"), UserError("no model")])
+def test_a_signal_that_other_code_loses_or_makes_another_error_of_still_breaks_off(became):
+    """As TensorFlow's C code does: `any(...)` over a list amid tracing gives SystemError."""
+    with pytest.raises(stopping.StopAsked) as raised, stopping.interruptible():
+        try:
+            stopping.break_off(signal.SIGTERM)
+        except BaseException:
+            if became:
+                raise became from None
+    assert raised.value.signal == signal.SIGTERM
+    with stopping.interruptible():
+        pass  # said once
+
+
 @pytest.mark.parametrize("what", ["", "config.json"], ids=["folder", "config.json"])
 def test_a_folder_that_is_removed_while_it_is_trained_in_is_said_and_not_made_again(tmp_path, what):
     config = tfloop.Config.make(

@@ -15,7 +15,7 @@ from tfloop import streams
 from tfloop.commands import COMMANDS, Command
 from tfloop.config import FIELDS, GROUPS, PRESETS, Config, check_given, users_of
 from tfloop.errors import DivergenceError, UserError, WorkerLost
-from tfloop.stopping import StopAsked
+from tfloop.stopping import StopAsked, surfacing
 from tfloop.training import code
 from tfloop.version import __version__
 from tfloop.wording import value_text, without_controls
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 def _ended(argv: list[str]) -> int:
     """The exit code, and one line for what went wrong."""
     try:
-        return _main(argv)
+        with surfacing():
+            return _main(argv)
     except (UserError, DivergenceError, WorkerLost) as error:
         _say(error.as_flags)
         return next(code for kind, code in _CODES.items() if isinstance(error, kind))

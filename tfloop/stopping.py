@@ -8,7 +8,7 @@ the signal raises StopAsked.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 LONGEST = 1.0  # seconds of compiled work between two questions
 
@@ -27,6 +27,38 @@ class StopAsked(BaseException):
         self.signal = signal
 
 
+_under_way: list[int] = []  # the signal for which StopAsked was raised and has not come out yet
+
+
+def break_off(signal: int) -> NoReturn:
+    """Raise StopAsked, wherever the program is, for a signal that has come."""
+    _under_way.append(signal)
+    raise StopAsked(signal)
+
+
+@contextlib.contextmanager
+def surfacing() -> Iterator[None]:
+    """What `break_off` raises in this block comes out of it, whatever became of it.
+
+    TensorFlow's tracing and importing run through C, where an exception may be lost, or become
+    another one, such as SystemError.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if stop := _pending():
+            raise stop from error
+        raise
+    if stop := _pending():
+        raise stop
+
+
+def _pending() -> StopAsked | None:
+    found = StopAsked(_under_way[-1]) if _under_way else None
+    _under_way.clear()
+    return found
+
+
 _blocks: list[None] = []
 
 
@@ -34,10 +66,11 @@ _blocks: list[None] = []
 def interruptible() -> Iterator[None]:
     """In this block StopAsked may be raised anywhere."""
     _blocks.append(None)
-    try:
-        yield
-    finally:
-        _blocks.pop()
+    with surfacing():
+        try:
+            yield
+        finally:
+            _blocks.pop()
 
 
 def is_interruptible() -> bool:

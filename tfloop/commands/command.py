@@ -11,7 +11,6 @@ from typing import IO, Any, NamedTuple
 from tfloop import stopping
 from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
-from tfloop.stopping import StopAsked
 from tfloop.wording import counted, without_controls
 
 STARTED = time.perf_counter()  # when the program began, but for the imports above
@@ -213,7 +212,7 @@ class Stop:
             signal.signal(each, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may say it twice
         if self._is_alone and (not self._has_begun or stopping.is_interruptible()):
-            raise StopAsked(number)
+            stopping.break_off(number)
 
     def asked(self) -> bool:
         self._has_begun = True
