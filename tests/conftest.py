@@ -1,4 +1,5 @@
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -15,6 +16,9 @@ from tfloop.inspection import dashboards, moments
 from tfloop.models import layer_rules
 from tfloop.optimizers import OPTIMIZERS
 from tfloop.schedules import SCHEDULES
+
+# A shell ignores Ctrl-C for what it starts in the background, and tfloop would obey that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100)
 

@@ -110,6 +110,22 @@ def test_the_config_of_a_run_repeats_it(train, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--l2=0.1", "{file}: --l1=-3.0 is out of range: it must be at least 0"),
+        ("--l2=x", "--l2: expected a number, found 'x'"),
+    ],
+)
+def test_a_mistake_in_a_config_file_names_it_and_one_of_a_flag_does_not(
+    train, tmp_path, capsys, flag, message
+):
+    file = tmp_path / "own.json"
+    file.write_text('{"preset": "digits", "l1": -3}')
+    assert train(f"--config={file}", flag) == 2
+    assert capsys.readouterr().err == f"tfloop: {message.format(file=f'--config={file}')}\n"
+
+
 def test_flags_win_over_a_config_file_and_it_over_a_preset(train, tmp_path):
     (tmp_path / "own.json").write_text('{"preset": "digits", "seed": 4, "l2": 0.5, "epochs": 1}')
     assert (

@@ -104,7 +104,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"{name} takes flags only, found '{arguments[0]}'; a flag begins with --")
     given = {field: parsed[field].value for field in command.settings if parsed[field].present}
     values = _config_file(command, parsed)
-    config = Config.make(**{**values, **given})
+    config = _settings(given, values, parsed)
     if values:
         config = code.check_config_file(parsed["config"].value, config, given)
     check_given(config, given)
@@ -122,6 +122,17 @@ def _config_file(command: Command, parsed: flags.FlagValues) -> dict[str, Any]:
         for name, value in values.items()
         if name in command.settings or name not in FIELDS
     }
+
+
+def _settings(given: dict[str, Any], values: dict[str, Any], parsed: flags.FlagValues) -> Config:
+    """The settings of the flags and of --config, which is named where the mistake is in it."""
+    try:
+        return Config.make(**{**values, **given})
+    except UserError as error:
+        if not values:
+            raise
+        Config.make(**given)  # a mistake of the flags alone is raised as such
+        raise UserError(f"--config={parsed['config'].value}: {error.as_flags}") from None
 
 
 def _flags(command: Command) -> flags.FlagValues:
