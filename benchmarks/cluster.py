@@ -95,7 +95,7 @@ from tfloop.machine import devices
 settings, *_ = devices.start(config.Config.make(shards=1, steps_per_call=50))
 from tfloop import assembly
 from tfloop.training import saved_run
-from tfloop.loop import Call
+from tfloop.records import Call
 loop = assembly.make_loop(settings)
 kernel = loop.state.weights["conv1/kernel"]
 value = kernel.numpy()

@@ -55,7 +55,7 @@ def main() -> None:
         )
         generate(Path(folder), options.gib)
         from tfloop import assembly
-        from tfloop.loop import Call
+        from tfloop.records import Call
 
         started = time.perf_counter()
         loop = assembly.make_loop(config)

@@ -460,7 +460,7 @@ small = dict(conv=(2,), pool=(8,), dense=(4,), batch_size=64, steps_per_call=10)
 settings, *_ = devices.start(config.Config.make(dataset=sys.argv[1], **small))
 from tfloop import assembly
 from tfloop.training import saved_run
-from tfloop.loop import Call
+from tfloop.records import Call
 loop = assembly.make_loop(settings)
 records = loop.run(1)
 loop.evaluate(loop.data.test)

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from tfloop.inspection import debugger
     from tfloop.inspection.plots import LivePlot as LivePlot
     from tfloop.inspection.summaries import Summaries as Summaries
-    from tfloop.loop import Call as Call
-    from tfloop.loop import Epoch as Epoch
     from tfloop.loop import Loop as Loop
     from tfloop.machine.setup import start as start
     from tfloop.metrics import Loss as Loss
     from tfloop.metrics import Metrics as Metrics
     from tfloop.optimizers import Optimizer as Optimizer
+    from tfloop.records import Call as Call
+    from tfloop.records import Epoch as Epoch
     from tfloop.schedules import Schedule as Schedule
     from tfloop.state import TrainState as TrainState
     from tfloop.step import example_losses as example_losses
@@ -58,12 +58,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Augmentation": "data.augmentation",
     "Batch": "data.pipelines",
-    "Call": "loop",
+    "Call": "records",
     "Checkpoints": "training.checkpoints",
     "Config": "config",
     "Dataset": "data.dataset",
     "DivergenceError": "errors",
-    "Epoch": "loop",
+    "Epoch": "records",
     "LivePlot": "inspection.plots",
     "Loop": "loop",
     "Loss": "metrics",

@@ -11,23 +11,24 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfloop import models, parallelism
+from tfloop import divergence, models, parallelism
 from tfloop.compatibility import batch_size_of, check_data, check_fit
 from tfloop.config import check_setting
 from tfloop.criterion import Criterion, Every, default, given
 from tfloop.data import pipelines
 from tfloop.data.dataset import Dataset, Split
 from tfloop.data.pipelines import Batch
-from tfloop.errors import DivergenceError, UserError, WithoutGradient
+from tfloop.errors import UserError, WithoutGradient
 from tfloop.evaluator import Evaluator
 from tfloop.keras_optimizers import KerasOptimizer
 from tfloop.metrics import Metrics, means
 from tfloop.nests import leaves, map_leaves
+from tfloop.records import Call, CallPart, Epoch, Evaluation, Record
 from tfloop.scores import scores
 from tfloop.state import TrainState
 from tfloop.step import (
@@ -35,7 +36,6 @@ from tfloop.step import (
     accumulated,
     forward_and_backward,
     no_step,
-    penalized,
     rows_of,
     train_step,
 )
@@ -46,55 +46,6 @@ from tfloop.wording import names_text
 
 # Chosen so that a call lasts about half a second: Ctrl-C waits for its end.
 STEPS_PER_CALL = {"CPU": 50, "GPU": 500}
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What one compiled call did."""
-
-    epoch: int  # counted from 1
-    step: int  # global_step after it
-    batch_index: int  # of the epoch's next batch, so: steps of the epoch done
-    steps: int
-    train: Metrics
-    worst: float  # the largest loss of its steps
-    learning_rate: float  # of its last step
-    seconds: float
-    input_seconds: float  # of these, spent waiting for batches
-    gradients: Vector = dataclasses.field(compare=False, repr=False)  # of its last step
-    updates: Vector = dataclasses.field(compare=False, repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-    """What one epoch reached."""
-
-    epoch: int
-    step: int
-    train: Metrics
-    test: Metrics | None  # None where the data have no test images
-    validation: Metrics | None
-    learning_rate: float
-    seconds: float  # of training alone, for `steps` steps
-    steps: int  # fewer than the epoch has where the state came from a checkpoint inside it
-    # A nest of [test examples, …]: what the loss is given, such as logits [examples, classes].
-    outputs: Any = dataclasses.field(compare=False, repr=False)
-    digest: str = ""  # SHA-256 of the weights and moving averages, as TrainState.digest
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation within an epoch found."""
-
-    epoch: int  # counted from 1
-    step: int
-    batch_index: int  # of the epoch's next batch
-    train: Metrics  # of the epoch so far
-    test: Metrics | None
-    validation: Metrics | None
-    # As of Epoch.
-    outputs: Any = dataclasses.field(compare=False, repr=False)
-    digest: str = ""
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,7 +60,7 @@ class PendingCall:
     loop: "Loop"
     source: Any  # what the loop's pipeline takes batches from
     count: int
-    part: "CallPart"  # what was made of it in an earlier process
+    part: CallPart  # what was made of it in an earlier process
     made: int = 0  # steps, of `count`
     last: Step | None = None  # of the steps made, with the sums of all
     waited: float = 0.0  # seconds, of these
@@ -135,30 +86,6 @@ class PendingCall:
         self.last = last
         self.waited += waited
         self.seconds += seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class CallPart:
-    """What a run that was stopped within a call, or before the evaluation behind it, goes on from.
-
-    Attributes:
-      steps: of the call that are made.
-      sums: of these; empty where the call was made.
-      worst: the largest loss of one of them.
-      seconds: that they took.
-      waited: seconds, of these, that batches were waited for.
-      learning_rate: of the last step.
-    """
-
-    steps: int = 0
-    sums: tuple[float, ...] = ()
-    worst: float = 0.0
-    seconds: float = 0.0
-    waited: float = 0.0
-    learning_rate: float | None = None
-
-
-Record: TypeAlias = Call | Evaluation | Epoch
 
 
 class Loop:
@@ -418,7 +345,7 @@ class Loop:
             if call.last is not None:
                 self._note_rate()
                 if state.diverged:
-                    raise self._divergence()
+                    raise divergence.of_step(self.state, self.batch(int(self.state.batch_index)))
             if call.made < call.count or call.last is None:
                 self.part = self._part_of(call)
                 raise StopAsked
@@ -608,7 +535,7 @@ class Loop:
         sums, outputs = self._evaluator(split)
         metrics = self._means(sums)._replace(gradient_norm=None)
         if not math.isfinite(metrics.total):
-            raise self._held_out_divergence()
+            raise divergence.held_out(self.state)
         if objective := self.state.objective if self.state.objective.whole_metrics else None:
             shares = map_leaves(
                 np.asarray, self.state.probabilities(map_leaves(tf.constant, outputs))
@@ -753,76 +680,18 @@ class Loop:
             for variable, value in zip(checked, before, strict=True):
                 variable.assign(value)
             where = f", first in the operation {found[1]}"
-            is_training = what != "evaluation"
-            diverged = self._divergence if is_training else self._held_out_divergence
-            raise diverged(where) from None
+            if what == "evaluation":
+                raise divergence.held_out(self.state, where) from None
+            batch = self.batch(int(self.state.batch_index))
+            raise divergence.of_step(self.state, batch, where) from None
         timer.seconds = time.perf_counter() - timer.started
         self.seconds[what] += timer.seconds
-
-    def _held_out_divergence(self, operation: str = "") -> DivergenceError:
-        step = int(self.state.global_step)
-        message = (
-            f"step {step}: the loss on the examples held out is NaN or infinite{operation}; try a "
-            "lower --learning_rate"
-        )
-        return DivergenceError(message, step, "loss")
-
-    def _divergence(self, operation: str = "") -> DivergenceError:
-        """Do the step that failed once more, layer by layer, to name the first bad value."""
-        state, step = self.state, int(self.state.global_step)
-        before = [variable.numpy() for variable in state.non_trainable.values()]
-        batch = state.mixed(self.batch(int(state.batch_index)))
-        what, layer = self._first_not_finite(batch)
-        for variable, value in zip(state.non_trainable.values(), before, strict=True):
-            variable.assign(value)
-        where = f"the {what}" if what == layer else f"the {what} of {layer}"
-        if "penalty" in what:
-            message = (
-                f"step {step}: the {what} by {layer} is NaN or infinite; is it differentiable "
-                "there, as √x is not at 0? The weights are those before this step"
-            )
-            return DivergenceError(message, step, layer)
-        rate = float(state.schedule(state.schedule_step))
-        message = (
-            f"step {step}: {where} became NaN or infinite{operation}, at rate {rate:.4g}; the "
-            "weights are those before this step. Try a lower --learning_rate"
-        )
-        return DivergenceError(message, step, layer)
-
-    def _first_not_finite(self, batch: Batch) -> tuple[str, str]:
-        """(what, layer): the first of the step's values, in their order, that is not finite."""
-        state, key = self.state, self.state.key()
-        images = state.prepared(batch.inputs, key)
-        as_logits = state.objective.as_logits
-        activations = list(models.activations(state.model, images, True, key, as_logits))
-        result = forward_and_backward(state, batch)
-        for name, weight in state.weights.items():
-            if not _is_finite(weight):
-                return "weights", name.split("/")[0]
-        for layer, _, activation in activations:
-            if not all(map(_is_finite, leaves(activation))):
-                return "activations", layer
-        if not _is_finite(result.loss.total):
-            return "loss", "loss"
-        loss = result.loss
-        zeros = {name: tf.zeros_like(weight) for name, weight in state.weights.items()}
-        for name, gradient in penalized(state, loss.data, loss.model, zeros)[1].items():
-            if not _is_finite(gradient):
-                return "gradient of a penalty of your own", name.split("/")[0]
-        for name, gradient in result.gradients.items():
-            if not _is_finite(gradient):
-                return "gradients", name.split("/")[0]
-        return "update", "update"
 
 
 @dataclasses.dataclass
 class _Timer:
     started: float
     seconds: float = 0.0
-
-
-def _is_finite(values: tf.Tensor) -> bool:
-    return not values.dtype.is_floating or bool(tf.reduce_all(tf.math.is_finite(values)))
 
 
 def _check_replicas(state: TrainState, replicas: Any, accumulate: int) -> None:

@@ -19,7 +19,8 @@ from tfloop.assembly import make_loop
 from tfloop.config import Config
 from tfloop.errors import DivergenceError, UserError
 from tfloop.history.records import Point, Records
-from tfloop.loop import Call, Loop, PendingCall, Record
+from tfloop.loop import Loop, PendingCall
+from tfloop.records import Call, Record
 from tfloop.training import checkpoints, folders
 from tfloop.training.run import call_part, scale_rate
 from tfloop.version import __version__

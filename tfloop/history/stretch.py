@@ -11,7 +11,7 @@ from tfloop.history.replay import Replay
 from tfloop.inspection.event_files import REPLAYS
 from tfloop.inspection.progress import epoch_line
 from tfloop.inspection.summaries import Summaries
-from tfloop.loop import Call, Epoch
+from tfloop.records import Call, Epoch
 from tfloop.training.profile import Profile
 from tfloop.wording import counted
 

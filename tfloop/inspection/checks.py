@@ -17,11 +17,12 @@ from tfloop.config import Config
 from tfloop.cross_entropy import binary_cross_entropy, cross_entropy
 from tfloop.data.dataset import Dataset, Split
 from tfloop.errors import UserError
-from tfloop.loop import Epoch, Loop
+from tfloop.loop import Loop
 from tfloop.models.program import Call, program_of
 from tfloop.nests import leaves
 from tfloop.objective import logits_of
 from tfloop.randomness import Key, seed_of
+from tfloop.records import Epoch
 
 STEP = 1e-6  # of central differences, in float64
 # Relative to the largest entry of the gradient, or to a thousandth of Σ|terms| of the value if that

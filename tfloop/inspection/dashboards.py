@@ -28,8 +28,8 @@ from tfloop.config import FIELDS, GROUPS, hyperparameters
 from tfloop.data.dataset import Split
 from tfloop.inspection import pictures, plots
 from tfloop.inspection.moments import Context, summary
-from tfloop.loop import Call
 from tfloop.metrics import Metrics
+from tfloop.records import Call
 
 TAGS = {
     "total": "loss/total",

@@ -14,10 +14,11 @@ import tensorflow as tf
 
 from tfloop import models
 from tfloop.config import FIELDS
-from tfloop.loop import Call, Epoch, Evaluation, Loop
+from tfloop.loop import Loop
 from tfloop.machine import arithmetic
 from tfloop.machine.usage import Usage
 from tfloop.nests import is_leaf, map_leaves
+from tfloop.records import Call, Epoch, Evaluation
 
 LEVELS = tuple(FIELDS["summaries"].choices)
 Moment = Literal["start", "call", "evaluation", "epoch", "end"]

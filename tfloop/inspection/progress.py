@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tfloop.loop import Call, Epoch, Evaluation, Record
 from tfloop.metrics import Metrics
+from tfloop.records import Call, Epoch, Evaluation, Record
 from tfloop.wording import without_controls
 
 

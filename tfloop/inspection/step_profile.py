@@ -20,10 +20,11 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from tfloop.data.pipelines import FromDataset
 from tfloop.errors import UserError
-from tfloop.loop import Call, Loop
+from tfloop.loop import Loop
 from tfloop.machine import arithmetic, devices
 from tfloop.models import is_leaf, keras_layers
 from tfloop.models.program import program_of
+from tfloop.records import Call
 from tfloop.step import FORWARD_SCOPE
 from tfloop.wording import counted
 

@@ -21,7 +21,8 @@ from tfloop.errors import UserError
 from tfloop.inspection import dashboards
 from tfloop.inspection.event_files import EventFile, own_events
 from tfloop.inspection.moments import LEVELS, REGISTERED, Context, Moment
-from tfloop.loop import Call, Evaluation, Loop, Record
+from tfloop.loop import Loop
+from tfloop.records import Call, Evaluation, Record
 
 
 class Summaries:

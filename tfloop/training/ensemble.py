@@ -16,8 +16,9 @@ import tensorflow as tf
 
 from tfloop.data.dataset import Split
 from tfloop.errors import DivergenceError, WithoutGradient
-from tfloop.loop import CallPart, Loop, PendingCall
+from tfloop.loop import Loop, PendingCall
 from tfloop.nests import map_leaves
+from tfloop.records import CallPart
 from tfloop.step import judged
 from tfloop.stopping import Pace, StopAsked
 from tfloop.tracing import Traced

@@ -28,10 +28,11 @@ from tfloop.inspection.event_files import own_events
 from tfloop.inspection.plots import LivePlot
 from tfloop.inspection.progress import Display
 from tfloop.inspection.summaries import Summaries
-from tfloop.loop import Call, CallPart, Epoch, Evaluation, Loop, PendingCall, Record
+from tfloop.loop import Loop, PendingCall
 from tfloop.machine import arithmetic
 from tfloop.machine.replicas import Replicas
 from tfloop.metrics import NAMES, Metrics
+from tfloop.records import Call, CallPart, Epoch, Evaluation, Record
 from tfloop.state import TrainState
 from tfloop.stopping import StopAsked
 from tfloop.training import checkpoints, code, folders

@@ -20,9 +20,10 @@ from tfloop.config import Config
 from tfloop.data.dataset import Dataset
 from tfloop.errors import DivergenceError, UserError
 from tfloop.inspection.progress import Display
-from tfloop.loop import Epoch, Loop
+from tfloop.loop import Loop
 from tfloop.machine.replicas import Replicas
 from tfloop.nests import leaves, named_leaves
+from tfloop.records import Epoch
 from tfloop.state import TrainState
 from tfloop.training import code, folders, keras_import, manifests
 from tfloop.training.ensemble import Calls, End, SideBySide, Together, judge_together
