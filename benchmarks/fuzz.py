@@ -428,6 +428,8 @@ INSTRUMENTED = (
     "tfloop.config",
     "tfloop.data.dataset",
     "tfloop.data.readers",
+    "tfloop.data.shard_files",
+    "tfloop.data.shard_index",
     "tfloop.data.shards",
     "tfloop.data.sources",
     "tfloop.data.tfrecords",

@@ -312,3 +312,49 @@ def test_validation_examples_in_an_npz_are_those_of_the_run(tmp_path):
     x, y = np.zeros((12, 8, 8), np.uint8), np.arange(12) % 3
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_val=x[:6], y_val=y[:6], x_test=x, y_test=y)
     assert len(tfloop.load(str(tmp_path / "a.npz")).validation) == 6
+
+
+def npz(path, arrays):
+    images = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8)
+    labels = np.array([0, 1, 0, 1])
+    np.savez(path, **{name: images if name[0] in "xX" else labels for name in arrays})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "names, found",
+    [
+        ("x_train y_train x_test y_test", (4, 0, 4)),
+        ("X_train y_train X_dev y_dev X_test y_test", (4, 4, 4)),
+        ("x_training y_training x_val y_val", (4, 0, 4)),
+    ],
+)
+def test_the_arrays_of_an_npz_have_the_names_that_people_give_the_parts(tmp_path, names, found):
+    data = tfloop.load(npz(tmp_path / "a.npz", names.split()))
+    assert tuple(map(len, (data.train, data.validation, data.test))) == found
+    assert bool(data.notes) == ("test" not in names)  # then the validation is the test
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("x_train y_train x_test y_test x_val", "has no y_val"),
+        ("x_train y_train x_test y_test x_val y_val x_dev y_dev", "val stands beside dev"),
+        ("x_train y_train", "has no x_test, y_test"),
+    ],
+)
+def test_half_a_part_and_one_that_is_there_twice_are_refused(tmp_path, names, message):
+    with pytest.raises(UserError, match=message):
+        tfloop.load(npz(tmp_path / "a.npz", names.split()))
+
+
+def test_arrays_that_are_left_out_and_other_scales_are_said(tmp_path):
+    images = np.arange(4 * 64, dtype=np.float32).reshape(4, 8, 8)
+    parts = dict(x_train=images, y_train=[0, 2, 0, 2], x_test=images / 255, y_test=[0, 2, 0, 2])
+    np.savez(tmp_path / "a.npz", **parts, sample_weight=np.ones(4))
+    assert tfloop.load(str(tmp_path / "a.npz")).notes == (
+        "left out: sample_weight",
+        "no training example has class 1: class numbers are counted from 0 on, so the model has 3 "
+        "classes",
+        "test: the inputs go from 0 to 1, in training from 0 to 255; are they scaled otherwise?",
+    )

@@ -8,8 +8,9 @@ from PIL import Image
 
 import tfloop
 from tfloop.cli import main
-from tfloop.data import pack, pictures, shards
+from tfloop.data import pack, pictures, shard_files, spec
 from tfloop.errors import UserError
+from tfloop.training import predictions
 
 pytestmark = pytest.mark.quick
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -91,11 +92,15 @@ def test_more_than_8_bits_are_refused(tmp_path, deep):
         pictures.look(tmp_path / "deep.tiff")
 
 
-def test_so_are_16_bits_of_colour(tmp_path):
-    content = tf.io.encode_png(np.full((8, 8, 3), 300, np.uint16)).numpy()
-    (tmp_path / "deep.png").write_bytes(content)
-    with pytest.raises(UserError, match="has 16 bits a channel"):
-        pictures.look(tmp_path / "deep.png")
+@pytest.mark.parametrize("ending", ["png", "ppm"])
+def test_so_are_16_bits_of_colour(tmp_path, ending):
+    deep = np.full((8, 8, 3), 300, np.uint16)
+    ppm = b"P6 8 8 65535\n" + deep.astype(">u2").tobytes()
+    content = ppm if ending == "ppm" else tf.io.encode_png(deep).numpy()
+    path = tmp_path / f"deep.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="has more than 8 bits a channel"):
+        pictures.look(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(40)])
@@ -140,6 +145,52 @@ def test_validation_pictures_are_validation_examples(tmp_path, name):
         tfloop.load(str(tmp_path / "s"), validation_size=2)
 
 
+@pytest.mark.parametrize(
+    "folders, found",
+    [
+        (("Train", "Test", "eval"), (4, 2, 2)),
+        (("training", "validation"), (4, 0, 2)),  # (training, validation, test)
+        (("car", "train"), (2, 0, 2)),  # a class may be called so
+    ],
+)
+def test_parts_are_known_by_any_of_their_names(tmp_path, folders, found):
+    """Where there is only a validation, it is the test, and that is said."""
+    names = ["car", "train"]
+    if folders == ("car", "train"):
+        paths = [f"{name}/{n}.png" for name in names for n in range(2)]
+    else:
+        per_class = {folder: 2 if folder.lower().startswith("train") else 1 for folder in folders}
+        paths = [
+            f"{folder}/{name}/{n}.png"
+            for folder in folders
+            for name in names
+            for n in range(per_class[folder])
+        ]
+    tree(tmp_path / "p", *paths)
+    said = []
+    data = pack.pack(str(tmp_path / "p"), tmp_path / "s", say=said.append)
+    assert tuple(map(len, (data.train, data.validation, data.test))) == found
+    assert data.target.names == ("car", "train")
+    is_told = any("has no test examples" in line for line in said)
+    assert is_told == (folders == ("training", "validation"))
+
+
+def test_a_part_without_those_beside_it_is_no_class(tmp_path):
+    tree(tmp_path / "p", "train/a/1.png", "train/b/1.png", "more/a/1.png")
+    with pytest.raises(UserError, match="train: is named like a part of a data set"):
+        pack.pack(str(tmp_path / "p"), tmp_path / "s")
+
+
+def test_a_linked_folder_is_followed_and_the_systems_folders_are_not(tmp_path):
+    tree(tmp_path / "p", "a/1.png", "a/2.png", "b/1.png", "b/2.png", "__MACOSX/a/1.png")
+    tree(tmp_path / "more", "3.png")
+    (tmp_path / "p/a/more").symlink_to(tmp_path / "more")
+    (tmp_path / "more/loop").symlink_to(tmp_path / "more")
+    said = []
+    pack.pack(str(tmp_path / "p"), tmp_path / "s", say=said.append)
+    assert said == ["5 pictures taken", "1 file left out: 1 in __MACOSX"]
+
+
 def test_grey_pictures_beside_coloured_ones_become_rgb(tmp_path):
     tree(tmp_path / "p", "a/0.png", "a/1.png", "b/0.png")
     tree(tmp_path / "p", "b/1.png", image=Image.fromarray(COLOUR))
@@ -163,6 +214,38 @@ def test_predict_reads_what_pack_reads(tmp_path, capsys):
     for source, rows in (("p", 16), ("p/a", 8), ("p/a/0.bmp", 1), ("x.npy", 1)):
         assert main(["predict", run, str(tmp_path / source)]) == 0
         assert len(capsys.readouterr().out.splitlines()) == rows + 1, source
+
+
+SPEC = spec.of_images((8, 8, 1), 2, "float32")
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [(0, 255, 51.0), (0, 1, 0.2), (0.01, 0.98, 0.2), (-1, 1, -0.6), (-0.5, 0.5, -0.3)],
+)
+def test_pictures_are_scaled_as_the_training_was(tmp_path, low, high, expected):
+    Image.fromarray(np.full((8, 8), 51, np.uint8)).save(tmp_path / "a.png")
+    _, inputs = predictions.read_inputs(tmp_path / "a.png", SPEC, {"": [low, high]})
+    np.testing.assert_allclose(inputs, np.full((1, 8, 8, 1), expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("low, high", [(-128, 127), (0, 16), (0, 100), (-0.02, 1.04)])
+def test_pictures_for_a_scale_that_nobody_knows_are_refused(tmp_path, low, high):
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"float32 from {low:g} to {high:g}; give the numbers"):
+        predictions.read_inputs(tmp_path / "a.png", SPEC, {"": [low, high]})
+
+
+def test_what_pictures_lose_when_they_are_predicted_is_said(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    (tmp_path / "notes").write_text("x")
+    grey, said = spec.of_images((8, 8, 1), 2), []
+    predictions.read_inputs(tmp_path, grey, {"": [0, 10]}, said.append)
+    assert [line.partition(": ")[2] for line in said] == [
+        "1 file left out: 1 without an ending",
+        "1 RGB picture became L, as in training",
+        "pixels go up to 149, in training to 10; are they scaled otherwise?",
+    ]
 
 
 def records(folder, **parts):
@@ -193,10 +276,50 @@ def test_shards_of_tutorials_are_read(tmp_path, names):
     np.testing.assert_array_equal(data.train.inputs[:1][0, ..., 0], RAMP)
 
 
+def png(*shape, dtype=np.uint8):
+    pixels = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
+    return tf.train.Feature(bytes_list={"value": [tf.io.encode_png(pixels).numpy()]})
+
+
+def test_pictures_of_shards_all_have_as_many_channels_as_the_widest(tmp_path):
+    grey, colour = {"image": png(8, 8, 1)}, {"image": png(8, 8, 3)}
+    rows = [{**(grey if n < 2 else colour), "label": whole(n % 2)} for n in range(6)]
+    data = tfloop.load(records(tmp_path / "s", train=rows, test=rows))
+    assert data.train.inputs.shape == (6, 8, 8, 3)
+    assert data.notes == ("4 pictures of 1 channel read with 3",)  # 2 of each part
+    grey_pixels = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    np.testing.assert_array_equal(data.train.inputs[:1][0], np.repeat(grey_pixels, 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (png(8, 8, 3, dtype=np.uint16), "a PNG of 16 bits a channel"),
+        (whole(1, 2), "has 2 numbers under image, not the bytes of one image"),
+        (tf.train.Feature(bytes_list={"value": [b"x" * 128]}), "neither PNG, JPEG, GIF, BMP nor"),
+    ],
+)
+def test_an_image_that_would_be_cut_or_misread_is_named(tmp_path, image, message):
+    rows = [{"image": image, "label": whole(n % 2)} for n in range(4)]
+    with pytest.raises(UserError, match=f"record 0 .*{message}"):
+        tfloop.load(records(tmp_path / "s", train=rows, test=rows))
+
+
+def test_raw_bytes_have_the_tutorials_names_of_sizes(tmp_path):
+    image = tf.train.Feature(bytes_list={"value": [bytes(range(128))]})
+    sizes = {"image/height": whole(8), "image/width": whole(8), "depth": whole(2)}
+    rows = [{"image_raw": image, "label": whole(n % 2), **sizes} for n in range(4)]
+    data = tfloop.load(records(tmp_path / "s", train=rows, test=rows))
+    assert data.train.inputs[:1][0].tobytes() == bytes(range(128))
+
+
 def test_a_one_hot_label_is_a_class_number(tmp_path):
     rows = [row(whole(*np.eye(3, dtype=int)[n % 3].tolist())) for n in range(6)]
     data = tfloop.load(records(tmp_path / "s", train=rows, test=rows))
     assert data.train.targets.tolist() == [0, 1, 2, 0, 1, 2] and data.classes == 3
+    wide = [row(whole(*np.eye(5, dtype=int)[n % 3].tolist())) for n in range(6)]
+    data = tfloop.load(records(tmp_path / "wide", train=wide, test=wide))
+    assert data.classes == 5 and "no training example has class 3 and 1 more" in data.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +332,7 @@ def test_a_one_hot_label_is_a_class_number(tmp_path):
             "has a label in label that is text",
         ),
         (tf.train.Feature(float_list=tf.train.FloatList(value=[0.5])), "has the label 0.5"),
+        (tf.train.Feature(float_list={"value": [float("nan")]}), "has the label nan"),
         (tf.train.Feature(), "has the label nothing"),
     ],
 )
@@ -245,7 +369,26 @@ def named(folder, *names):
 )
 def test_shards_that_make_no_whole_are_named(tmp_path, names, message):
     with pytest.raises(UserError, match=message):
-        shards.shards(named(tmp_path / "s", *names), "train")
+        shard_files.find(named(tmp_path / "s", *names))
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["train.tfrecord", "train-0-of-1.tfrecord", "train-00000-of-00001 (1).tfrecord"],
+)
+def test_a_shard_that_is_there_twice_by_its_name_is_refused(tmp_path, other):
+    with pytest.raises(UserError, match="one shard by their names|shards of two sets"):
+        shard_files.find(named(tmp_path / "s", "train-00000-of-00001.tfrecord", other))
+
+
+def test_shards_that_hold_the_same_records_and_those_of_no_part_are_said(tmp_path):
+    rows = [row(whole(n % 2)) for n in range(4)]
+    rows[1]["image"] = png(8, 8, 1)
+    folder = records(tmp_path / "s", **{"train": rows, "train_b": rows, "test": rows, "rest": rows})
+    assert tfloop.load(folder).notes == (
+        "1 shard of no part left out, the first is rest.tfrecord",
+        "train.tfrecord and train_b.tfrecord hold the same records",
+    )
 
 
 def test_copies_and_hidden_files_are_no_shards(tmp_path):
@@ -259,9 +402,9 @@ def test_copies_and_hidden_files_are_no_shards(tmp_path):
         "validation-00000-of-00001",
         "trained-00000-of-00001",
     )
-    assert [path.name for path in shards.shards(folder, "train")] == [
+    assert [path.name for path in shard_files.find(folder)[0]["train"]] == [
         "train-00000-of-00001.tfrecord"
     ]
-    assert [path.name for path in shards.shards(folder, "validation")] == [
+    assert [path.name for path in shard_files.find(folder)[0]["validation"]] == [
         "validation-00000-of-00001"
     ]

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import tfloop
 from tfloop.cli import main
-from tfloop.data import pack, pipelines, shards, tfrecords
+from tfloop.data import pack, pipelines, shard_files, shards, tfrecords
 from tfloop.errors import UserError
 from tfloop.training import session
 
@@ -42,7 +42,7 @@ def packed(tmp_path_factory):
             lambda folder, part, examples, shard_bytes: write(folder, part, examples, 40_000),
         )
         pack.pack("digits", folder)
-    assert len(shards.shards(folder, "train")) > 3
+    assert len(shard_files.find(folder)[0]["train"]) > 3
     return folder
 
 
@@ -154,7 +154,7 @@ def test_decoded_images_are_kept_where_a_cache_is_asked_for(packed, tmp_path):
         assert main(["train", *flags, f"--logdir={tmp_path}/{name}"]) == 0
     assert result(tmp_path / "a")["weights_sha256"] == result(tmp_path / "b")["weights_sha256"]
     made = list((tmp_path / "cache").iterdir())
-    assert len(made) == 1 and len(shards.shards(made[0], "train")) == 1
+    assert len(made) == 1 and len(shard_files.find(made[0])[0]["train"]) == 1
     raw = shards.load(made[0]).train.inputs
     assert b"PNG" not in raw.read(np.arange(1))[0][0]
     assert main(["train", *SMALL, "--cache=x", f"--logdir={tmp_path}"]) == 2  # no shards
@@ -324,7 +324,7 @@ def test_of_a_tail_of_zeros_every_lost_record_is_counted(tmp_path, random):
 def test_a_plain_shard_whose_first_length_looks_like_a_compressed_file_is_plain(tmp_path, length):
     with tf.io.TFRecordWriter(str(tmp_path / "train-0.tfrecord")) as writer:
         writer.write(b"x" * length)
-    assert shards.shards(tmp_path, "train") == [tmp_path / "train-0.tfrecord"]
+    assert shard_files.find(tmp_path)[0]["train"] == [tmp_path / "train-0.tfrecord"]
 
 
 @pytest.mark.parametrize("kind", ["GZIP", "ZLIB"])
@@ -345,7 +345,7 @@ def test_two_damaged_records_and_a_truncated_end_are_all_found(copy):
     path, _number, offset, _ = place(copy, 100)
     damage(path, offset + 3)
     damage(path, place_after(path, 2) + 3)
-    last = shards.shards(copy, "train")[-1]
+    last = shard_files.find(copy)[0]["train"][-1]
     with open(last, "r+b") as file:
         file.truncate(last.stat().st_size - 5)
     data = tfloop.load(str(copy), on_bad_record="skip")
@@ -440,7 +440,7 @@ def write(path: Path, record: bytes) -> None:
 def test_a_damaged_or_stale_index_is_made_anew(copy):
     (copy / "index.npz").write_bytes(b"nothing")
     assert len(tfloop.load(str(copy)).train) == 1437
-    path = shards.shards(copy, "train")[0]
+    path = shard_files.find(copy)[0]["train"][0]
     os.utime(path, (1, 1))
     before = (copy / "index.npz").stat().st_mtime_ns
     assert (

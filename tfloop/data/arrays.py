@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tfloop.data.dataset import Dataset, Split, Standardizer, described
+from tfloop.data.spec import notes_on_ranges, ranges
 from tfloop.data.targets import Target, as_targets, check_same, class_numbers, describe
 from tfloop.errors import UserError
 from tfloop.nests import leaves, map_leaves, named_leaves
@@ -93,8 +94,17 @@ def from_arrays(
     if class_weight:
         train = _with_class_weight(name, train, kinds, class_weight)
     fit = Standardizer.fit if standardize else Standardizer.identities
-    notes = tuple(notes_on(train, kinds))
-    return Dataset(name, train, held_out, test, kinds, fit(train.inputs), notes=notes)
+    notes = [*notes_on(train, kinds), *_notes_on_scales(splits)]
+    return Dataset(name, train, held_out, test, kinds, fit(train.inputs), notes=tuple(notes))
+
+
+def _notes_on_scales(splits: Mapping[str, Split]) -> Iterator[str]:
+    """Parts whose numbers lie in quite another range than those of the training."""
+    trained = ranges(splits["training"].inputs)
+    for part in ("test", "validation"):
+        if part in splits:
+            for note in notes_on_ranges(trained, splits[part].inputs):
+                yield f"{part}: {note}"
 
 
 _CHANNELS = (1, 3, 4)  # as most images have
@@ -111,13 +121,14 @@ def notes_on(train: Split, kinds: Mapping[str, Target]) -> Iterator[str]:
             )
     for (name, targets), target in zip(named_leaves(train.targets), kinds.values(), strict=True):
         if target.is_one_class and target.kind == "classes" and not target.names:
-            least = int(np.min(targets)) if len(targets) else 0
-            if least > 0:
-                of = f" of {name}" if name else ""
+            of = f" of {name}" if name else ""
+            counts = np.bincount(np.asarray(targets), minlength=target.classes)
+            unused = np.flatnonzero(counts == 0)
+            if len(unused):
+                more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
                 yield (
-                    f"no training example{of} has class 0: the class numbers go from {least} to "
-                    f"{int(np.max(targets))}; they are counted from 0 on, so the model has "
-                    f"{target.classes} classes"
+                    f"no training example{of} has class {unused[0]}{more}: class numbers are "
+                    f"counted from 0 on, so the model has {target.classes} classes"
                 )
 
 

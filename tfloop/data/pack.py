@@ -9,13 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import scratch
-from tfloop.data import pictures, shards, sources
+from tfloop.data import parts, pictures, shard_files, shards, sources
 from tfloop.data.dataset import Dataset, Split
 from tfloop.errors import UserError
 from tfloop.wording import counted, shape_text
 
 TEST_SHARE = 0.1  # of each class, where pictures are not divided into train and test
-VALIDATION = ("val", "valid", "validation")  # what people call that folder
 Item = tuple[Any, int]  # (an image, or its Picture; class number)
 
 
@@ -39,8 +38,9 @@ def pack(
 
     Args:
       source: a folder of pictures, SOURCE/train/CLASS/…, SOURCE/test/CLASS/… and maybe
-        SOURCE/val/CLASS/…, or SOURCE/CLASS/…, of which the last tenth by name of each class becomes
-        the test; or a data set as in sources.load. Pictures in folders within a class are its, too.
+        SOURCE/val/CLASS/…, by any name of `parts`, or SOURCE/CLASS/…, of which the last tenth by
+        name of each class becomes the test; or a data set as in sources.load. Pictures in folders
+        within a class are its, too.
       folder: a new one.
       format: of the images: png, or raw, which is larger and read faster. Pictures stay as they
         are, unless raw is asked for.
@@ -102,21 +102,36 @@ def _make(folder: Path, contents: _Contents, format: str, shard_mib: int) -> Non
 
 
 def _arrays(dataset: Dataset, source: str) -> _Contents:
-    dtype = dataset.train.inputs.dtype
-    if dtype != np.uint8:
-        raise UserError(f"{source}: pixels are {dtype}; only bytes, uint8, can be packed")
-    return _Contents({"train": _rows(dataset.train), "test": _rows(dataset.test)}, [])
+    dtype = getattr(dataset.train.inputs, "dtype", None)
+    if not dataset.train.has_images or dtype != np.uint8:
+        raise UserError(
+            f"{source}: the inputs are {dataset.inputs_text}; only images of bytes, uint8, can be "
+            "packed"
+        )
+    if dataset.target is None or not dataset.target.is_one_class:
+        raise UserError(
+            f"{source}: the targets are {dataset.targets_text}; only one class of each image can "
+            "be packed"
+        )
+    if dataset.target.kind == "shares" and any(
+        (split.targets.max(axis=-1) < 1).any() for split in (dataset.train, dataset.test)
+    ):
+        raise UserError(f"{source}: the targets are shares of several classes; shards hold one")
+    splits = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}
+    present = {part: _rows(dataset, split) for part, split in splits.items() if len(split)}
+    return _Contents(present, list(dataset.target.names))
 
 
-def _rows(split: Split) -> Iterator[tuple[np.ndarray, int]]:
+def _rows(dataset: Dataset, split: Split) -> Iterator[tuple[np.ndarray, int]]:
     for first in range(0, len(split), shards.CHUNK):
         rows = slice(first, first + shards.CHUNK)
-        yield from zip(split.inputs[rows], split.targets[rows].tolist(), strict=True)
+        classes = dataset.class_numbers(split.targets[rows])
+        yield from zip(split.inputs[rows], classes.tolist(), strict=True)
 
 
 def _pictures(source: Path) -> _Contents | None:
     """What a folder of pictures holds; None where the source is none."""
-    if not source.is_dir() or any(map(shards.is_shard, source.iterdir())):
+    if not source.is_dir() or any(map(shard_files.is_shard, source.iterdir())):
         return None
     if not _folders(source):
         if pictures.find(source).files:
@@ -124,8 +139,8 @@ def _pictures(source: Path) -> _Contents | None:
                 f"{source}: holds pictures; put those of each class into a folder of its own in it"
             )
         return None
-    if (source / "train").is_dir() and (source / "test").is_dir():
-        return _divided_pictures(source)
+    if places := _parts_of(source):
+        return _divided_pictures(source, places)
     classes, left_out = _classes(source), Counter[str]()
     train, test = [], []
     for number, name in enumerate(classes):
@@ -142,34 +157,56 @@ def _pictures(source: Path) -> _Contents | None:
     return _looked_at({"train": train, "test": test}, classes, left_out)
 
 
-def _divided_pictures(source: Path) -> _Contents:
+def _parts_of(source: Path) -> dict[str, Path]:
+    """part → its folder, as SOURCE/train and SOURCE/test; {} where the folders are classes.
+
+    Raises:
+      UserError: there is a part that cannot be trained on, or tested, alone.
+    """
+    found = parts.by_part(_folders(source), str(source))
+    places = {part: source / name for part, name in found.items()}
+    if "train" in places and len(places) > 1:
+        return places
+    for place in places.values():  # a class may be called train, too; it holds pictures
+        inner = _folders(place)
+        if inner and not any(path.is_file() for path in place.iterdir()):
+            raise UserError(
+                f"{place}: is named like a part of a data set, and holds folders; beside "
+                f"{source / 'train'} there must be {source / 'test'} or {source / 'val'}"
+            )
+    return {}
+
+
+def _divided_pictures(source: Path, places: Mapping[str, Path]) -> _Contents:
     """What SOURCE/train/CLASS, SOURCE/test/CLASS and maybe SOURCE/val/CLASS hold."""
-    classes, left_out = _classes(source / "train"), Counter[str]()
-    held_out = [source / name for name in VALIDATION if (source / name).is_dir()]
-    if len(held_out) > 1:
-        raise UserError(f"{held_out[1]}: stands beside {held_out[0]}; which one is to be taken?")
-    places = {"train": source / "train", "test": source / "test"}
-    if held_out:
-        places["validation"] = held_out[0]
-    parts: dict[str, list] = {}
+    classes, left_out = _classes(places["train"]), Counter[str]()
+    found: dict[str, list] = {}
     for part, place in places.items():
-        _check_classes(place, classes)
-        parts[part] = []
+        _check_classes(place, classes, places["train"])
+        found[part] = []
         for number, name in enumerate(classes):
             if part == "train" or (place / name).is_dir():
-                parts[part] += [(path, number) for path in _files(place / name, left_out)]
+                found[part] += [(path, number) for path in _files(place / name, left_out)]
+        if not found[part]:
+            raise UserError(f"{place}: holds no pictures in folders of the classes")
         _count_others(place, classes, left_out)
     _count_others(source, [path.name for path in places.values()], left_out)
-    return _looked_at(parts, classes, left_out)
+    contents = _looked_at(found, classes, left_out)
+    if "test" in found:
+        return contents
+    looked = dict(contents.parts)
+    looked["test"] = looked.pop("validation")
+    told = f"{source} {parts.NO_TEST}"
+    return contents._replace(parts=looked, told=(*contents.told, told))
 
 
 def _looked_at(
-    parts: Mapping[str, list[tuple[Path, int]]], classes: list[str], left_out: Counter
+    by_part: Mapping[str, list[tuple[Path, int]]], classes: list[str], left_out: Counter
 ) -> _Contents:
     """The pictures with what their headers say, and how many of which kind there are."""
     looked = {
         part: [(pictures.look(path), number) for path, number in items]
-        for part, items in parts.items()
+        for part, items in by_part.items()
     }
     found = [picture for items in looked.values() for picture, _ in items]
     mode = pictures.widest(found)
@@ -185,7 +222,7 @@ def _looked_at(
 
 def _folders(root: Path) -> list[str]:
     """The names of the folders in `root`, sorted, but for hidden ones."""
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not pictures.is_hidden(p.name))
 
 
 def _classes(root: Path) -> list[str]:
@@ -197,11 +234,11 @@ def _classes(root: Path) -> list[str]:
     return classes
 
 
-def _check_classes(root: Path, classes: list[str]) -> None:
+def _check_classes(root: Path, classes: list[str], train: Path) -> None:
     """Raises UserError where `root` has a class folder that is none of `classes`."""
     for name in _folders(root):
         if name not in classes:
-            raise UserError(f"{root / name}: there is no such class in {root.parent / 'train'}")
+            raise UserError(f"{root / name}: there is no such class in {train}")
 
 
 def _files(folder: Path, left_out: Counter) -> list[Path]:

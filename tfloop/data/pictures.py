@@ -10,6 +10,8 @@ models become RGB; transparency is kept as a fourth channel, unless all is opaqu
 pictures beside coloured ones become RGB. More than 8 bits a channel are refused: they would be cut.
 """
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +45,11 @@ def endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN)
 
 
+def is_hidden(name: str) -> bool:
+    """Is a file or folder of this name none of the user's, but the system's?"""
+    return name.startswith((".", "@", "__MACOSX"))
+
+
 class Found(NamedTuple):
     """The pictures below a folder, and what else lies there."""
 
@@ -51,18 +58,25 @@ class Found(NamedTuple):
 
 
 def find(folder: Path) -> Found:
-    """The pictures in a folder and below, by name; hidden files and folders are left out."""
-    files, left_out, known = [], Counter[str](), endings()
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
+    """The pictures in a folder and below, by name; hidden files and folders are left out.
+
+    Links are followed; a folder that is reached twice is taken once.
+    """
+    files, left_out, known, seen = [], Counter[str](), endings(), set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        true_place = os.path.realpath(place)
+        if true_place in seen:
+            folders.clear()
             continue
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            left_out["hidden"] += 1
-        elif path.suffix.lower() in known:
-            files.append(path)
-        else:
-            left_out[path.suffix.lower() or "without an ending"] += 1
-    return Found(files, left_out)
+        seen.add(true_place)
+        for path in (Path(place, name) for name in names):
+            if any(map(is_hidden, path.relative_to(folder).parts)):
+                left_out["hidden"] += 1
+            elif path.suffix.lower() in known:
+                files.append(path)
+            else:
+                left_out[path.suffix.lower() or "without an ending"] += 1
+    return Found(sorted(files), left_out)
 
 
 def left_out_text(left_out: Counter) -> str:
@@ -98,17 +112,26 @@ def _check(path: Path, image: Image.Image) -> None:
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise UserError(f"{path}: is {height}×{width}, too large for a picture")
-    if image.mode.startswith(_DEEP):
+    if image.mode.startswith(_DEEP) or _is_deep(image):
         raise UserError(
-            f"{path}: has more than 8 bits a channel ({image.mode}), which pictures are not read "
-            "with; bring it to 8 bits, or give the numbers in an .npz file"
+            f"{path}: has more than 8 bits a channel, which pictures are not read with; bring it "
+            "to 8 bits, or give the numbers in an .npz file"
         )
-    bits = image.info.get("bits") or getattr(getattr(image, "png", None), "im_rawmode", "")
-    if isinstance(bits, str) and ";16" in bits:
-        raise UserError(
-            f"{path}: has 16 bits a channel, which pictures are not read with; bring it to 8 bits, "
-            "or give the numbers in an .npz file"
-        )
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Would Pillow cut its colours to 8 bits?
+
+    A tile's arguments say how it is stored: such as "RGB;16B", or ("RGB", 65535) with the greatest
+    number, which a PPM has.
+    """
+    for tile in getattr(image, "tile", ()):
+        args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if isinstance(args[0], str) and re.search(r";(16|32)", args[0]):
+            return True
+        if tile[0].startswith("ppm") and args[1] > 255:
+            return True
+    return False
 
 
 def _mode(image: Image.Image) -> str:

@@ -79,15 +79,14 @@ def _read_idx_header(stream: BinaryIO, path: Path) -> tuple[tuple[int, ...], np.
 
 def read_npz(
     path: str | Path,
-    check: Callable[[dict[str, tuple[int, ...]]], object] = lambda shapes: None,
-    names: Collection[str] = (),
+    choose: Callable[[dict[str, tuple[int, ...]]], Collection[str]] = lambda shapes: shapes,
 ) -> dict[str, np.ndarray]:
     """The arrays in an .npz file, read without pickle.
 
     Args:
       path: of the file.
-      check: is given the shapes before anything is read, and may refuse them.
-      names: of the arrays to read, where they are there; of none, all are read.
+      choose: is given the shapes by name before anything is read, and gives the names of the
+        arrays to read, or refuses them.
 
     Raises:
       UserError: the file is damaged, promises more than it can hold or than fits into memory, or
@@ -102,8 +101,7 @@ def read_npz(
                 entry.filename.removesuffix(".npy"): _shape_of(archive, entry, path)
                 for entry in entries
             }
-        check({name: shape for name, (shape, _) in known.items()})
-        wanted = [name for name in known if name in names] if names else list(known)
+        wanted = choose({name: shape for name, (shape, _) in known.items()})
         check_fits(path, sum(known[name][1] for name in wanted))
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in wanted}

@@ -3,14 +3,15 @@
 To add a format, register a `Source` here.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from tfloop import user_code
-from tfloop.data import user_data
+from tfloop.data import parts, user_data
 from tfloop.data.arrays import check_images, from_arrays
 from tfloop.data.dataset import Dataset
 from tfloop.data.readers import read_idx, read_npz
@@ -95,28 +96,27 @@ def load(
     raise UserError(f"--dataset={dataset}: not {choices}")
 
 
-def _from_parts(read: Callable[[str], Sequence[Part]]) -> Callable[[str, Cut], Dataset]:
-    """A `Source.read` from a function that gives the arrays of the parts as they lie there.
-
-    They are (training, test) or (training, test, validation).
-    """
+def _from_parts(read: Callable[[str], tuple[Part, Part]]) -> Callable[[str, Cut], Dataset]:
+    """A `Source.read` from a function that gives training and test as they lie there."""
 
     def read_and_cut(dataset: str, cut: Cut) -> Dataset:
-        (x_train, y_train), (x_test, y_test), *validation = read(dataset)
-        return from_arrays(
-            x_train,
-            y_train,
-            x_test,
-            y_test,
-            name=f"--dataset={dataset}",
-            split=cut.split,
-            validation_size=cut.validation_size,
-            standardize=cut.standardize,
-            seed=cut.seed,
-            validation=validation[0] if validation else None,
-        )
+        train, test = read(dataset)
+        return _cut(dataset, {"train": train, "test": test}, cut)
 
     return read_and_cut
+
+
+def _cut(dataset: str, by_part: Mapping[str, Part], cut: Cut) -> Dataset:
+    return from_arrays(
+        *by_part["train"],
+        *by_part["test"],
+        name=f"--dataset={dataset}",
+        split=cut.split,
+        validation_size=cut.validation_size,
+        standardize=cut.standardize,
+        seed=cut.seed,
+        validation=by_part.get("validation"),
+    )
 
 
 def _read_shipped(dataset: str) -> tuple[Part, Part]:
@@ -162,28 +162,56 @@ def _read_idx_parts(folder: Path, sums: dict[str, str]) -> tuple[Part, Part]:
     return part("train"), part("t10k")
 
 
-def _read_npz(dataset: str) -> list[Part]:
-    """An archive as Keras writes its data sets; validation examples may be in it, too."""
-    validation: list[tuple[str, str]] = []
-    names = ("x_train", "y_train", "x_test", "y_test")
+def _read_npz(dataset: str, cut: Cut) -> Dataset:
+    """An archive as Keras writes its data sets: x_train, y_train, and so on, for each part."""
+    pairs: dict[str, tuple[str, str]] = {}
+    notes: list[str] = []
 
-    def check(shapes: dict[str, tuple[int, ...]]) -> None:
-        missing = [name for name in names if name not in shapes]
-        if missing:
-            found = ", ".join(shapes) or "nothing"
-            raise UserError(f"{dataset}: has no {', '.join(missing)}; found {found}")
-        for part in ("val", "valid", "validation"):
-            if f"x_{part}" in shapes and f"y_{part}" in shapes:
-                validation.append((f"x_{part}", f"y_{part}"))
-        for part, word in (("train", "training"), ("test", "test")):
-            images, labels = shapes[f"x_{part}"], shapes[f"y_{part}"]
-            if images and labels and images[0] != labels[0]:
-                raise UserError(f"{dataset}: {images[0]} {word} images but {labels[0]} targets")
+    def choose(shapes: dict[str, tuple[int, ...]]) -> set[str]:
+        pairs.update(_pairs(dataset, shapes))
+        if "test" not in pairs:
+            pairs["test"] = pairs.pop("validation")
+            notes.append(parts.NO_TEST)
+        for part, (x, y) in pairs.items():
+            inputs, targets = shapes[x], shapes[y]
+            if inputs and targets and inputs[0] != targets[0]:
+                word = "training" if part == "train" else part
+                raise UserError(f"{dataset}: {inputs[0]} {word} images but {targets[0]} targets")
+        wanted = {name for pair in pairs.values() for name in pair}
+        if others := sorted(shapes.keys() - wanted):
+            notes.append(f"left out: {', '.join(others[:6])}{' …' if len(others) > 6 else ''}")
+        return wanted
 
-    pairs = [("x_train", "y_train"), ("x_test", "y_test")]
-    wanted = {*names, *(f"{a}_{part}" for a in "xy" for part in ("val", "valid", "validation"))}
-    arrays = read_npz(dataset, check, wanted)
-    return [(arrays[x], arrays[y]) for x, y in pairs + validation[:1]]
+    arrays = read_npz(dataset, choose)
+    by_part = {part: (arrays[x], arrays[y]) for part, (x, y) in pairs.items()}
+    data = _cut(dataset, by_part, cut)
+    return dataclasses.replace(data, notes=(*notes, *data.notes))
+
+
+def _pairs(dataset: str, shapes: Collection[str]) -> dict[str, tuple[str, str]]:
+    """part → the names of its inputs and targets: x_train and y_train, X_val and y_val …
+
+    Raises:
+      UserError: one of a pair is missing, or training, or what to test by.
+    """
+    by_axis = {}
+    for axis in "xy":
+        named = [name[2:] for name in shapes if name.lower().startswith(f"{axis}_")]
+        found = parts.by_part(named, f"{dataset}, {axis}_…")
+        whole = {name[2:]: name for name in shapes if name.lower().startswith(f"{axis}_")}
+        by_axis[axis] = {part: whole[name] for part, name in found.items()}
+    x, y = by_axis["x"], by_axis["y"]
+    missing = [f"y{x[part][1:]}" for part in x if part not in y]
+    missing += [f"x{y[part][1:]}" for part in y if part not in x]
+    if not missing and "train" not in x:
+        missing = ["x_train", "y_train"]
+    if not missing and len(x) == 1:
+        missing = ["x_test", "y_test"]
+    if missing:
+        raise UserError(
+            f"{dataset}: has no {', '.join(missing)}; found {', '.join(shapes) or 'nothing'}"
+        )
+    return {part: (x[part], y[part]) for part in x}
 
 
 def _read_shards(dataset: str, cut: Cut) -> Dataset:
@@ -198,13 +226,13 @@ def _read_shards(dataset: str, cut: Cut) -> Dataset:
 
 
 def _holds_shards(dataset: str) -> bool:
-    from tfloop.data import shards
+    from tfloop.data import shard_files
 
-    return Path(dataset).is_dir() and any(map(shards.is_shard, Path(dataset).iterdir()))
+    return Path(dataset).is_dir() and any(map(shard_files.is_shard, Path(dataset).iterdir()))
 
 
 def _is_npz(dataset: str) -> bool:
-    return Path(dataset).suffix == ".npz" and Path(dataset).is_file()
+    return Path(dataset).suffix.lower() == ".npz" and Path(dataset).is_file()
 
 
 _FOLDER = "a folder of IDX files or TFRecord shards"
@@ -213,6 +241,6 @@ SOURCES += [
     Source("digits", lambda name: name == "digits", _from_parts(_read_digits)),
     Source(_FOLDER, _holds_shards, _read_shards),
     Source(_FOLDER, lambda name: Path(name).is_dir(), _from_parts(_read_idx_folder)),
-    Source("an .npz file", _is_npz, _from_parts(_read_npz)),
+    Source("an .npz file", _is_npz, _read_npz),
     Source("FILE.py:function", user_code.is_reference, user_data.read),
 ]

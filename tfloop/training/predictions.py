@@ -1,5 +1,7 @@
 """What a model gives for new inputs, read from pictures, an .npy or an .npz file."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfloop.data import pictures, shards
+from tfloop.data import pictures, shard_files, shards
 from tfloop.data.arrays import as_inputs
 from tfloop.data.dataset import is_scaled
 from tfloop.data.readers import read_npy, read_npz
@@ -15,7 +17,7 @@ from tfloop.data.spec import Array, Spec
 from tfloop.errors import UserError
 from tfloop.nests import is_leaf, leaves, map_leaves, named_leaves
 from tfloop.state import TrainState
-from tfloop.wording import shape_text
+from tfloop.wording import counted, shape_text
 
 ARRAYS = ("images", "inputs", "x", "x_test")
 BATCH = 256
@@ -41,19 +43,15 @@ def read_inputs(
       UserError: nothing to read, a damaged file, or other inputs than the model's.
     """
     path = Path(path)
-    if spec.has_images and path.is_dir() and any(map(shards.is_shard, path.iterdir())):
+    if spec.has_images and path.is_dir() and any(map(shard_files.is_shard, path.iterdir())):
         test = shards.load(path).test.inputs
         return [str(row) for row in range(len(test))], _scaled(test[:], path, spec, ranges, warn)
     if spec.has_images and (path.is_dir() or path.suffix.lower() in pictures.endings()):
-        files = pictures.find(path).files if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"{path}: holds no pictures")
-        images = [_read_picture(file, spec.image_shape) for file in files]
-        names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
-        return names, _scaled(np.stack(images), path, spec, ranges, warn)
-    if path.suffix == ".npy" and path.is_file() and isinstance(spec.inputs, Array):
+        names, images = _pictures(path, spec, warn)
+        return names, _scaled(images, path, spec, ranges, warn)
+    if path.suffix.lower() == ".npy" and path.is_file() and isinstance(spec.inputs, Array):
         return _checked(read_npy(path), path, spec)
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix.lower() != ".npz" or not path.is_file():
         missing = "" if path.exists() else "does not exist; "
         kinds = "a picture, a folder of pictures, " if spec.has_images else ""
         expected = f"{kinds}an .npy or an .npz file"
@@ -73,6 +71,33 @@ def read_inputs(
     return _checked(inputs, path, spec)
 
 
+def _pictures(path: Path, spec: Spec, warn: Callable[[str], None]) -> tuple[list[str], np.ndarray]:
+    """(names, images) of a picture, or of those in a folder; what they lose is said."""
+    modes = {channels: mode for mode, channels in pictures.CHANNELS.items()}
+    mode = modes.get(spec.image_shape[-1])
+    if not mode:
+        raise UserError(
+            f"{path}: the model takes {spec.image_shape[-1]} channels, which pictures do not have; "
+            "give an .npz file"
+        )
+    found = pictures.find(path) if path.is_dir() else pictures.Found([path], Counter())
+    if not found.files:
+        raise UserError(f"{path}: holds no pictures")
+    if text := pictures.left_out_text(found.left_out):
+        warn(f"{path}: {text}")
+    looked = [pictures.look(file) for file in found.files]
+    images = [_read_picture(picture, mode, spec.image_shape) for picture in looked]
+    for kind, count in Counter(picture.mode for picture in looked).items():
+        if kind != mode:
+            warn(f"{path}: {counted(count, f'{kind} picture')} became {mode}, as in training")
+    names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in found.files]
+    return names, np.stack(images)
+
+
+# The scales that people bring pixels of 0 to 255 to: (least, greatest).
+_SCALES = ((0.0, 1.0), (-1.0, 1.0), (-0.5, 0.5))
+
+
 def _scaled(
     images: np.ndarray,
     path: Path,
@@ -86,20 +111,29 @@ def _scaled(
       UserError: nobody knows how those were scaled.
     """
     dtype = leaves(spec.inputs)[0].dtype
+    low, high = ranges.get("") or (0, 255 if dtype == "uint8" else math.inf)
     if dtype == "uint8":
+        brightest = int(images.max())
+        if high < brightest / 4:
+            warn(
+                f"{path}: pixels go up to {brightest}, in training to {high:g}; are they scaled "
+                "otherwise?"
+            )
         return images
-    known = ranges.get("")
-    if not dtype.startswith("float") or not known:
-        raise UserError(
-            f"{path}: holds pixels from 0 to 255, and the model was trained on {dtype} of a scale "
-            "that its run does not tell; give an .npz file"
-        )
-    low, high = known
-    if high > 1.5 or low < -1.5:
-        return images.astype(dtype)
-    warn(f"{path}: pixels are scaled to {-1 if low < 0 else 0} to 1, as in training")
-    shares = images.astype(np.float64) / 255.0
-    return (2.0 * shares - 1.0 if low < 0 else shares).astype(dtype)
+    if dtype.startswith("float"):
+        if low >= 0 and 128 <= high <= 255:
+            return images.astype(dtype)
+        for least, greatest in _SCALES:
+            slack = 0.05 * (greatest - least)  # a set need not hold black and white
+            if 0 <= low - least <= slack and 0 <= greatest - high <= slack:
+                warn(f"{path}: pixels are scaled to {least:g} to {greatest:g}, as in training")
+                shares = images.astype(np.float64) / 255.0
+                return (least + (greatest - least) * shares).astype(dtype)
+    trained = f"from {low:g} to {high:g}" if ranges.get("") else "of an unknown scale"
+    raise UserError(
+        f"{path}: holds pixels from 0 to 255, and the model was trained on {dtype} {trained}; give "
+        "the numbers in an .npz file"
+    )
 
 
 def _checked(inputs: Any, path: Path, spec: Spec) -> tuple[list[str], Any]:
@@ -116,17 +150,11 @@ def _as_trained(values: np.ndarray, mean: Any) -> np.ndarray:
     return values.astype(np.float32) if mean is not None and not is_scaled(values) else values
 
 
-def _read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    modes = {channels: mode for mode, channels in pictures.CHANNELS.items()}
-    if shape[-1] not in modes:
-        raise UserError(
-            f"{file}: the model takes {shape[-1]} channels, which pictures do not have; give an "
-            ".npz file"
-        )
-    image = pictures.read(pictures.look(file), modes[shape[-1]])
+def _read_picture(picture: pictures.Picture, mode: str, shape: tuple[int, int, int]) -> np.ndarray:
+    image = pictures.read(picture, mode)
     if image.shape != tuple(shape):
         raise UserError(
-            f"{file}: is {shape_text(image.shape)}, the model takes {shape_text(shape)}"
+            f"{picture.path}: is {shape_text(image.shape)}, the model takes {shape_text(shape)}"
         )
     return image
 
