@@ -244,7 +244,7 @@ def test_what_pictures_lose_when_they_are_predicted_is_said(tmp_path):
     assert [line.partition(": ")[2] for line in said] == [
         "1 file left out: 1 without an ending",
         "1 RGB picture became L, as in training",
-        "pixels go up to 149, in training to 10; are they scaled otherwise?",
+        "pixels go up to 67, in training to 10; are they scaled otherwise?",
     ]
 
 
@@ -384,7 +384,7 @@ def test_a_shard_that_is_there_twice_by_its_name_is_refused(tmp_path, other):
 def test_shards_that_hold_the_same_records_and_those_of_no_part_are_said(tmp_path):
     rows = [row(whole(n % 2)) for n in range(4)]
     rows[1]["image"] = png(8, 8, 1)
-    folder = records(tmp_path / "s", **{"train": rows, "train_b": rows, "test": rows, "rest": rows})
+    folder = records(tmp_path / "s", train=rows, train_b=rows, test=rows, rest=rows)
     assert tfloop.load(folder).notes == (
         "1 shard of no part left out, the first is rest.tfrecord",
         "train.tfrecord and train_b.tfrecord hold the same records",
