@@ -12,7 +12,7 @@ from tfloop.cli import main
 from tfloop.config import PRESETS, Config
 from tfloop.data.spec import of_data
 from tfloop.errors import UserError
-from tfloop.training import folders
+from tfloop.training import folders, saved_run
 from tfloop.training.export import plain_model
 
 SMALL = ["--conv=2", "--pool=", "--dense=4", "--batch_size=20", "--epochs=1", "--quiet"]
@@ -33,22 +33,59 @@ def test_an_export_gives_what_predict_gives(mnist, digits, preset):
     np.testing.assert_allclose(exported, tfloop.predict(state, images), atol=1e-5)
 
 
-def arrays(path, rows=60, seed=0):
+def arrays(path, rows=60, seed=0, tested=9):
     random = np.random.default_rng(seed)
     images = random.integers(0, 256, (rows, 8, 8), dtype=np.uint8)
     labels = np.arange(rows) % 3
-    np.savez(path, x_train=images, y_train=labels, x_test=images[:9], y_test=labels[:9])
+    np.savez(path, x_train=images, y_train=labels, x_test=images[:tested], y_test=labels[:tested])
     return f"--dataset={path}"
 
 
-def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (dict(rows=40, seed=1), "does not hold what the run was trained on"),
+        (dict(tested=8), "holds other test or validation examples than the run had"),
+    ],
+)
+def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys, other, message):
     dataset, logdir = arrays(tmp_path / "d.npz"), f"--logdir={tmp_path}/r"
     assert main(["train", dataset, logdir, *SMALL]) == 0
     run = tmp_path / "r/article2-001"
-    arrays(tmp_path / "d.npz", rows=40, seed=1)
+    arrays(tmp_path / "d.npz", **other)
+    assert main(["evaluate", str(run)]) == 0
+    assert message in capsys.readouterr().err
     assert main(["train", f"--resume={run}", "--epochs=2", "--quiet"]) == 2
-    assert "does not hold what the run was trained on" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert main(["train", f"--resume={run}", "--epochs=2", "--quiet", "--override"]) == 0
+
+
+def test_classes_of_other_names_are_other_data():
+    images, labels = np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1]
+    one, other = (
+        tfloop.from_arrays(images, labels, images, labels, class_names=names)
+        for names in ("ab", "ba")
+    )
+    manifest = {"data": of_data(one).to_json()}
+    assert saved_run.difference_of_data(manifest, one) == ""
+    found = saved_run.difference_of_data(manifest, other)
+    assert found == "names the classes b, a, the run had a, b"
+
+
+def test_from_another_folder_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
+    """Also where a file of the same name lies there."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    arrays("d.npz")
+    assert main(["train", "--dataset=d.npz", "--logdir=r", *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "r/article2-001"]) == 0
+    expected = capsys.readouterr().out.partition(": loss")[2]
+    monkeypatch.chdir(tmp_path / "b")
+    arrays("d.npz", seed=1)
+    assert main(["evaluate", "../a/r/article2-001"]) == 0
+    assert capsys.readouterr().out.partition(": loss")[2] == expected
 
 
 @pytest.mark.parametrize("name", ["[1] *a?", "back\\slash {x}"])

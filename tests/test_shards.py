@@ -163,6 +163,48 @@ def test_decoded_images_are_kept_where_a_cache_is_asked_for(packed, tmp_path):
 # --- packing
 
 
+def test_validation_and_class_names_are_kept_in_packs_of_packs_and_in_caches(tmp_path, random):
+    images = random.integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    one_hot = np.eye(2, dtype=np.float32)[np.arange(8) % 2]
+    parts = {f"x_{part}": images for part in ("train", "val", "test")}
+    np.savez(tmp_path / "a.npz", **parts, **{f"y{name[1:]}": one_hot for name in parts})
+    pack.pack(str(tmp_path / "a.npz"), tmp_path / "once")
+    (tmp_path / "once" / "classes.txt").write_text("cat\ndog\n")
+    pack.pack(str(tmp_path / "once"), tmp_path / "twice")
+    cached = pack.cached(tfloop.load(str(tmp_path / "once")), tmp_path / "cache")
+    for folder in (tmp_path / "twice", cached):
+        data = tfloop.load(str(folder))
+        assert (len(data.train), len(data.validation), data.target.names) == (8, 8, ("cat", "dog"))
+        assert data.validation.targets.tolist() == [0, 1] * 4
+        np.testing.assert_array_equal(data.validation.inputs[:][..., 0], images)
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (np.full((8, 2), 0.5, np.float32), "the targets are shares of several classes"),
+        (np.linspace(0, 1.5, 8), "the targets are values; only one class of each image"),
+    ],
+)
+def test_targets_that_shards_do_not_hold_are_not_packed(tmp_path, targets, message):
+    images = np.zeros((8, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=targets, x_test=images, y_test=targets)
+    with pytest.raises(UserError, match=message):
+        pack.pack(str(tmp_path / "a.npz"), tmp_path / "s")
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_of_any_number_of_channels_are_packed_and_read(tmp_path, random, channels):
+    images = random.integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
+    labels = np.arange(6) % 2
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    if channels == 5:
+        with pytest.raises(UserError, match="a PNG has 1 to 4 channels; use format=raw"):
+            pack.pack(str(tmp_path / "a.npz"), tmp_path / "s")
+    pack.pack(str(tmp_path / "a.npz"), tmp_path / "s", "raw" if channels == 5 else "png")
+    np.testing.assert_array_equal(tfloop.load(str(tmp_path / "s")).train.inputs[:], images)
+
+
 def picture(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     encode = tf.io.encode_jpeg if path.suffix == ".jpg" else tf.io.encode_png

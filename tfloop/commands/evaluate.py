@@ -71,6 +71,11 @@ def _open(folder: str, options: dict[str, Any], config: Config) -> tuple[str, An
     if not len(data.test):
         raise UserError(f"{where}: has no test {data.noun} to evaluate")
     spec.check_inputs(saved_run.spec_of(manifest), data.test.inputs, where)
+    if options["dataset"]:
+        for note in data.notes:
+            warn(f"{where}: {note}")
+    elif difference := saved_run.difference_of_data(manifest, data):
+        warn(f"{where}: {difference}")
     for note in spec.notes_on_ranges(manifest.get("ranges", {}), data.test.inputs):
         warn(f"{where}: {note}")
     batch_size = min(trained.batch_size, len(data.train))

@@ -260,6 +260,12 @@ class Dataset:
         """A number below 2**31 that differs, all but surely, for other training data or order."""
         return self.train.fingerprint >> 1
 
+    @property
+    def held_out_fingerprint(self) -> int:
+        """As `fingerprint`, of the test and validation examples."""
+        both = self.test.fingerprint, self.validation.fingerprint
+        return zlib.crc32(repr(both).encode()) >> 1
+
     def without_test(self) -> "Dataset":
         """The same without test examples, for choices that are not to be made on them."""
         return dataclasses.replace(self, test=self.test.take(slice(0)))

@@ -86,6 +86,8 @@ def _make(folder: Path, contents: _Contents, format: str, shard_mib: int) -> Non
             for part, images in contents.parts.items():
                 examples = (encode(image, label) for image, label in images)
                 _write(partial, part, examples, shard_mib << 20)
+            if odd := [name for name in contents.classes if len(name.splitlines()) != 1]:
+                raise UserError(f"{odd[0]!r}: the name of a class is one line; rename it")
             if contents.classes:
                 names = "\n".join(contents.classes) + "\n"
                 (partial / "classes.txt").write_text(names, encoding="utf-8")
@@ -273,6 +275,10 @@ class _Encoder:
                 encoded = pictures.content(image)
         else:
             pixels = image
+        if self._format == "png" and pixels.shape[-1] not in range(1, 5):
+            raise UserError(
+                f"images of {shape_text(pixels.shape)}: a PNG has 1 to 4 channels; use --format=raw"
+            )
         self._shape = self._shape or pixels.shape
         if pixels.shape != self._shape:
             raise UserError(

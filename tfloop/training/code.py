@@ -97,10 +97,15 @@ def store(folder: Path, config: Config) -> None:
 
 
 def _with_place_of_data(folder: Path, config: Config) -> Config:
-    """The settings, with the data's whole path where it is not found from here."""
+    """The settings, with the whole path that the data had, where they are still there.
+
+    From another folder, the path as it was given may lead to other data.
+    """
     places = _stored(folder).get(_DATA)
     place = places.get(config.dataset) if isinstance(places, dict) else None
-    if is_reference(config.dataset) or Path(config.dataset).exists() or not isinstance(place, str):
+    if is_reference(config.dataset) or not isinstance(place, str) or not Path(place).exists():
+        return config
+    if Path(config.dataset).resolve() == Path(place):
         return config
     return config.replace(dataset=place)
 

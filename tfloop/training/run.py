@@ -116,6 +116,10 @@ class Run:
     def _fingerprint(self) -> int:
         return self._loop.data.fingerprint
 
+    @functools.cached_property
+    def _held_out_fingerprint(self) -> int:
+        return self._loop.data.held_out_fingerprint
+
     def train(
         self, started: float, stop: Callable[[], bool]
     ) -> Generator[PendingCall, None, dict[str, Any]]:
@@ -403,6 +407,7 @@ class Run:
             "data": of_data(loop.data).to_json(),
             "ranges": self._ranges,
             "fingerprint": self._fingerprint,
+            "held_out_fingerprint": self._held_out_fingerprint,
             "machine": machine(self._device),
             "steps_per_epoch": loop.steps,
             "reached": {**dataclasses.asdict(self._reached), "seconds": self._seconds()},

@@ -7,6 +7,7 @@ from typing import Any
 from tfloop.assembly import make_state
 from tfloop.config import CODE, Config
 from tfloop.data import spec
+from tfloop.data.dataset import Dataset
 from tfloop.errors import UserError
 from tfloop.state import TrainState
 from tfloop.training import checkpoints, code, folders
@@ -78,6 +79,22 @@ def _own_code(folder: Path, config: Config, named: Mapping[str, Any]) -> Config:
 def _function(settings: Mapping[str, Any]) -> str:
     """The name of the file and function that gives the data; "" where none does."""
     return Path(settings["dataset"]).name if is_reference(settings["dataset"]) else ""
+
+
+def difference_of_data(manifest: dict[str, Any], data: Dataset) -> str:
+    """How a data set differs from what a run had, "does not hold …"; "" where it does not."""
+    if manifest.get("fingerprint", data.fingerprint) != data.fingerprint:
+        return "does not hold what the run was trained on"
+    held_out = data.held_out_fingerprint
+    if manifest.get("held_out_fingerprint", held_out) != held_out:
+        return "holds other test or validation examples than the run had"
+    had = spec_of(manifest).kinds
+    for name, target in data.kinds.items():
+        if name in had and had[name].names != target.names:
+            return f"names the classes {', '.join(target.names) or 'by numbers'}, the run had " + (
+                ", ".join(had[name].names) or "numbers"
+            )
+    return ""
 
 
 def spec_of(manifest: dict[str, Any]) -> spec.Spec:

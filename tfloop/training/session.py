@@ -25,7 +25,7 @@ from tfloop.machine.replicas import Replicas
 from tfloop.nests import leaves, named_leaves
 from tfloop.records import Epoch
 from tfloop.state import TrainState
-from tfloop.training import code, folders, keras_import, manifests
+from tfloop.training import code, folders, keras_import, manifests, saved_run
 from tfloop.training.ensemble import Calls, End, SideBySide, Together, judge_together
 from tfloop.training.folders import reached_text
 from tfloop.training.run import Run, may_end
@@ -82,15 +82,15 @@ def train(
 
 
 def _check_same_data(resume: Sequence[Path], data: Dataset) -> None:
-    """Raises UserError where a run that is to go on was trained on other examples."""
+    """Raises UserError where a run that is to go on had other examples, or other names of them."""
     for folder in resume:
         if not manifests.all_in(folder / "checkpoints"):
             continue
-        known = manifests.newest(folder / "checkpoints")[1].get("fingerprint")
-        if known is not None and known != data.fingerprint:
+        manifest = manifests.newest(folder / "checkpoints")[1]
+        if difference := saved_run.difference_of_data(manifest, data):
             raise UserError(
-                f"--resume={folder}: {data.name} does not hold what the run was trained on; put "
-                "the data back, or go on with what they are now: --override"
+                f"--resume={folder}: {data.name} {difference}; put the data back, or go on with "
+                "what they are now: --override"
             )
 
 
