@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
 from tfloop.errors import UserError
+from tfloop.inspection import event_files, plots
 from tfloop.inspection.event_files import EventFile, read_scalars
 
 pytestmark = pytest.mark.quick
@@ -94,3 +95,59 @@ def test_what_cannot_be_read_is_named(tmp_path):
     path.write_bytes(b"no event file at all" * 9)
     with pytest.raises(UserError, match="is damaged"):
         read_scalars(tmp_path)
+
+
+def points(run, tag, steps, since=0.0):
+    return [event_files.Scalar(run, tag, step, since + step, float(step)) for step in steps]
+
+
+def test_what_keras_measured_belongs_to_the_fit_that_had_begun_then():
+    """Its callback writes all fits of a folder into one curve; the first has no validation."""
+    scalars = [
+        *points("train", "epoch_loss", range(3)),
+        *points("train", "epoch_loss", range(2), since=10),
+        *points("validation", "epoch_loss", range(2), since=10),
+    ]
+    assert plots.by_epoch(scalars, "logs") == {
+        "fit 1": {"train/loss": ([0, 1, 2], [0, 1, 2])},
+        "fit 2": {"train/loss": ([0, 1], [0, 1]), "validation/loss": ([0, 1], [0, 1])},
+    }
+
+
+def test_folders_within_are_fits_of_their_own():
+    scalars = [
+        *points("a/train", "epoch_loss", [0, 1]),
+        *points("b/train", "epoch_loss", [2, 3], since=10),
+        *points("b/validation", "epoch_loss", [2, 3], since=10),
+    ]
+    found = plots.by_epoch(scalars, "logs")
+    assert {name: list(series) for name, series in found.items()} == {
+        "a": ["train/loss"],
+        "b": ["train/loss", "validation/loss"],
+    }
+
+
+def test_an_accuracy_keeps_its_name_and_is_the_accuracy_where_it_is_the_only_one():
+    one = points("train", "epoch_sparse_categorical_accuracy", [0])
+    names = {"train/sparse_categorical_accuracy", "train/accuracy"}
+    assert set(plots.by_epoch(one, "logs")[""]) == names
+    two = points("train", "epoch_a_accuracy", [0]) + points("train", "epoch_b_accuracy", [0])
+    assert set(plots.by_epoch(two, "logs")[""]) == {"train/a_accuracy", "train/b_accuracy"}
+
+
+def test_the_folder_of_a_part_is_that_part():
+    found = plots.by_epoch(points(".", "epoch_loss", [0]), "logs/validation")
+    assert found == {"": {"validation/loss": ([0], [0])}}
+
+
+@pytest.mark.parametrize("name", ["$10_$20{", "_hidden", "分類"])
+def test_names_are_drawn_as_they_are(tmp_path, recwarn, name):
+    series = {"train/loss": ([0, 1], [1.0, 2.0])}
+    figure = plots.curves({name: series, "other": series})
+    plots.save(figure, tmp_path / "curves.png")
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [text.replace("\\$", "$").strip() for text in shown] == [
+        f"{name}, train",
+        "other, train",
+    ]
+    assert not recwarn

@@ -26,8 +26,8 @@ def plot(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     for name, folder in zip(names, folders, strict=True):
         label = name if names.count(name) == 1 else folder
         fits = plots.by_epoch(event_files.read_scalars(folder), folder)
-        for number, fit in enumerate(fits, start=1):
-            runs[label if len(fits) == 1 else f"{label}, fit {number}"] = fit
+        for fit, series in fits.items():
+            runs[f"{label}, {fit}" if fit and len(fits) > 1 else label] = series
     plots.save(plots.curves(runs, reference, metric=_metric(options, runs)), options["out"])
     print(options["out"])
     return 0

@@ -1,9 +1,12 @@
 """Plots: matplotlib Figures, PNG files, or PNG bytes for TensorBoard."""
 
+import contextlib
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +112,8 @@ def curves(
             held_out = "test" if f"test/{what}" in series else "validation"
             for part in ("train", held_out) if axes else ():
                 x, y = series.get(f"{part}/{what}", ([], []))
+                if not x:
+                    continue
                 label = _curve_label(name, part, what, y)
                 _draw_curve(axes, x, y, part, colour, label)
     if reference is not None and left:
@@ -127,7 +132,7 @@ def curves(
     if left and metric == "accuracy":
         left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
     if left:
-        left.set(title=metric, xlabel=along)
+        left.set(title=_plain(metric), xlabel=along)
     right.set(title="loss", xlabel=along)
     if all(value > 0 for line in right.lines for value in line.get_ydata()):
         right.set(yscale="log", title="loss, logarithmic")
@@ -150,7 +155,7 @@ def _metric_of(runs: Mapping[str, Series]) -> str:
 
 
 def _curve_label(name: str, part: str, what: str, y: list[float]) -> str:
-    label = f"{name}, {part}" if name else part
+    label = f"{_plain(name)}, {part}" if name else part
     if not y or what == "loss":
         return label
     return f"{label}: {100 * y[-1]:.2f} %" if what == "accuracy" else f"{label}: {y[-1]:.4g}"
@@ -202,25 +207,37 @@ _BY_EPOCH = {
 }
 
 
+_PARTS = ("train", "validation", "test")  # the folders that tfloop and Keras write into
 _NOT_METRICS = ("loss/", "epoch_", "gradient_norm", "evaluation_", "accuracy")
 
 
-def by_epoch(scalars: list, where: str) -> list[Series]:
-    """What `curves` draws of a folder, from the scalars of its event files: a series for each fit.
+def by_epoch(scalars: list, where: str) -> dict[str, Series]:
+    """What `curves` draws of a folder, from the scalars of its event files, by name of the fit.
 
-    A run of tfloop is one fit, along epochs from 1 on. Those that Keras's callback writes are
-    known: x is then the step that was written, which is the epoch from 0 on, and a step that is not
-    above the one before begins another fit.
+    A run of tfloop is one fit, "", along epochs from 1 on. Those that Keras's callback writes are
+    known: x is then the step that was written, which is the epoch from 0 on. Several of them in one
+    folder are "fit 1", "fit 2" …: a step that is not above the one before begins another. Those of
+    folders within have their names.
 
     Raises:
       UserError: there is no accuracy or loss by epoch among them.
     """
-    runs = {scalar.run for scalar in scalars}
-    if runs == {"."}:  # the folder of a part
-        scalars = [scalar._replace(run="train") for scalar in scalars]
-    is_own = any(scalar.tag == "loss/total" for scalar in scalars)
-    fits = [_own_fit(scalars)] if is_own else _fits_of_keras(scalars)
-    found = [fit for fit in fits if fit]
+    own = os.path.basename(os.path.abspath(where))
+    if {scalar.run for scalar in scalars} == {"."}:  # the folder of a part
+        part = own if own in _PARTS else "train"
+        scalars = [scalar._replace(run=part) for scalar in scalars]
+    if any(scalar.tag == "loss/total" for scalar in scalars):
+        found = {"": _own_fit(scalars)}
+    else:
+        found = {}
+        folders = list(dict.fromkeys(os.path.dirname(scalar.run) for scalar in scalars))
+        for folder in folders:
+            within = [each for each in scalars if os.path.dirname(each.run) == folder]
+            fits = [fit for fit in _fits_of_keras(within) if fit]
+            for number, fit in enumerate(fits, start=1):
+                name = folder if len(fits) == 1 else f"{folder}, fit {number}".removeprefix(", ")
+                found[name] = fit
+    found = {name: fit for name, fit in found.items() if fit}
     if not found:
         tags = sorted({f"{scalar.run}/{scalar.tag}" for scalar in scalars})
         shown = ", ".join(tags[:6]) or "no scalars"
@@ -252,19 +269,30 @@ def _own_fit(scalars: list) -> Series:
 
 
 def _fits_of_keras(scalars: list) -> list[Series]:
-    """Those in the logs of Keras's callback, whose tags are epoch_loss, epoch_accuracy …"""
+    """Those in one folder of Keras's callback, whose tags are epoch_loss, epoch_accuracy …
+
+    The training tells where a fit begins; what else is measured belongs to the fit that had begun
+    when it was written.
+    """
     fits: list[dict[str, tuple[list[float], list[float]]]] = []
     last: dict[str, tuple[int, int]] = {}  # name → (fit, step)
-    for scalar in scalars:
-        part = scalar.run.rpartition("/")[2]
-        if part not in ("train", "validation", "test") or not scalar.tag.startswith("epoch_"):
+    began: list[float] = []  # the time of each fit's first point
+    of_training = [scalar for scalar in scalars if os.path.basename(scalar.run) == "train"]
+    others = [scalar for scalar in scalars if os.path.basename(scalar.run) in _PARTS[1:]]
+    for scalar in (*of_training, *others):
+        if not scalar.tag.startswith("epoch_"):
             continue
+        part = os.path.basename(scalar.run)
         name = f"{part}/{scalar.tag.removeprefix('epoch_')}"
         fit, step = last.get(name, (0, -1))
-        fit += scalar.step <= step
+        if part == "train" or not of_training:
+            fit += scalar.step <= step
+        else:
+            fit = max(0, sum(time <= scalar.wall_time for time in began) - 1)
         last[name] = fit, scalar.step
         while len(fits) <= fit:
             fits.append({})
+            began.append(scalar.wall_time)
         x, y = fits[fit].setdefault(name, ([], []))
         x.append(float(scalar.step))
         y.append(scalar.value)
@@ -272,12 +300,13 @@ def _fits_of_keras(scalars: list) -> list[Series]:
 
 
 def _with_accuracy(fit: dict) -> Series:
-    """The series with an accuracy of any name as "accuracy", where there is none of that name."""
+    """The series with the only accuracy, of whatever name, as "accuracy", too."""
     names = {name.partition("/")[2] for name in fit}
-    others = sorted(name for name in names if name == "acc" or name.endswith(("_acc", "accuracy")))
-    if "accuracy" in names or not others:
+    found = [name for name in names if name == "acc" or name.endswith(("_acc", "accuracy"))]
+    if "accuracy" in names or len(found) != 1:
         return fit
-    return {name.replace(f"/{others[0]}", "/accuracy"): xy for name, xy in fit.items()}
+    copies = {name: xy for name, xy in fit.items() if name.partition("/")[2] == found[0]}
+    return {**fit, **{f"{name.partition('/')[0]}/accuracy": xy for name, xy in copies.items()}}
 
 
 class LivePlot:
@@ -377,6 +406,7 @@ def confusion(
                 axes.text(column, row, count, fontsize=9, fontweight=weight, **center)
         axes.set(xticks=range(classes), yticks=range(classes))
         if names:
+            names = [_plain(name) for name in names]
             axes.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticklabels(names)
             figure.set_layout_engine("constrained")
@@ -399,7 +429,7 @@ def misclassified(images: np.ndarray, labels: Sequence[Any], guesses: Sequence[A
     axes.axis("off")
     for i, (label, guess) in enumerate(zip(labels, guesses, strict=True)):
         x, y = (i % columns + 0.5) * (width + 2), i // columns * (height + gap) + gap / 2
-        text = f"{label}, taken for {guess}"
+        text = _plain(f"{label}, taken for {guess}")
         axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white")
     return _png(figure)
 
@@ -516,7 +546,8 @@ def evaluation(
     mistakes = zip(to_visible(images), labels, guesses, confidence, strict=True)
     for axes, (image, label, guess, share) in zip(tiles.flat, mistakes, strict=False):
         axes.imshow(image, cmap="gray")
-        axes.set_title(f"{label}, taken for {guess}\n{100 * share:.1f} % sure", fontsize=8)
+        text = _plain(f"{label}, taken for {guess}")
+        axes.set_title(f"{text}\n{100 * share:.1f} % sure", fontsize=8)
     right.suptitle("most confident mistakes", fontsize=11)
     return figure
 
@@ -573,12 +604,14 @@ def profile(found: Any, title: str, path: str | Path) -> None:
         values = np.array([getattr(row, way) for row in rows])
         axes.barh(range(len(rows)), values, left=left, color=COLOURS[index], label=way)
         left = left + values
-    axes.set_yticks(range(len(rows)), [row.layer for row in rows])
+    axes.set_yticks(range(len(rows)), [_plain(row.layer) for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.legend(loc="lower right", frameon=False)
     axes.set(xlabel="ms a step, of all threads together", xlim=(0, 1.05 * max(left)))
-    axes.set_title(f"{title}: {found.step:.3g} ms a step\n{found.verdict}", fontsize=10)
+    axes.set_title(
+        _plain(f"{title}") + f": {found.step:.3g} ms a step\n{found.verdict}", fontsize=10
+    )
     save(figure, path)
 
 
@@ -591,10 +624,26 @@ def save(figure: Any, path: str | Path) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        figure.savefig(partial, format="png", dpi=120)
+        with _without_glyph_warnings():
+            figure.savefig(partial, format="png", dpi=120)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _plain(text: str) -> str:
+    """A text of the user's, to be drawn as it is: matplotlib takes $ for mathematics, and leaves
+    labels that begin with _ out of a legend."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+@contextlib.contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """A sign that the font lacks is drawn as a box, which the reader sees."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def _figure(
@@ -613,5 +662,6 @@ def _figure(
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
+    with _without_glyph_warnings():
+        figure.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()
