@@ -166,7 +166,7 @@ def unpacked(path: Path) -> Path:
         ) from None
     except (zlib.error, EOFError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: is damaged: {error or 'it ends too early'}") from None
+        raise UserError(f"{path}: is damaged: {str(error) or 'it ends too early'}") from None
     return copy
 
 
