@@ -3,6 +3,7 @@
 import json
 import os
 
+import keras
 import numpy as np
 import pytest
 
@@ -31,6 +32,15 @@ def test_an_export_gives_what_predict_gives(mnist, digits, preset):
     images = data.test.inputs[:16]
     exported = plain_model(state).predict(images.astype(np.float32), verbose=0)
     np.testing.assert_allclose(exported, tfloop.predict(state, images), atol=1e-5)
+
+
+def test_a_scale_that_keras_does_not_divide_by_is_not_exported(random):
+    inputs = random.normal(size=(40, 4)).astype(np.float32) * 1e-9
+    data = tfloop.from_arrays(inputs, np.arange(40) % 2, test_size=4)
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2)])
+    state = tfloop.TrainState(model, standardizer=data.standardizer)
+    with pytest.raises(UserError, match=r"deviations from \d\S*e-\d+ to .* does not divide by"):
+        plain_model(state)
 
 
 def arrays(path, rows=60, seed=0, tested=9):

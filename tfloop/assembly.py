@@ -154,7 +154,7 @@ def make_model(config: Config, spec: Spec) -> tuple[Any, Callable[[int], dict[st
         if spec.target is None or spec.target.kind == "values" or spec.target.is_for_places:
             raise UserError(
                 f"the article's CNN tells the class of an image; the targets are "
-                f"{targets_text(spec.kinds)}: give a --model of your own"
+                f"{targets_text(spec.kinds)}: give a --model of your own, or class numbers as int"
             )
         model = models.build(config, spec.image_shape, spec.classes)
         return model, functools.partial(models.initial_weights, model)

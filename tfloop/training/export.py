@@ -16,6 +16,7 @@ from tfloop.state import TrainState
 from tfloop.wording import first_sentence
 
 FORMATS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite", "weights": ".weights.h5"}
+MOST_SCALE = 1e19  # a standard deviation, whose square float32 still holds
 
 
 def plain_model(state: TrainState, as_predicted: bool = True) -> keras.Model:
@@ -30,7 +31,8 @@ def plain_model(state: TrainState, as_predicted: bool = True) -> keras.Model:
       as_predicted: unset, images are taken as they are, whatever `average_shifts` says.
 
     Raises:
-      UserError: the model shows no graph.
+      UserError: the model shows no graph, or its inputs are of a scale that Keras does not divide
+        by.
     """
     model = state.model
     if not isinstance(model, keras.Sequential) and not models.output_activations(model):
@@ -120,6 +122,13 @@ def _standardized(state: TrainState, inputs: Any) -> Any:
             made.append(x)
             continue
         shape = x.shape[1:]
+        least, greatest = float(np.min(scale)), float(np.max(scale))
+        if least < keras.config.epsilon() or greatest > MOST_SCALE:
+            raise UserError(
+                f"cannot be exported: {x.name} has standard deviations from {least:.3g} to "
+                f"{greatest:.3g}, which Keras's Normalization does not divide by; bring the data "
+                "to a scale of about 1 and train again"
+            )
         layer = keras.layers.Normalization(
             axis=tuple(range(1, len(x.shape))),
             mean=np.broadcast_to(mean.numpy(), shape),
