@@ -116,7 +116,8 @@ def _arrays(dataset: Dataset, source: str) -> _Contents:
             "be packed"
         )
     if dataset.target.kind == "shares" and any(
-        (split.targets.max(axis=-1) < 1).any() for split in (dataset.train, dataset.test)
+        (split.targets.max(axis=-1) < 1).any()
+        for split in (dataset.train, dataset.test, dataset.validation)
     ):
         raise UserError(f"{source}: the targets are shares of several classes; shards hold one")
     splits = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}

@@ -196,9 +196,9 @@ def _pairs(dataset: str, shapes: Collection[str]) -> dict[str, tuple[str, str]]:
     """
     by_axis = {}
     for axis in "xy":
-        named = [name[2:] for name in shapes if name.lower().startswith(f"{axis}_")]
-        found = parts.by_part(named, f"{dataset}, {axis}_…")
-        whole = {name[2:]: name for name in shapes if name.lower().startswith(f"{axis}_")}
+        own = [name for name in shapes if name.lower().startswith(f"{axis}_")]
+        found = parts.by_part([name[2:] for name in own], f"{dataset}, {axis}_…")
+        whole = {name[2:]: name for name in own}
         by_axis[axis] = {part: whole[name] for part, name in found.items()}
     x, y = by_axis["x"], by_axis["y"]
     missing = [f"y{x[part][1:]}" for part in x if part not in y]
