@@ -55,7 +55,7 @@ def arrays(path, rows=60, seed=0, tested=9):
     "other, message",
     [
         (dict(rows=40, seed=1), "does not hold what the run was trained on"),
-        (dict(tested=8), "holds other test or validation examples than the run had"),
+        (dict(tested=8), "holds other test examples than the run had"),
     ],
 )
 def test_a_run_is_not_resumed_on_other_data(tmp_path, capsys, other, message):
@@ -80,6 +80,13 @@ def test_classes_of_other_names_are_other_data():
     assert saved_run.difference_of_data(manifest, one) == ""
     found = saved_run.difference_of_data(manifest, other)
     assert found == "names the classes b, a, the run had a, b"
+
+
+def test_a_trial_of_a_search_which_sees_no_test_is_of_the_data_with_one(digits):
+    manifest = {"held_out_fingerprints": digits.without_test().held_out_fingerprints}
+    assert (
+        saved_run.difference_of_data(manifest | {"data": of_data(digits).to_json()}, digits) == ""
+    )
 
 
 def test_from_another_folder_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):

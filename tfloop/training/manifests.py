@@ -88,7 +88,7 @@ _KINDS: dict[str, Any] = {
     "data": {"inputs": dict, "targets": dict, "kinds": kinds.Each(dict)},
     "ranges": kinds.Each([kinds.NUMBER]),
     "fingerprint": int,
-    "held_out_fingerprint": int,
+    "held_out_fingerprints": kinds.Each(int),
     "machine": dict,
     "steps_per_epoch": int,
     "reached": {

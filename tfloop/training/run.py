@@ -117,8 +117,8 @@ class Run:
         return self._loop.data.fingerprint
 
     @functools.cached_property
-    def _held_out_fingerprint(self) -> int:
-        return self._loop.data.held_out_fingerprint
+    def _held_out(self) -> dict[str, int]:
+        return self._loop.data.held_out_fingerprints
 
     def train(
         self, started: float, stop: Callable[[], bool]
@@ -407,7 +407,7 @@ class Run:
             "data": of_data(loop.data).to_json(),
             "ranges": self._ranges,
             "fingerprint": self._fingerprint,
-            "held_out_fingerprint": self._held_out_fingerprint,
+            "held_out_fingerprints": self._held_out,
             "machine": machine(self._device),
             "steps_per_epoch": loop.steps,
             "reached": {**dataclasses.asdict(self._reached), "seconds": self._seconds()},

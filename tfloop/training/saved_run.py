@@ -85,9 +85,10 @@ def difference_of_data(manifest: dict[str, Any], data: Dataset) -> str:
     """How a data set differs from what a run had, "does not hold …"; "" where it does not."""
     if manifest.get("fingerprint", data.fingerprint) != data.fingerprint:
         return "does not hold what the run was trained on"
-    held_out = data.held_out_fingerprint
-    if manifest.get("held_out_fingerprint", held_out) != held_out:
-        return "holds other test or validation examples than the run had"
+    known, found = manifest.get("held_out_fingerprints", {}), data.held_out_fingerprints
+    for part, fingerprint in known.items():  # a trial of a search has no test
+        if found.get(part) != fingerprint:
+            return f"holds other {part} examples than the run had"
     had = spec_of(manifest).kinds
     for name, target in data.kinds.items():
         if name in had and had[name].names != target.names:
