@@ -144,7 +144,7 @@ def test_eager_and_xla_agree_to_rounding(loop, settings):
         assert np.abs(weight - start[name]).max() > 1e-2, name
 
 
-@pytest.mark.parametrize("settings", [dict(batch_norm=True)], ids=str)
+@pytest.mark.parametrize("settings", [dict(conv=(), pool=(), optimizer="adam", ema=0.9)], ids=str)
 def test_one_xla_program_makes_all_steps_of_a_call(loop, settings, monkeypatch):
     """As it does on a GPU."""
     monkeypatch.setattr(
