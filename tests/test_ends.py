@@ -85,16 +85,27 @@ def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tmp_path):
     assert not found["finished"] and list((tmp_path / "digits-001" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("package", ["absl", "tensorflow"])
-def test_ctrl_c_while_a_package_is_imported_is_one_line(tmp_path, package):
-    """Also amid code that runs from a string, after which `python -m` would end by the signal."""
+SLEEP = "import pathlib, time; pathlib.Path({!r}).touch(); time.sleep(60)"
+LOST = "try: exec({!r})\nexcept BaseException: raise SystemError('bad argument')"
+
+
+@pytest.mark.parametrize(
+    "package, stand_in, command",
+    [
+        ("absl", "exec({!r})", TRAIN),
+        ("tensorflow", "exec({!r})", TRAIN),
+        ("tensorflow", LOST, TRAIN),
+        ("tensorflow", LOST, ["pack", "digits", "/nowhere"]),
+    ],
+)
+def test_ctrl_c_while_a_package_is_imported_is_one_line(tmp_path, package, stand_in, command):
+    """Also amid code that runs from a string, after which `python -m` would end by the signal, and
+    amid code in C, which makes another error of it."""
     imported = tmp_path / "imported"
-    stand_in = f"import pathlib, time; pathlib.Path({str(imported)!r}).touch(); time.sleep(60)"
     (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text(f"exec({stand_in!r})")
-    process = run(
-        *TRAIN, f"--logdir={tmp_path}/runs", env={**os.environ, "PYTHONPATH": str(tmp_path)}
-    )
+    content = stand_in.format(SLEEP.format(str(imported)))
+    (tmp_path / package / "__init__.py").write_text(content)
+    process = run(*command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     while not imported.exists():
         assert process.poll() is None
         time.sleep(0.02)

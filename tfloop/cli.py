@@ -4,9 +4,12 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is los
 143 terminated. Only this module knows absl.
 """
 
+import contextlib
 import re
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _ended(argv: list[str]) -> int:
     """The exit code, and one line for what went wrong."""
     try:
-        with surfacing():
+        with surfacing(), _ctrl_c(argv[:1] != ["debug"]):  # there it leads to the prompt
             return _main(argv)
     except (UserError, DivergenceError, WorkerLost) as error:
         _say(error.as_flags)
@@ -59,6 +62,32 @@ def _ended(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _ctrl_c(listen: bool) -> Iterator[None]:
+    """In this block Ctrl-C raises KeyboardInterrupt, and so does any error that becomes of it.
+
+    As of a signal in `stopping.surfacing`; but where it is caught, as by TensorBoard, it is over.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = listen and threading.current_thread() is threading.main_thread()
+    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if noted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if is_ours and signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _say(message: str) -> None:
