@@ -12,7 +12,7 @@ from tfloop import parallelism
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.machine import cluster, guardian, places
-from tfloop.stopping import StopAsked
+from tfloop.stopping import StopAsked, surfacing
 
 
 def choose(config: Config, cores: int, replicas: int = 1, workers: int = 1) -> Config:
@@ -256,7 +256,8 @@ def _silent_stderr() -> Iterator[None]:
     with tempfile.TemporaryFile() as sink:
         os.dup2(sink.fileno(), 2)
         try:
-            yield
+            with surfacing():
+                yield
         except (UserError, KeyboardInterrupt, StopAsked):
             raise
         except BaseException:
