@@ -141,6 +141,16 @@ def test_a_run_that_is_asked_to_end_while_it_is_traced_ends_at_once(tmp_path, mo
     assert resumed["finished"] and resumed["state_sha256"] == whole["state_sha256"]
 
 
+def test_a_dry_run_that_is_asked_to_end_ends(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise stopping.StopAsked(signal.SIGTERM)
+
+    config = tfloop.Config.make("digits", logdir=str(tmp_path), quiet=True)
+    monkeypatch.setattr("tfloop.loop.Loop.train_steps", interrupt)
+    session.dry_run(config)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("became", [None, SystemError("bad argument"), UserError("no model")])
 def test_a_signal_that_other_code_loses_or_makes_another_error_of_still_breaks_off(became):
     """As TensorFlow's C code does: `any(...)` over a list amid tracing gives SystemError."""

@@ -177,6 +177,7 @@ def test_parts_are_known_by_any_of_their_names(tmp_path, folders, found):
 
 def test_a_part_without_those_beside_it_is_no_class(tmp_path):
     tree(tmp_path / "p", "train/a/1.png", "train/b/1.png", "more/a/1.png")
+    (tmp_path / "p/train/.DS_Store").write_text("")
     with pytest.raises(UserError, match="train: is named like a part of a data set"):
         pack.pack(str(tmp_path / "p"), tmp_path / "s")
 

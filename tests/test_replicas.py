@@ -480,6 +480,31 @@ def test_who_holds_another_token_is_told_and_the_chief_says_who_was_turned_away(
     assert f"1 connection had another {messages.TOKEN}" in said[0]
 
 
+def test_a_worker_with_another_token_says_so_at_once(tmp_path):
+    addresses = [f"127.0.0.1:{port}" for port in ports(2)]
+    processes = []
+    for index, token in enumerate(("one", "two")):
+        place = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        flags = ["--strategy=multi_worker", "--preset=digits", f"--logdir={tmp_path}"]
+        environment = {"TF_CONFIG": json.dumps(place), messages.TOKEN: token}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tfloop", "train", *flags, "--worker_timeout=30"],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **environment},
+            )
+        )
+    chief, worker = processes
+    try:
+        _, error = worker.communicate(timeout=25)
+    finally:
+        chief.terminate()
+        chief.communicate(timeout=20)
+    assert worker.returncode == 2
+    assert f"the chief, has another {messages.TOKEN} in its environment" in error
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_that_dies_as_the_meeting_ends_ends_the_other_with_its_line(tmp_path, victim):
     """Where TensorFlow, which waits for it without end, hears no signal."""

@@ -45,7 +45,7 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
 
     if options["dry_run"]:
         session.dry_run(config, device, replicas)
-        return 0
+        return stop.code()
     override = options["override"]
     try:
         results = session.train(config, device, STARTED, stop.asked, resume, replicas, override)

@@ -172,7 +172,9 @@ def _parts_of(source: Path) -> dict[str, Path]:
         return places
     for place in places.values():  # a class may be called train, too; it holds pictures
         inner = _folders(place)
-        if inner and not any(path.is_file() for path in place.iterdir()):
+        if inner and not any(
+            p.is_file() and not pictures.is_hidden(p.name) for p in place.iterdir()
+        ):
             raise UserError(
                 f"{place}: is named like a part of a data set, and holds folders; beside "
                 f"{source / 'train'} there must be {source / 'test'} or {source / 'val'}"

@@ -52,11 +52,11 @@ class Part:
     def twice(self) -> tuple[Path, Path] | None:
         """Two shards that hold the same records, where there are such."""
         seen: dict[bytes, Path] = {}
-        for shard, path in enumerate(self.files):
-            rows = self.columns["shard"] == shard
-            crcs = self.columns["crc"][rows]
-            content = crcs.tobytes() + self.columns["length"][rows].tobytes()
-            if len(np.unique(crcs)) > 1 and seen.setdefault(content, path) != path:
+        ends = np.searchsorted(self.columns["shard"], np.arange(len(self.files)), side="right")
+        for path, first, end in zip(self.files, [0, *ends[:-1]], ends, strict=True):
+            crcs, lengths = (self.columns[name][first:end] for name in ("crc", "length"))
+            content = hashlib.sha256(crcs.tobytes() + lengths.tobytes()).digest()
+            if (crcs[1:] != crcs[:-1]).any() and seen.setdefault(content, path) != path:
                 return seen[content], path
         return None
 
@@ -119,12 +119,7 @@ def of_folder(folder: Path, skip: bool) -> Index:
         _write(folder, index)
     elif index.damaged and not skip:
         raise UserError(f"{index.damaged[0]}; --on_bad_record=skip leaves it out")
-    return index._replace(notes=(*notes, *index.notes, *_doubled(index)))
-
-
-def _doubled(index: Index) -> list[str]:
-    found = [twice for part in index.parts.values() if (twice := part.twice())]
-    return [f"{one.name} and {other.name} hold the same records" for one, other in found]
+    return index._replace(notes=(*notes, *index.notes))
 
 
 def _state(files: dict[str, list[Path]]) -> str:
@@ -204,6 +199,11 @@ def _scanned(state: str, files: dict[str, list[Path]], skip: bool) -> Index:
         notes = [
             f"{counted(count, 'picture')} of {counted(own, 'channel')} read with {shape[-1]}"
             for own, count in sorted(scan.widened.items())
+        ]
+        notes += [
+            f"{twice[0].name} and {twice[1].name} hold the same records"
+            for part in found.values()
+            if (twice := part.twice())
         ]
         return Index(state, found, shape, scan.standardizer(), scan.classes, tuple(notes))
 

@@ -263,16 +263,17 @@ def _ask(place: Place, hello: dict, timeout: float) -> tuple[dict, socket.socket
             except BaseException:
                 connection.close()
                 raise
-            if answer is None:
-                connection.close()
-                raise UserError(
-                    f"{place.name(0)}, the chief, has another {TOKEN} in its environment; give all "
-                    "workers the same"
-                )
-            return answer, connection
+            if answer is not None:
+                return answer, connection
+            connection.close()
+            break
         if time.monotonic() > deadline:
             raise UserError(f"{place.name(0)}, the chief, did not answer within {timeout:g} s")
         time.sleep(0.1)
+    raise UserError(
+        f"{place.name(0)}, the chief, has another {TOKEN} in its environment; give all workers the "
+        "same"
+    )
 
 
 def _converse(connection: socket.socket, hello: dict, patience: float) -> dict | None:

@@ -395,6 +395,8 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
             if isinstance(result, DivergenceError):
                 raise result
             assert result
+            if not result["final"]:  # it was asked to end
+                return
             loss = result["final"]["train"]["total"]
             display.say(
                 f"dry run: one step of {config.batch_size} {dataset.noun}, evaluation, "
