@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is los
 """
 
 import contextlib
+import errno
+import os
 import re
 import signal
 import sys
@@ -14,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from tfloop import streams
+from tfloop import plain_files, streams
 from tfloop.commands import COMMANDS, Command
 from tfloop.config import FIELDS, GROUPS, PRESETS, Config, check_given, users_of
 from tfloop.errors import DivergenceError, UserError, WorkerLost
@@ -55,9 +57,12 @@ def _ended(argv: list[str]) -> int:
         _say(f"{error.filename or 'writing'}: {error.strerror or error}")
         return BAD_INPUT
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if reason := _systems_reason(error):
+            _say(f"writing: {reason}")
+        elif _is_out_of_memory(error):
+            _say("out of memory; try a smaller model or --batch_size")
+        else:
             raise
-        _say("out of memory; try a smaller model or --batch_size")
         return BAD_INPUT
     except KeyboardInterrupt:
         _say("interrupted")
@@ -94,6 +99,13 @@ def _say(message: str) -> None:
     print(f"tfloop: {without_controls(message)}", file=sys.stderr)
 
 
+def _systems_reason(error: Exception) -> str:
+    """What keeps TensorFlow from writing, such as a full disk; "" where it is something else."""
+    is_tensorflows = type(error).__module__.startswith("tensorflow.")
+    reasons = map(os.strerror, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO))
+    return next((each for each in reasons if is_tensorflows and each in str(error)), "")
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     is_tensorflows = type(error).__name__ == "ResourceExhaustedError"
     return is_tensorflows or isinstance(error, MemoryError)
@@ -114,11 +126,12 @@ def _main(argv: list[str]) -> int:
         known = ", ".join(COMMANDS)
         raise UserError(f"'{name}' is no command; choose from {known}, or see --help")
     command = COMMANDS[name]
-    if command.topic in ("train", "search", "cluster"):
+    if name != "debug":  # which talks with its reader
         streams.go_on_without_readers()
     if any(argument in _HELP for argument in rest):
         print(_help(name, command))
         return 0
+    _check_flagfiles(rest)
     parsed = _flags(command)
     try:
         arguments = parsed([name, *rest])[1:]
@@ -139,6 +152,25 @@ def _main(argv: list[str]) -> int:
     check_given(config, given)
     options = {option: parsed[option].value for option in command.options}
     return command.function(config, options | {"given": given}, arguments)
+
+
+def _check_flagfiles(arguments: list[str], seen: tuple[str, ...] = ()) -> None:
+    """Raises UserError where a --flagfile, or one named in it, cannot be read or has no end."""
+    following = [*arguments[1:], ""]
+    for argument, after in zip(arguments, following, strict=True):
+        found = re.fullmatch(r"--?flagfile(?:=(.*))?", argument.strip())
+        if not found:
+            continue
+        path = os.path.expanduser(found[1] if found[1] is not None else after)
+        if path in seen:
+            raise UserError(f"--flagfile={path}: names itself")
+        try:
+            if not path.startswith("/dev/fd/"):  # the shell's own, as of <(command)
+                _check_flagfiles(plain_files.read_text(path).splitlines(), (*seen, path))
+        except OSError as error:
+            raise UserError(f"--flagfile={path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError("--flagfile: not a text file") from None
 
 
 def _config_file(command: Command, parsed: flags.FlagValues) -> dict[str, Any]:

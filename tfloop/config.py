@@ -11,12 +11,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tfloop import criterion
+from tfloop import criterion, plain_files
 from tfloop.errors import UserError
 from tfloop.optimizers import OPTIMIZERS, OptimizerSettings, check_pattern, parsed_rates
 from tfloop.registry import Registry, parameters
 from tfloop.schedules import SCHEDULES, ScheduleSettings
-from tfloop.settings import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Field, fields_of, option
+from tfloop.settings import COUNT, NOT_NEGATIVE, SHARE, WHOLE, Field, fields_of, option, whole
 from tfloop.user_code import is_reference
 from tfloop.wording import counted, listed
 
@@ -361,7 +361,7 @@ class Config(
     """
 
     @classmethod
-    def make(cls, preset: str = "article2", **values: Any) -> "Config":
+    def make(cls, /, preset: str = "article2", **values: Any) -> "Config":
         """The preset's settings with `values` in place of its own, checked.
 
         Args:
@@ -382,7 +382,7 @@ class Config(
         _check_combinations(config)
         return config
 
-    def replace(self, **values: Any) -> "Config":
+    def replace(self, /, **values: Any) -> "Config":
         """This configuration with other values, checked like new ones."""
         return Config.make(**{**dataclasses.asdict(self), **values})
 
@@ -420,10 +420,10 @@ class Config(
         """
         path = Path(path, "config.json") if Path(path).is_dir() else Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = plain_files.read_json(path)
         except OSError as error:
             raise UserError(f"{named}{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{named}{path}: not JSON: {error}") from None
         if not isinstance(values, dict):
             kind = type(values).__name__
@@ -640,15 +640,14 @@ def _check_formats(config: Config) -> None:
     parsed_rates(config.rate_of)
     first, _, last = config.profile.partition(":")
     if config.profile:
-        are_numbers = first.isdecimal() and last.isdecimal()
-        if not (are_numbers and int(first) < int(last) < 2**31):
+        bounds = whole(first), whole(last)
+        if None in bounds or bounds[0] >= bounds[1]:  # type: ignore[operator]  # none is None
             raise UserError(
                 f"--profile={config.profile}: expected FIRST:LAST, two step numbers that rise, "
                 "such as 100:120"
             )
     every = config.checkpoint_every.removesuffix("s")
-    is_count = every.isdecimal() and every.isascii() and int(every) > 0
-    if config.checkpoint_every != "epoch" and not is_count:
+    if config.checkpoint_every != "epoch" and not whole(every):
         raise UserError(
             f"--checkpoint_every={config.checkpoint_every}: expected epoch, a number of steps, or "
             "of seconds with an s, such as 30s"

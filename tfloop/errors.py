@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 _FLAG_OR_COMMAND = re.compile(r"(`[^`]*`)|(?<![\w-])--(?=[a-z])")
+_VERY_LONG = re.compile(r"([^\s/]{100})[^\s/]{200,}")
 
 
 def as_arguments(message: str) -> str:
@@ -25,7 +26,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        self.as_flags = message.replace("\n", " ")  # one line, whatever the input held
+        # One line, whatever the input held; no name of a file is as long as what is cut.
+        self.as_flags = _VERY_LONG.sub(r"\1 …", message.replace("\n", " "))
         super().__init__(as_arguments(self.as_flags))
 
 

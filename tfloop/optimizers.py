@@ -25,7 +25,16 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from tfloop.errors import UserError
 from tfloop.lazy import tf
 from tfloop.registry import Registry, parameters
-from tfloop.settings import NOT_NEGATIVE, POSITIVE, SHARE, UNIT, fields_of, option
+from tfloop.settings import (
+    LARGEST,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SMALLEST,
+    UNIT,
+    fields_of,
+    option,
+)
 from tfloop.vectors import LARGE, Blocks, Vector, blocks_of, count_elements, flatten, select
 from tfloop.wording import names_text
 
@@ -331,7 +340,8 @@ def parsed_rates(pairs: Sequence[str]) -> dict[str, float]:
             factor = float(text)
         except ValueError:
             factor = math.nan
-        if not colon or not pattern or not 0 <= factor < math.inf:
+        is_factor = factor == 0 or SMALLEST <= factor <= LARGEST
+        if not colon or not pattern or not is_factor:
             raise UserError(f"--rate_of={pair}: expected PATTERN:FACTOR, such as conv.*:0.1")
         check_pattern(pattern)
         found[pattern] = factor

@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def temporary(name: str) -> contextlib.AbstractContextManager[Path]:
+    """A new folder where the system has its temporary ones, for files of this name."""
+    return folder(Path(tempfile.gettempdir()), f"tfloop-{name}-")
+
+
 @contextlib.contextmanager
 def folder(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
     """A new folder in `parent`, which is made where it is missing; removed at the end of the block.

@@ -17,6 +17,7 @@ COUNT = (1, 2**31 - 1)
 WHOLE = (0, 2**31 - 1)
 POSITIVE = (1e-30, math.inf)
 NOT_NEGATIVE = (0.0, math.inf)
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32's normal numbers
 # In a list, such as one of layers: TensorFlow takes minutes for some hundred layers.
 MOST_VALUES, MOST_SEEDS = 256, 10_000
 
@@ -86,16 +87,29 @@ class Field(NamedTuple):
             value = _coerce(self.element, value)
         except (ValueError, TypeError, KeyError, OverflowError):
             expected = _EXPECTED[self.element]
-            raise UserError(f"--{self.name}: expected {expected}, found {value!r}") from None
+            raise UserError(f"--{self.name}: expected {expected}, found {_shown(value)}") from None
+        if self.element is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"--{self.name}={value!r} holds a character that no name can hold")
         if self.choices and value not in self.choices:
             known = ", ".join(self.choices)
             raise UserError(f"--{self.name}={value} is unknown; choose from {known}")
-        if self.element is float and not math.isfinite(value):
-            raise UserError(f"--{self.name}={value} is not a finite number")
+        if self.element is float:
+            self._check_in_float32(value)
         if self.within and not self.within[0] <= value <= self.within[1]:
             allowed = _range_text(self.within, value)
             raise UserError(f"--{self.name}={value} is out of range: it must {allowed}")
         return value
+
+    def _check_in_float32(self, value: float) -> None:
+        """All arithmetic is in float32: what that has no number for would be another setting."""
+        if not math.isfinite(value):
+            raise UserError(f"--{self.name}={value} is not a finite number")
+        if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
+            range_text = f"{SMALLEST:.2g} to {LARGEST:.2g}"
+            raise UserError(
+                f"--{self.name}={value} is out of range: float32 has numbers from {range_text}, "
+                "and 0"
+            )
 
 
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -112,7 +126,17 @@ def _coerce(element: type, value: Any) -> Any:
     is_fraction = element is int and isinstance(value, float) and value != int(value)
     if isinstance(value, bool) or is_fraction:
         raise TypeError
-    return element(value)
+    found = element(value)
+    if abs(found) >= 2**64 and element is int:
+        raise OverflowError
+    return found
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of very many digits"
 
 
 def _range_text(within: tuple[float, float], value: float) -> str:
@@ -124,6 +148,14 @@ def _range_text(within: tuple[float, float], value: float) -> str:
     if high >= 2**31 - 1 and value < low:
         return f"be at least {low:g}"
     return f"lie between {low:g} and {high:g}"
+
+
+def whole(text: str, most: int = COUNT[1]) -> int | None:
+    """The number that digits write; None where they write none, or a larger one than `most`."""
+    digits = text.lstrip("0") or text[-1:]
+    if not (text.isascii() and text.isdecimal() and len(digits) <= len(str(most))):
+        return None
+    return int(digits) if int(digits) <= most else None
 
 
 def fields_of(group: type) -> dict[str, Field]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+AT_ONCE = 0.2  # seconds within which several signals are one: systemd sends SIGTERM and SIGHUP
 LONGEST = 1.0  # seconds of compiled work between two questions
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from tfloop import plain_files
 from tfloop.errors import UserError
 from tfloop.wording import first_sentence, listed
 
@@ -200,7 +201,7 @@ _HELPERS: dict[Path, set[str]] = {}  # folder → modules that lie beside what w
 
 def _load_file(path: Path, what: str) -> ModuleType:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = plain_files.read_text(path)
     except UnicodeDecodeError:
         raise UserError(f"{what}: {path} is no text in UTF-8") from None
     except OSError as error:
@@ -275,5 +276,5 @@ def _sources(module: ModuleType) -> dict[str, str]:
     found = {}
     for path in (Path(str(used.__file__)) for used in seen.values()):
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            found[str(path)] = path.read_text(encoding="utf-8")
+            found[str(path)] = plain_files.read_text(path)
     return found

@@ -2,15 +2,18 @@
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from tfloop import stopping
 from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
+from tfloop.settings import COUNT, whole
 from tfloop.wording import counted, without_controls
 
 STARTED = time.perf_counter()  # when the program began, but for the imports above
@@ -112,10 +115,12 @@ def whole_number(options: dict[str, Any], name: str, least: int) -> int:
     Raises:
       UserError: it is no whole number, or less than `least`.
     """
-    text = options[name]
-    if not (text.isdecimal() and least <= int(text) < 2**31):
-        raise UserError(f"--{name}={text}: expected a whole number, {least} or more")
-    return int(text)
+    number = whole(options[name])
+    if number is None or number < least:
+        raise UserError(
+            f"--{name}={options[name]}: expected a whole number from {least} to {COUNT[1]}"
+        )
+    return number
 
 
 def number_of_steps(options: dict[str, Any]) -> int:
@@ -124,10 +129,9 @@ def number_of_steps(options: dict[str, Any]) -> int:
     Raises:
       UserError: it is no number of steps.
     """
-    text = options["steps"]
-    if not (text.isdecimal() and int(text)):
-        raise UserError(f"--steps={text}: expected a number of steps, 1 or more")
-    return int(text)
+    if number := whole(options["steps"]):
+        return number
+    raise UserError(f"--steps={options['steps']}: expected a number of steps from 1 to {COUNT[1]}")
 
 
 def positive_rate(options: dict[str, Any], name: str) -> float:
@@ -165,16 +169,28 @@ def curves_only(config: Config, options: dict[str, Any]) -> Config:
     return config
 
 
-def output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
-    """The file to write to; standard output where there is no path.
+@contextlib.contextmanager
+def output(path: str) -> Iterator[IO[str]]:
+    """The file to write to, which is there once all is written; standard output without a path.
 
     Raises:
       UserError: it cannot be written.
     """
     if not path:
-        return contextlib.nullcontext(sys.stdout)
+        yield sys.stdout
+        return
+    is_plain = Path(path).is_file() or not Path(path).exists()  # and no pipe or device
+    target = Path(os.path.realpath(path)) if is_plain else Path(path)
+    partial = target.with_name(f"{target.name}.partial") if is_plain else target
     try:
-        return open(path, "w", encoding="utf-8", newline="")
+        try:
+            with open(partial, "w", encoding="utf-8", newline="") as file:
+                yield file
+            partial.replace(target)
+        except BaseException:
+            if is_plain:
+                partial.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written: {error.strerror}") from None
 
@@ -182,12 +198,13 @@ def output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
 class Stop:
     """Ctrl-C, SIGTERM or SIGHUP once asks the run to end soon, with a checkpoint.
 
-    As long as nobody has called `asked`, no run has begun, and the signal raises StopAsked. Twice
-    ends the program.
+    As long as nobody has called `asked`, no run has begun, and the signal raises StopAsked. Asking
+    again ends the program; what comes at the same time, as SIGHUP with SIGTERM, is one question.
     """
 
     def __init__(self, listen: bool = True) -> None:
         self._signal, self._has_begun, self._is_alone = 0, False, True
+        self._asked_at = 0.0
         if listen:
             self.listen()
 
@@ -207,10 +224,13 @@ class Stop:
                     signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
-        self._signal = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may say it twice
+        if self._signal:
+            is_again = time.monotonic() - self._asked_at > stopping.AT_ONCE
+            if is_again and number != signal.SIGHUP:  # a terminal that closes may say that twice
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._signal, self._asked_at = number, time.monotonic()
         if self._is_alone and (not self._has_begun or stopping.is_interruptible()):
             stopping.break_off(number)
 

@@ -5,6 +5,7 @@ from typing import Any
 from tfloop.commands.command import HOW, Command, start, without
 from tfloop.config import Config
 from tfloop.errors import DivergenceError, UserError
+from tfloop.settings import whole
 
 
 def debug(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
@@ -99,7 +100,7 @@ def _run(loop: Any, epochs: int, at: int | None, condition: str, on_nan: bool) -
 def _check(at: str, condition: str, on_nan: bool) -> None:
     if sum(map(bool, (at, condition, on_nan))) > 1:
         raise UserError("--break_at, --break_if and --break_on_nan exclude each other: choose one")
-    if at and not at.isdecimal():
+    if at and whole(at) is None:
         raise UserError(f"--break_at={at}: expected the number of a step, 0 or more")
     try:
         compile(condition or "0", "--break_if", "eval")

@@ -16,6 +16,7 @@ from tfloop.commands.command import Command, one_of
 from tfloop.config import FIELDS, Config
 from tfloop.errors import UserError
 from tfloop.machine import guardian, messages, network
+from tfloop.settings import whole
 from tfloop.wording import value_text
 
 PATIENCE = 30.0  # seconds that the other workers get to end by themselves after one has
@@ -23,7 +24,7 @@ PATIENCE = 30.0  # seconds that the other workers get to end by themselves after
 
 def launch(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     text = options["workers"]
-    if not (text.isdecimal() and text.isascii() and 1 <= int(text) <= 64):
+    if not whole(text, most=64):
         raise UserError(f"--workers={text}: expected a number of processes from 1 to 64")
     if options["given"].get("strategy", "multi_worker") != "multi_worker":
         raise UserError(

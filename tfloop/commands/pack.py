@@ -5,6 +5,7 @@ from typing import Any
 from tfloop.commands.command import WHERE, Command, one_of, start
 from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.settings import whole
 from tfloop.wording import counted, shape_text
 
 
@@ -13,7 +14,7 @@ def pack(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
         found = counted(len(arguments), "argument")
         raise UserError(f"pack: expected SOURCE and FOLDER, found {found}")
     format, size = one_of(options, "format", ("png", "raw")), options["shard_mib"]
-    if not (size.isdecimal() and 1 <= int(size) <= 2**20):
+    if not whole(size, most=2**20):
         raise UserError(f"--shard_mib={size}: expected the size of a shard, from 1 to {2**20} MiB")
     start(config)
     from tfloop.data import pack

@@ -5,6 +5,7 @@ from typing import Any
 from tfloop.commands.command import FAILED, RUN_CODE, WHERE, Command, one_argument, start
 from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.settings import whole
 
 
 def replay(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
@@ -32,7 +33,7 @@ def replay(config: Config, options: dict[str, Any], arguments: list[str]) -> int
 
 def _end(records: Any, at: str) -> int:
     """The step that comes after the stretch."""
-    if at.isdecimal() and int(at) == records.steps:
+    if whole(at) == records.steps:
         return records.steps
     return records.step_of(at)
 

@@ -10,7 +10,7 @@ from tfloop.config import GROUPS, Config
 from tfloop.errors import UserError
 from tfloop.training.folders import config_of, finite, runs_in
 from tfloop.training.folders import result as result_of
-from tfloop.wording import listed
+from tfloop.wording import listed, without_controls
 
 
 def scalars(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
@@ -41,7 +41,11 @@ def scalars(config: Config, options: dict[str, Any], arguments: list[str]) -> in
     names = event_files.Scalar._fields
     with output(options["out"]) as file:
         if format == "csv":
-            csv.writer(file, lineterminator="\n").writerows([names, *rows])
+            shown = str if not file.isatty() else without_controls  # a tag may hold what it acts on
+            lines = [
+                [shown(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+            ]
+            csv.writer(file, lineterminator="\n").writerows([names, *lines])
             return 0
         objects = [dict(zip(names, (*row[:-1], finite(row[-1])), strict=True)) for row in rows]
         file.write("[\n" + ",\n".join(map(json.dumps, objects)) + "\n]\n")

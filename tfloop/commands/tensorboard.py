@@ -8,6 +8,7 @@ from typing import Any
 from tfloop.commands.command import Command, one_argument, start
 from tfloop.config import Config
 from tfloop.errors import UserError
+from tfloop.settings import whole
 
 
 def tensorboard(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
@@ -16,7 +17,7 @@ def tensorboard(config: Config, options: dict[str, Any], arguments: list[str]) -
         folder = one_argument(arguments, "LOGDIR", "the folder with the runs")
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; train first, or name the folder with the runs")
-    if port and not (port.isdecimal() and int(port) < 65536):
+    if port and whole(port, most=65535) is None:
         raise UserError(
             f"--port={port}: expected a number from 0 to 65535; 0 takes any that is free"
         )

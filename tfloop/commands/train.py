@@ -31,11 +31,15 @@ def train(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
     if finished := _finished(config, resume):
         print(finished)
         if place:
-            cluster.refuse(place, asked, finished)
+            cluster.refuse(place, asked, finished, is_mistake=False)
         return 0
     from tfloop.machine import devices
 
-    config, device, replicas = devices.start(config, asked, guard)
+    try:
+        config, device, replicas = devices.start(config, asked, guard)
+    except cluster.NothingToDo as error:
+        print(error)
+        return 0
     stop.listen(is_alone=not guard)
     if guard:
         guard.started()

@@ -98,6 +98,8 @@ def _make(folder: Path, contents: _Contents, format: str, shard_mib: int) -> Non
         raise UserError(f"{folder}: a class has a name that is no UTF-8; rename it") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    except tf.errors.OpError as error:
+        raise UserError(f"{folder}: cannot be written: {error.message}") from None
     except UserError as error:
         message = error.as_flags.replace(f"--dataset={partial}", str(folder))
         raise UserError(message.replace(str(partial), str(folder))) from None

@@ -33,6 +33,7 @@ def read_idx(path: str | Path, sha256: str | None = None) -> np.ndarray:
       UserError: the file is truncated, damaged, longer than its header says, or has another sum.
     """
     path = Path(path)
+    _check_plain(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -92,6 +93,7 @@ def read_npz(
       UserError: the file is damaged, promises more than it can hold or than fits into memory, or
         holds Python objects.
     """
+    _check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -130,6 +132,7 @@ def read_npy(path: str | Path) -> np.ndarray:
     Raises:
       UserError: the file is damaged, promises more than it holds, or holds Python objects.
     """
+    _check_plain(path)
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
@@ -142,6 +145,12 @@ def read_npy(path: str | Path) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     except (OSError, EOFError, ValueError, SyntaxError, TypeError, MemoryError) as error:
         raise UserError(f"{path}: damaged or not an .npy of a plain array: {error}") from None
+
+
+def _check_plain(path: str | Path) -> None:
+    """Raises UserError for a named pipe or a device, which may have no end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path}: is no plain file; write what it gives into one")
 
 
 def check_fits(path: str | Path, size: int) -> None:

@@ -31,6 +31,15 @@ class Part(NamedTuple):
     digest: bytes
 
 
+_SERVE = """
+import signal, sys
+from tfloop.machine.guardian import end_with
+end_with(int(sys.argv[2]), signal.SIGKILL)
+from tfloop.history.side import serve
+serve(int(sys.argv[1]))
+"""
+
+
 class Side:
     """The process of one side. Use it in a `with` block."""
 
@@ -43,9 +52,8 @@ class Side:
           changes: settings in place of the run's own, whatever they change.
         """
         ours, theirs = socketpair()
-        code = "import sys; from tfloop.history.side import serve; serve(int(sys.argv[1]))"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(theirs.fileno())],
+            [sys.executable, "-c", _SERVE, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

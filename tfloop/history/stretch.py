@@ -1,9 +1,11 @@
 """A stretch of a run trained again, with summaries, a profile and checks of its own."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tfloop import scratch
 from tfloop.config import Config
 from tfloop.errors import DivergenceError, UserError
 from tfloop.history.records import Records
@@ -41,6 +43,28 @@ def train_again(
       UserError: the folder is not empty, the data are others, or the steps cannot be reached.
     """
     folder = Path(out) if out else records.folder / f"{REPLAYS}{first}-{last}"
+    with _made_whole(records, folder) as partial:
+        replay = Replay(records, config, say, device)
+        replay.begin_for(first)
+        replay.to(first)
+        for line in _judged(replay, "before the stretch"):
+            say(line)
+        is_same, before = not replay.differing, replay.compared
+        is_same &= _write(replay, partial, last, say, histograms)
+        compared = counted(replay.compared - before, "call")
+        say(f"{folder}: steps {first} to {replay.step - 1}, {compared} compared")
+        for line in _judged(replay, "in all"):
+            say(line)
+        return _compare_end(replay, say) and is_same and not replay.differing
+
+
+@contextlib.contextmanager
+def _made_whole(records: Records, folder: Path) -> Iterator[Path]:
+    """A folder that gets this name at the end of the block.
+
+    Raises:
+      UserError: the name is taken, or would be taken for part of the run; it cannot be written.
+    """
     own, inside = records.folder.resolve(), folder.resolve()
     within = inside.relative_to(own).parts if own in (inside, *inside.parents) else (REPLAYS,)
     if not within or not within[0].startswith(REPLAYS):
@@ -48,20 +72,32 @@ def train_again(
             f"--out={folder}: lies in the run's own folder, where only names that begin with "
             f"{REPLAYS} are not taken for the run's"
         )
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is not empty; name another folder: --out=FOLDER")
-    replay = Replay(records, config, say, device)
-    replay.begin_for(first)
-    replay.to(first)
-    for line in _judged(replay, "before the stretch"):
-        say(line)
-    loop, settings = replay.loop, dataclasses.asdict(config)
-    is_same, before = not replay.differing, replay.compared
+    try:
+        with scratch.folder(folder.absolute().parent, f"{REPLAYS}unfinished-") as partial:
+            yield partial
+            partial.chmod(0o755)
+            partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def _write(
+    replay: Replay, folder: Path, last: int, say: Callable[[str], None], histograms: bool
+) -> bool:
+    """Train until `last` is the next step, and write what the summaries ask for.
+
+    Returns:
+      Are the weights after each epoch those of the run?
+    """
+    loop, config, is_same = replay.loop, replay.config, True
+    settings = dataclasses.asdict(config)
     with (
         Summaries(folder, loop, config.summaries, settings) as summaries,
         Profile(config, folder, say) as profile,
     ):
-        profile.move_to(first)
+        profile.move_to(replay.step)
         try:
             for record in replay.items(last, evaluates=True):
                 profile.write(record)
@@ -70,16 +106,12 @@ def train_again(
                     summaries.histograms(record.step)
                 if isinstance(record, Epoch):
                     say(epoch_line(record, config.epochs))
-                    is_same &= _is_recorded(records, record, say)
+                    is_same &= _is_recorded(replay.records, record, say)
             summaries.finish()
         except DivergenceError as error:
             say(error.as_flags)
             summaries.end(succeeded=False)
-    compared = replay.compared - before
-    say(f"{folder}: steps {first} to {replay.step - 1}, {counted(compared, 'call')} compared")
-    for line in _judged(replay, "in all"):
-        say(line)
-    return _compare_end(replay, say) and is_same and not replay.differing
+    return is_same
 
 
 def _judged(replay: Replay, when: str) -> list[str]:

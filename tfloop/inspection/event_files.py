@@ -13,7 +13,6 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.util.tensor_util import make_ndarray
 
 from tfloop.data.tf_data import UNTUNED
 from tfloop.errors import UserError
@@ -153,7 +152,12 @@ def read_files(files: Iterable[Path], folder: Path) -> list[Scalar]:
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars":
                     known.add((run, value.tag))  # later values of a tag may come without it
-                number = _number(value, (run, value.tag) in known)
+                try:
+                    number = _number(value, (run, value.tag) in known)
+                except (TypeError, ValueError):
+                    raise UserError(
+                        f"{path}: is damaged: {value.tag} at step {event.step} holds no number"
+                    ) from None
                 if number is not None:
                     scalars.append(Scalar(run, value.tag, event.step, event.wall_time, number))
     return scalars
@@ -165,16 +169,21 @@ def _number(value: Any, is_scalar: bool) -> float | None:
     Args:
       value: a Summary.Value.
       is_scalar: does its tag belong to TensorBoard's scalars?
+
+    Raises:
+      TypeError, ValueError: it holds what no type and shape of its kind holds.
     """
     kind = value.WhichOneof("value")
     if kind == "simple_value":
         return value.simple_value
     if kind != "tensor" or not is_scalar:
         return None
-    array = make_ndarray(value.tensor)
-    if array.size != 1 or array.dtype.kind not in "fiub":
+    sizes = [axis.size for axis in value.tensor.tensor_shape.dim]
+    dtype = tf.as_dtype(value.tensor.dtype)
+    is_number = dtype.is_floating or dtype.is_integer or dtype.is_bool
+    if any(size != 1 for size in sizes) or not is_number:
         return None
-    return float(array.reshape(()))
+    return float(tf.make_ndarray(value.tensor).reshape(()))
 
 
 def _events(path: Path) -> Iterator[Event]:

@@ -8,7 +8,6 @@ of a layer, and "gradient_tape" on the way back.
 
 import dataclasses
 import re
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from tfloop import scratch
 from tfloop.data.pipelines import FromDataset
 from tfloop.errors import UserError
 from tfloop.loop import Loop
@@ -200,15 +200,15 @@ def profile(loop: Loop, seconds: float = SECONDS) -> Profile:
     calls = _Calls(loop)
     calls.run(0.0, least=2)  # what happens once does not count
     step, waiting, between = calls.run(seconds, least=3)
-    with tempfile.TemporaryDirectory() as folder:
-        tf.profiler.experimental.start(folder)
+    with scratch.temporary("profile") as folder:
+        tf.profiler.experimental.start(str(folder))
         try:
             before = int(loop.state.global_step)
             calls.run(seconds / 2, least=1)
             steps = int(loop.state.global_step) - before
         finally:
             tf.profiler.experimental.stop()
-        events, device = read_trace(folder)
+        events, device = read_trace(str(folder))
     if not events:
         raise UserError("TensorFlow's profiler recorded no operation of the step")
     return summed_up(loop, events, steps, (step, waiting, between), device)

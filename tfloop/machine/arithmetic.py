@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import ops as registry
 
+from tfloop import plain_files
 from tfloop.machine import devices
 
 # What multiplies matrices; all else is little beside it, and bound by memory.
@@ -121,7 +122,7 @@ def peak(again: bool = False) -> float:
     file = devices.state_folder() / "peak.json"
     key = _machine()
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = plain_files.read_json(file)
         best = known[key] if isinstance(known.get(key), float) else 0.0
     except (OSError, ValueError, AttributeError):
         known, best = {}, 0.0

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tfloop.config import Config
+from tfloop.config import FIELDS, Config
 from tfloop.errors import UserError
 from tfloop.machine.messages import PATIENCE, TOKEN, opened, read_line, send, signed
 from tfloop.machine.places import Place
@@ -69,6 +69,7 @@ def meet(place: Place, asked: Config, settings: Config, device: str) -> Meeting:
     Raises:
       UserError: a port that is taken, a worker that did not come within asked.worker_timeout
         seconds, two of one index, or workers that differ; on all workers that are there.
+      NothingToDo: as the chief says.
     """
     hello = {
         "index": place.index,
@@ -92,12 +93,27 @@ def meet(place: Place, asked: Config, settings: Config, device: str) -> Meeting:
         raise
     if "error" in answer:
         raise UserError(printable(answer["error"]))
+    if "done" in answer:
+        raise NothingToDo(printable(answer["done"]))
     local = {name: getattr(asked, name) for name in MAY_DIFFER}
-    return Meeting(Config.make(**{**answer["settings"], **local}), {0: link})
+    return Meeting(_settings_of(place, answer, local), {0: link})
 
 
-def refuse(place: Place, asked: Config, reason: str) -> None:
+def _settings_of(place: Place, answer: dict, local: dict[str, Any]) -> Config:
+    """Those that the chief sent, with this worker's own where they may differ."""
+    settings = answer["settings"]
+    if set(settings) != set(FIELDS) or settings["strategy"] != "multi_worker":
+        raise UserError(f"{place.name(0)}, the chief, sent settings that are no cluster's")
+    return Config.make(**{**settings, **local})
+
+
+class NothingToDo(Exception):
+    """The chief says that nothing is left to train."""
+
+
+def refuse(place: Place, asked: Config, reason: str, is_mistake: bool = True) -> None:
     """On the chief: tell the workers, as they come, why there will be no training."""
+    answer = {"error" if is_mistake else "done": f"{place.name(0)}: {reason}"}
     deadline = time.monotonic() + asked.worker_timeout
     refused: set[int] = set()
     with (
@@ -111,7 +127,7 @@ def refuse(place: Place, asked: Config, reason: str) -> None:
                 break
             if event.hello:
                 refused.add(event.hello["index"])
-                event.visitor.answer({"error": f"{place.name(0)}: {reason}"})
+                event.visitor.answer(answer)
 
 
 class _CannotListen(UserError):
@@ -294,9 +310,10 @@ def _converse(connection: socket.socket, hello: dict, patience: float) -> dict |
     if "refused" in message:
         return None
     answer = opened(message, nonce, theirs)
-    if not isinstance(answer.get("error", ""), str):
+    reasons = [answer[name] for name in ("error", "done") if name in answer]
+    if not all(isinstance(reason, str) for reason in reasons):
         raise ValueError("no answer")
-    if "error" not in answer and not isinstance(answer.get("settings"), dict):
+    if not reasons and not isinstance(answer.get("settings"), dict):
         raise ValueError("no answer")
     return answer
 

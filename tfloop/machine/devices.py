@@ -12,6 +12,7 @@ from tfloop import parallelism
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.machine import cluster, guardian, places
+from tfloop.settings import whole
 from tfloop.stopping import StopAsked, surfacing
 
 
@@ -155,7 +156,7 @@ def _chosen_gpus(config: Config) -> list:
 
     gpus = tf.config.list_physical_devices("GPU")
     kind, _, number = config.device.partition(":")
-    is_number = kind == "gpu" and number.isdigit()
+    is_number = kind == "gpu" and whole(number) is not None
     if kind not in ("auto", "cpu", "gpu") or (number and not is_number):
         raise UserError(f"--device={config.device} is unknown; use auto, cpu, gpu or gpu:N")
     first = int(number or 0)
@@ -258,7 +259,7 @@ def _silent_stderr() -> Iterator[None]:
         try:
             with surfacing():
                 yield
-        except (UserError, KeyboardInterrupt, StopAsked):
+        except (UserError, KeyboardInterrupt, StopAsked, cluster.NothingToDo):
             raise
         except BaseException:
             sink.seek(0)

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tfloop.machine.places import Place
+from tfloop.stopping import AT_ONCE
 from tfloop.wording import joined
 
 GRACE = 15.0  # seconds that training gets to end by itself once another worker is gone
@@ -158,6 +159,7 @@ class _Guardian:
         self._handed: list[int] = []  # file descriptors that have come with messages
         self._gone: list[int] = []  # other workers, as they went
         self._asked = self._has_started = False
+        self._asked_at = 0.0
         self._deadline = float("inf")  # by which the child must have ended
         self._why = ""  # the line that is said then
         self._code = WORKER_LOST
@@ -266,11 +268,13 @@ class _Guardian:
     def _hand_on_signals(self) -> None:
         while signal.sigpending() & self._heeded:
             number = signal.sigwait(self._heeded)
+            if self._asked and time.monotonic() - self._asked_at < AT_ONCE:
+                continue
             if self._asked or not self._has_started:
                 self._kill_child()
                 self._say("interrupted" if number == signal.SIGINT else "terminated")
                 raise SystemExit(self._close(128 + number))
-            self._asked = True
+            self._asked, self._asked_at = True, time.monotonic()
             os.kill(self._child, number)
             why = f"did not end within {self._timeout:g} s after it was asked to: killed"
             self._set_end(self._timeout, why, 128 + number)

@@ -8,6 +8,7 @@ import sys
 from typing import Any, NamedTuple
 
 from tfloop.errors import UserError
+from tfloop.settings import whole
 
 
 class Place(NamedTuple):
@@ -64,8 +65,8 @@ def _from_tf_config(text: str) -> Place:
         raise _wrong_tf_config(f"has jobs {', '.join(map(str, cluster))}")
     addresses = [address for job in jobs for address in job]
     for address in addresses:
-        port = address.rpartition(":")[2] if isinstance(address, str) else ""
-        if not (port.isdecimal() and port.isascii() and 0 < int(port) < 65536):
+        host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+        if not _is_host(host) or not whole(port, most=65535):
             raise _wrong_tf_config(f"{address!r} is no host:port")
     if len(set(addresses)) < len(addresses):
         raise _wrong_tf_config("two workers have one address")
@@ -79,6 +80,14 @@ def _from_tf_config(text: str) -> Place:
     return Place(first + int(index), tuple(addresses))
 
 
+def _is_host(name: str) -> bool:
+    """May it be a host's name or address? Each part of a name has 1 to 63 characters."""
+    try:
+        return bool(name.encode("idna")) and name.isprintable() and " " not in name
+    except UnicodeError:
+        return False
+
+
 def _from_slurm() -> Place:
     # TensorFlow knows best how to read Slurm's variables. It is asked in another process: this one
     # becomes a guardian, and has not yet chosen what TensorFlow reads when it is imported.
@@ -87,7 +96,12 @@ def _from_slurm() -> Place:
         if done.returncode:
             raise ValueError(done.stderr.strip().splitlines()[-1])
         workers = json.loads(done.stdout.splitlines()[-1])
-        return Place(int(os.environ["SLURM_PROCID"]), tuple(workers))
+        index = whole(os.environ["SLURM_PROCID"], most=len(workers) - 1)
+        if index is None:
+            raise ValueError(
+                f"SLURM_PROCID={os.environ['SLURM_PROCID']} is none of {len(workers)} tasks"
+            )
+        return Place(index, tuple(workers))
     except (ValueError, IndexError) as error:
         raise UserError(
             f"--strategy=multi_worker: Slurm's variables do not describe a job step: {error}"

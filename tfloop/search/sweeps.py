@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tfloop import criterion
+from tfloop import criterion, plain_files
 from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.criterion import Criterion
 from tfloop.errors import UserError
@@ -308,7 +308,7 @@ def opened(folder: Path, config: Config, search: dict[str, Any], resume: bool) -
         folders.write_json(folder / FILE, asked)
         return
     try:
-        stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        stored = plain_files.read_json(folder / FILE)
         names = [
             (part, name) for part in ("config", "search") for name in {*stored[part], *asked[part]}
         ]

@@ -10,17 +10,17 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
+from tfloop import plain_files, scratch
 from tfloop.errors import UserError
 from tfloop.optimizers import Optimizer
 from tfloop.state import TrainState
-from tfloop.training.manifests import FORMAT, MANIFEST, all_in, sum_of
+from tfloop.training.manifests import FORMAT, MANIFEST, all_in, number_of, sum_of
 from tfloop.training.manifests import newest as newest
 from tfloop.training.manifests import read_manifest as read_manifest
 from tfloop.vectors import count_elements
@@ -41,7 +41,7 @@ class Checkpoints:
 
     def next_name(self) -> str:
         """The name that `save` will give."""
-        last = max((int(path.name[:6]) for path in all_in(self._folder)), default=0)
+        last = max(map(number_of, all_in(self._folder)), default=0)
         return f"{last + 1:06d}-step-{int(self._state.global_step):08d}"
 
     def save(self, about: dict[str, Any], best: str | None = None) -> Path:
@@ -55,6 +55,8 @@ class Checkpoints:
           UserError: it cannot be written; the older ones are untouched.
         """
         path = self._folder / self.next_name()
+        if self._folder.is_symlink():  # what it points to is not the run's
+            raise UserError(f"{self._folder}: has become a link; nothing is written through it")
         try:
             self._clean()
             self._write(path, about)
@@ -148,8 +150,8 @@ def _plain_name(path: Path) -> Iterator[str]:
     if not set("[]*?\\{}") & set(str(path.absolute())):
         yield str(path / "state")
         return
-    with tempfile.TemporaryDirectory(prefix="tfloop-") as folder:
-        link = Path(folder) / "checkpoint"
+    with scratch.temporary("checkpoint") as folder:
+        link = folder / "checkpoint"
         link.symlink_to(path.absolute(), target_is_directory=True)
         yield str(link / "state")
 
@@ -187,7 +189,7 @@ def _leave_out_what_it_did(state: TrainState, path: Path) -> None:
     A state learns of that in its loop's first step, which this one may not have made.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = plain_files.read_json(path / MANIFEST, finite=False)
         named = set(manifest.get("without_gradient", ()))
     except (OSError, ValueError, AttributeError):
         return  # `read_manifest` says what is wrong with it

@@ -7,12 +7,11 @@ command line, or in Python, is noted in a file of the user's own, outside all ru
 kept in a folder is for reading; it is never run unless it is named. Needs no TensorFlow.
 """
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tfloop import user_code
+from tfloop import plain_files, user_code
 from tfloop.config import CODE, Config
 from tfloop.errors import UserError
 from tfloop.machine import devices
@@ -47,7 +46,7 @@ def _key(reference: str) -> str:
 
 def _noted() -> set[str]:
     try:
-        return set(notes().read_text(encoding="utf-8").splitlines())
+        return set(plain_files.read_text(notes()).splitlines())
     except (OSError, UnicodeDecodeError):
         return set()
 
@@ -119,7 +118,7 @@ def _make(folder: Path) -> None:
 
 def _stored(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = plain_files.read_json(folder / FILE)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -213,7 +212,7 @@ def _changed(reference: str, entry: dict | None) -> str:
     for name in map(str, names):
         path = source.parent / name
         try:
-            contents[name] = path.read_text(encoding="utf-8")
+            contents[name] = plain_files.read_text(path)
         except (OSError, UnicodeDecodeError):
             return str(path)
     if user_code.digest_of(contents) == entry.get("digest"):

@@ -1,7 +1,6 @@
 """Models for others: plain Keras or TensorFlow, which take raw inputs and need no tfloop."""
 
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +189,11 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
                 model.export(partial, verbose=False)
             else:
                 # TensorFlow takes the name of a saved model for a pattern, so its folder is plain.
-                with tempfile.TemporaryDirectory() as saved:
-                    model.export(saved, verbose=False)
-                    partial.write_bytes(tf.lite.TFLiteConverter.from_saved_model(saved).convert())
+                with scratch.temporary("export") as saved:
+                    model.export(str(saved), verbose=False)
+                    partial.write_bytes(
+                        tf.lite.TFLiteConverter.from_saved_model(str(saved)).convert()
+                    )
             for made in sorted(folder.iterdir(), key=lambda made: made == partial):  # it last
                 if made.name.startswith(path.name):
                     made.rename(path.with_name(made.name))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tfloop import scratch
+from tfloop import plain_files, scratch
 from tfloop.config import CODE, FIELDS, GROUPS, Config
 from tfloop.errors import UserError
 from tfloop.schedules import needs_length
@@ -180,17 +180,17 @@ def group_of(folder: Path) -> tuple[list[Path], int]:
       UserError: the file that tells cannot be read.
     """
     try:
-        group = json.loads((folder / GROUP).read_text(encoding="utf-8"))
+        group = plain_files.read_json(folder / GROUP)
         if any(name in ("", "..") or Path(name).name != name for name in group["folders"]):
             raise ValueError  # a group lies in one folder
         members = [folder.parent / name for name in group["folders"]]
         ensemble = int(group["ensemble"])
-        if folder not in members or ensemble < 1:
+        if folder not in members or len(set(members)) < len(members) or ensemble < 1:
             raise ValueError
         return members, ensemble
     except FileNotFoundError:
         return [folder], 1
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise UserError(
             f"{folder / GROUP}: cannot be read; go on with one run: --resume={folder}"
         ) from None
@@ -203,8 +203,8 @@ def result(folder: Path) -> dict[str, Any]:
       UserError: it can be read, and says something that no run writes.
     """
     try:
-        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = plain_files.read_json(folder / RESULT)
+    except (OSError, ValueError):
         return {}
     if not isinstance(content, dict):
         return {}
@@ -410,24 +410,33 @@ def check_writable(folder: Path, flag: str = "--logdir") -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run's folder for this process.
 
-    The system lets go of it when the process ends, however it does.
+    The system lets go of it when the process ends, however it does. The folder itself is locked,
+    and a file in it, since NFS locks no folders.
 
     Raises:
       UserError: another process holds it, or there are links in it.
     """
     check_holds_no_links(folder)
-    with open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process trains this run; wait for it, or end it"
-            ) from None
+    with contextlib.ExitStack() as held:
+        for name, flags in ((".", os.O_RDONLY), ("lock", os.O_RDWR | os.O_CREAT)):
+            descriptor = os.open(folder / name, flags | os.O_NOFOLLOW, 0o666)
+            held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another process trains this run; wait for it, or end it"
+                ) from None
+            except OSError:
+                if name != ".":
+                    raise
         yield
 
 
 def check_holds_no_links(folder: Path) -> None:
-    """Raises UserError where a link in the folder would have what it points to changed."""
+    """Raises UserError where a link, the folder or one in it, would have something else changed."""
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link; name the run's own folder: {folder.resolve()}")
     for parent, names, files in os.walk(folder):
         for name in (*names, *files):
             path = Path(parent, name)
@@ -475,8 +484,16 @@ def write(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """`write`, as JSON."""
-    write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """`write`, as JSON, which has no NaN and no infinity: null stands in their place."""
+    write(path, json.dumps(_all_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _all_finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _all_finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_all_finite(value) for value in content]
+    return finite(content) if isinstance(content, float) else content
 
 
 def reached_text(metrics: dict[str, Any]) -> str:

@@ -1,13 +1,21 @@
 """Is what was read from a JSON file of the types that a run writes?
 
-A kind is a type, or several in a tuple; a list with the kind of its entries; a dict with the kinds
+A kind is a type, or `Number`; a list with the kind of its entries; a dict with the kinds
 of the entries it must have, or may have where the name ends in "?"; `Each`, a dict whose values are
 all of one kind; or `Maybe`, where it may be None.
 """
 
+import math
 from typing import Any, NamedTuple
 
-NUMBER = (int, float)
+
+class Number(NamedTuple):
+    """A whole number or a fraction, and whether NaN and infinity are none."""
+
+    is_finite: bool
+
+
+NUMBER, ANY_NUMBER = Number(True), Number(False)
 
 
 class Each(NamedTuple):
@@ -34,6 +42,9 @@ def is_of(value: Any, kind: Any) -> bool:
             is_of(value[name.rstrip("?")], each) if name.rstrip("?") in value else name[-1] == "?"
             for name, each in kind.items()
         )
+    if isinstance(kind, Number):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and (math.isfinite(value) or not kind.is_finite)
     is_bool = isinstance(value, bool)
     return isinstance(value, kind) and (not is_bool or kind is bool)
 
@@ -46,7 +57,7 @@ ENTRY = {  # of a result's epochs and evaluations
     "test?": Maybe(_METRICS),
     "validation?": Maybe(_METRICS),
     "weights_sha256?": str,
-    "learning_rate?": NUMBER,
+    "learning_rate?": Maybe(NUMBER),
     "rate?": NUMBER,
     "seconds?": NUMBER,
     "steps?": int,

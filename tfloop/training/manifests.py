@@ -5,10 +5,12 @@ Needs no TensorFlow.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tfloop import plain_files
 from tfloop.errors import UserError
 from tfloop.training import kinds
 
@@ -18,9 +20,14 @@ MANIFEST = "manifest.json"
 
 def all_in(folder: str | Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
-    paths = Path(folder).glob("??????-step-*")
-    numbered = [path for path in paths if (path.name[:6] + path.name[12:]).isdecimal()]
-    return sorted(numbered, reverse=True)
+    paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return sorted(filter(number_of, paths), key=number_of, reverse=True)
+
+
+def number_of(path: Path) -> int:
+    """Of a checkpoint, from 1 on, in the order they were made; 0 for what is none."""
+    found = re.fullmatch(r"(\d{6,18})-step-\d{8,18}", path.name, re.ASCII)
+    return int(found[1]) if found else 0
 
 
 def newest(
@@ -60,9 +67,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = plain_files.read_json(file, finite=False)
         digest, version = manifest.pop("sha256_of_this", None), manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{file}: missing or damaged: {error}") from None
     is_whole = digest == sum_of(manifest)
     if version != FORMAT and (is_whole or isinstance(version, int)):
@@ -86,7 +93,7 @@ _KINDS: dict[str, Any] = {
     "tfloop": str,
     "config": dict,
     "data": {"inputs": dict, "targets": dict, "kinds": kinds.Each(dict)},
-    "ranges": kinds.Each([kinds.NUMBER]),
+    "ranges": kinds.Each([kinds.ANY_NUMBER]),
     "fingerprint": int,
     "held_out_fingerprints": kinds.Each(int),
     "machine": dict,
@@ -104,7 +111,16 @@ _KINDS: dict[str, Any] = {
     },
     "best": kinds.Maybe({**kinds.BEST, "checkpoint": str}),
     "events": kinds.Each(int),
-    "part": kinds.Maybe({"steps": int, "sums": [kinds.NUMBER]}),
+    "part": kinds.Maybe(
+        {
+            "steps": int,
+            "sums": [kinds.ANY_NUMBER],
+            "worst?": float,
+            "seconds?": kinds.NUMBER,
+            "waited?": kinds.NUMBER,
+            "learning_rate?": kinds.Maybe(kinds.NUMBER),
+        }
+    ),
     "without_gradient": [str],
 }
 

@@ -301,7 +301,7 @@ class Run:
         try:
             self._reached = Reached(**manifest["reached"])
             # Of other settings, such as other metrics, the sums are others.
-            self._loop.part = None if differs else call_part(manifest)
+            self._loop.part = None if differs else call_part(manifest, self._loop)
         except (TypeError, KeyError):
             raise UserError(f"{path}: its manifest is not what a run writes") from None
         for entry in self._reached.epochs:
@@ -495,10 +495,18 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def call_part(manifest: dict[str, Any]) -> CallPart | None:
-    """What was made of the call within which a checkpoint was made."""
+def call_part(manifest: dict[str, Any], loop: Loop) -> CallPart | None:
+    """What was made of the call within which a checkpoint was made.
+
+    Raises:
+      UserError: it is of another loop.
+    """
     part = manifest.get("part")
-    return CallPart(**{**part, "sums": tuple(part["sums"])}) if part else None
+    if not part:
+        return None
+    if len(part["sums"]) not in (0, len(loop.state.totals)) or not 0 <= part["steps"] < loop.steps:
+        raise UserError("the manifest of a checkpoint names another call than the run's")
+    return CallPart(**{**part, "sums": tuple(map(float, part["sums"]))})
 
 
 def scale_rate(state: TrainState, factor: float) -> None:
@@ -554,7 +562,7 @@ def _entry(record: Epoch | Evaluation) -> dict[str, Any]:
     entry: dict[str, Any] = {"epoch": record.epoch, "step": record.step}
     if isinstance(record, Epoch):
         entry |= {
-            "learning_rate": record.learning_rate,
+            "learning_rate": folders.finite(record.learning_rate),
             "seconds": record.seconds,
             "steps": record.steps,
         }

@@ -203,6 +203,7 @@ class Session:
         for config, folder in zip(self._configs, places, strict=True):
             planned.append(_Planned(config, folder, bool(folders.epochs_done(folder, config))))
         for plan in planned:
+            folders.check_holds_no_links(plan.folder)  # finished ones are judged with the others
             if not plan.is_done:
                 self._locks.enter_context(folders.locked(plan.folder))
         return planned
@@ -380,8 +381,7 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
     profile = "0:1" if config.profile else ""
     own = config.replace(epochs=1, seeds=(), runs=1, ensemble=1, profile=profile)
     loop = make_loop(own, dataset, replicas)
-    is_new = not logdir.exists()
-    logdir.mkdir(parents=True, exist_ok=True)
+    new = [path for path in (logdir, *logdir.parents) if not path.exists()]
     display = Display(1, loop.steps, config.quiet)
     try:
         with scratch.folder(logdir, "dry_run-") as folder, display:
@@ -403,8 +403,9 @@ def dry_run(config: Config, device: str = "", replicas: Replicas | None = None) 
                 f"summaries and checkpoint work; loss {loss:.4f}; nothing is kept"
             )
     finally:
-        if is_new:
-            logdir.rmdir()
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _hint(data: Dataset) -> str:

@@ -1,0 +1,89 @@
+"""Files that others may have written, read whole: plain files alone, and no more than is sensible.
+
+A named pipe would be waited for without end, and /dev/zero has no end.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+MOST = 1 << 28  # bytes of one file
+LARGEST = 2**64  # of a whole number, in its absolute value
+
+
+def check(file: str | Path | int) -> None:
+    """Raises OSError where a path, or an open file, is no plain file, or not there."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(None, "it is no plain file", str(file))
+
+
+def read(path: str | Path) -> bytes:
+    """What is in the file.
+
+    The shell's own pipes, as of `--config=<(command)`, are read too: their writer is there.
+
+    Raises:
+      OSError: it cannot be read, is no plain file, or is longer than MOST.
+    """
+    path = Path(path)
+    is_shells_pipe = path.is_fifo() and not Path(os.path.realpath(path)).exists()
+    descriptor = os.open(path, os.O_RDONLY | (0 if is_shells_pipe else os.O_NONBLOCK))
+    try:
+        if not is_shells_pipe:
+            check(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    with open(descriptor, "rb") as file:
+        content = file.read(MOST + 1)
+    if len(content) > MOST:
+        raise OSError(None, f"it holds more than {MOST >> 20} MiB", str(path))
+    return content
+
+
+def read_text(path: str | Path) -> str:
+    """What is in a file of UTF-8.
+
+    Raises:
+      OSError: as `read`.
+      ValueError: it is no UTF-8.
+    """
+    return read(path).decode("utf-8")
+
+
+def read_json(path: str | Path, finite: bool = True) -> Any:
+    """The content of a JSON file, whose whole numbers have at most 64 bits.
+
+    Args:
+      path: of the file.
+      finite: refuse NaN, infinity, and numbers that float64 takes for infinity.
+
+    Raises:
+      OSError: as `read`.
+      ValueError: it is not such JSON.
+    """
+    only_finite: Any = {"parse_constant": _refuse, "parse_float": _fraction} if finite else {}
+    try:
+        return json.loads(read_text(path), parse_int=_whole, **only_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _refuse(text: str) -> NoReturn:
+    shown = text if len(text) <= 24 else f"{text[:24]} …"
+    raise ValueError(f"the number {shown} is out of range")
+
+
+def _whole(text: str) -> int:
+    if len(text) > 21 or abs(int(text)) >= LARGEST:
+        _refuse(text)
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        _refuse(text)
+    return value
