@@ -8,7 +8,7 @@ from keras import layers
 
 import tfloop
 from tfloop.errors import UserError
-from tfloop.training import checkpoints
+from tfloop.training import checkpoints, manifests, run
 from tfloop.training.checkpoints import Checkpoints
 
 
@@ -54,6 +54,47 @@ def test_only_the_newest_and_the_best_are_kept(saved, tmp_path):
     assert sorted(found.name for found in tmp_path.iterdir()) == sorted(
         [made[3], made[2], path.name]
     )
+
+
+def test_numbers_of_more_than_six_digits_are_the_newest(saved, tmp_path):
+    trained, path = saved
+    path.rename(tmp_path / "999999-step-00000015")
+    several = Checkpoints(trained.state, tmp_path, keep=2)
+    made = [several.save({}).name for _ in range(3)]
+    assert made[0] == "1000000-step-00000015"
+    assert [found.name for found in checkpoints.all_in(tmp_path)] == [made[2], made[1]]
+
+
+def test_nothing_is_written_or_removed_through_a_link(saved, tmp_path):
+    trained, path = saved
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="link: has become a link"):
+        Checkpoints(trained.state, link, keep=1).save({})
+    assert checkpoints.all_in(tmp_path) == [path]
+
+
+def test_a_manifest_of_right_sums_and_impossible_content_is_damaged(saved, tmp_path):
+    reached = {"epochs": [], "seconds": {}, "resumed_at": []}
+    for entries in (
+        {"reached": {**reached, "seconds": {"training": float("nan")}}},
+        {"reached": {**reached, "seconds": {"training": 10**400}}},
+        {"fingerprint": 10**30},
+        {"part": {"steps": 1, "sums": [], "worst": "much"}},
+    ):
+        path = Checkpoints(saved[0].state, tmp_path).save(entries)
+        with pytest.raises(manifests.DamagedCheckpoint, match="damaged"):
+            checkpoints.read_manifest(path)
+
+
+def test_a_call_that_is_not_the_loops_is_refused(saved):
+    trained, _ = saved
+    sums = [float("nan")] * trained.state.totals.shape[0]  # as of a metric without a value
+    good = {"steps": 1, "sums": sums}
+    assert run.call_part({"part": good}, trained).steps == 1
+    for part in ({"steps": 1, "sums": [1.0]}, {"steps": 10**9, "sums": []}):
+        with pytest.raises(UserError, match="names another call than the run's"):
+            run.call_part({"part": part}, trained)
 
 
 def test_what_a_killed_process_left_is_cleared_away(saved, tmp_path):

@@ -1,6 +1,9 @@
 """Ends that are not clean: readers and terminals that go away, folders that are removed, signals
 before there is anything to save."""
 
+import contextlib
+import errno
+import io
 import json
 import os
 import pty
@@ -9,12 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import tensorflow as tf
 
 import tfloop
-from tfloop import scratch, stopping
+from tfloop import cli, scratch, stopping
+from tfloop.commands import command
+from tfloop.commands.command import Stop
 from tfloop.errors import UserError
+from tfloop.history import stretch
+from tfloop.machine import guardian
 from tfloop.training import folders, session
 
 TRAIN = ["train", "--preset=digits", "--conv=4", "--dense=8", "--summaries=none"]
@@ -201,6 +210,56 @@ def test_a_run_with_links_is_not_trained_and_what_they_point_to_is_left_alone(tm
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_folder_that_is_a_link_is_not_trained_in(tmp_path):
+    """A stranger's folder would have a run elsewhere trained, and its checkpoints removed."""
+    config = tfloop.Config.make("digits", epochs=1, logdir=str(tmp_path), quiet=True)
+    own = folders.create(config)
+    link = tmp_path / "link-001"
+    link.symlink_to(own)
+    with pytest.raises(UserError, match=f"link-001: is a link; name .* folder: {own.resolve()}"):
+        session.train(config, resume=[link])
+    assert [path.name for path in own.iterdir()] == ["config.json"]
+
+
+def test_a_run_is_locked_also_where_its_lock_was_removed(tmp_path):
+    folder = folders.create(tfloop.Config.make("digits", logdir=str(tmp_path)))
+    with folders.locked(folder):
+        (folder / "lock").unlink()
+        with pytest.raises(UserError, match="another process trains"), folders.locked(folder):
+            pass
+    with folders.locked(folder):
+        pass
+
+
+@pytest.fixture
+def stop():
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in guardian.SIGNALS}
+    asked = Stop()
+    yield asked
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send_together(*numbers):
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+@pytest.mark.parametrize("second", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_signals_that_come_together_are_one_question(stop, monkeypatch, second):
+    assert not stop.asked()
+    send_together(signal.SIGTERM, second)
+    assert stop.asked() and stop.code() in (128 + signal.SIGTERM, 128 + second)
+    killed = []
+    monkeypatch.setattr(command.os, "kill", lambda _, number: killed.append(number))
+    monkeypatch.setattr(stopping, "AT_ONCE", 0.0)
+    signal.raise_signal(signal.SIGHUP)  # a terminal that closes may say it twice
+    signal.raise_signal(second)
+    assert killed == ([] if second == signal.SIGHUP else [second])
+
+
 def test_a_group_is_of_runs_in_one_folder(tmp_path):
     config = tfloop.Config.make("digits", logdir=str(tmp_path))
     folder = folders.create(config)
@@ -208,6 +267,113 @@ def test_a_group_is_of_runs_in_one_folder(tmp_path):
         folders.write_json(folder / "group.json", {"folders": [folder.name, other], "ensemble": 1})
         with pytest.raises(UserError, match=r"group.json: cannot be read"):
             folders.group_of(folder)
+    folders.write_json(folder / "group.json", {"folders": [folder.name] * 2, "ensemble": 1})
+    with pytest.raises(UserError, match=r"group.json: cannot be read"):
+        folders.group_of(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "group.json"])
+def test_a_pipe_or_a_device_in_a_runs_folder_is_not_waited_for(tmp_path, name):
+    folder = folders.create(tfloop.Config.make("digits", logdir=str(tmp_path)))
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        if name == "result.json":  # as one that was cut off, it is written again
+            assert folders.result(folder) == {}
+        else:
+            with pytest.raises(UserError, match=f"{name}: cannot be read|it has no {name}"):
+                (folders.group_of if name == "group.json" else folders.config_of)(folder)
+
+
+def test_the_shells_own_pipe_is_read_and_a_named_one_is_not(tmp_path):
+    read, write = os.pipe()
+    os.write(write, b'{"epochs": 2}')
+    os.close(write)
+    assert tfloop.Config.read(f"/dev/fd/{read}") == {"epochs": 2}
+    os.close(read)
+    os.mkfifo(tmp_path / "pipe")
+    for flag in ("--config", "--flagfile"):
+        code, said = main_says("train", f"{flag}={tmp_path}/pipe")
+        assert code == 2 and "pipe: cannot be read: it is no plain file" in said
+
+
+def main_says(*arguments):
+    """(exit code, what goes to standard error) of the command."""
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        return cli.main(list(arguments)), error.getvalue()
+
+
+class Gone(io.StringIO):
+    """Standard output whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    def fileno(self):
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+def test_the_exit_code_is_that_of_the_command_also_where_its_reader_is_gone(monkeypatch):
+    said = command.Command(lambda *_: print("they differ") or 1, "", "look", settings=())
+    monkeypatch.setitem(cli.COMMANDS, "told", said)
+    monkeypatch.setattr("sys.stdout", Gone())
+    assert cli.main(["told"]) == 1
+
+
+def test_a_full_disk_is_called_so_and_not_a_lack_of_memory(monkeypatch):
+    def fill(*_):
+        raise tf.errors.ResourceExhaustedError(None, None, "x; No space left on device")
+
+    monkeypatch.setitem(cli.COMMANDS, "fill", command.Command(fill, "", "look", settings=()))
+    assert main_says("fill") == (2, "tfloop: writing: No space left on device\n")
+
+
+def test_what_is_written_to_out_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("before")
+    full = pytest.raises(UserError, match="rows.csv: cannot be written: No space left")
+    with full, command.output(str(path)) as file:
+        file.write("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
+    with command.output(str(path)) as file:
+        file.write("after")
+    assert path.read_text() == "after"
+
+
+def test_the_processes_of_a_comparison_end_with_it():
+    code = "from tfloop.history.side import Side; s = Side('x', {}, {}); print(s._process.pid)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; import sys; sys.stdout.flush(); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    child = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def test_a_stretch_that_is_broken_off_leaves_nothing(tmp_path):
+    records = types.SimpleNamespace(folder=tmp_path)
+    place = tmp_path / "replay-0-5"
+    with pytest.raises(KeyboardInterrupt), stretch._made_whole(records, place) as partial:
+        (partial / "events").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with stretch._made_whole(records, place) as partial:
+        (partial / "events").touch()
+    assert (place / "events").exists()
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path):

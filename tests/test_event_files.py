@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
 from tfloop.errors import UserError
@@ -62,7 +65,6 @@ def test_files_of_tensorflow_and_of_its_first_version_are_read(tmp_path):
 
 
 def test_what_is_no_number_is_left_out(tmp_path):
-    from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.util.tensor_util import make_tensor_proto
 
     value = scalar_pb("a", 1.0).value[0]
@@ -78,6 +80,48 @@ def test_what_is_no_number_is_left_out(tmp_path):
         )
     file.write(2, scalar_pb("a", 5.0))
     assert [(s.step, s.value) for s in read_scalars(tmp_path)] == [(2, 5.0)]
+
+
+def write_tensor(folder, **fields):
+    """A scalar that holds this tensor, and a good one behind it."""
+    metadata = scalar_pb("a", 1.0).value[0].metadata
+    value = Summary.Value(tag="a", metadata=metadata, tensor=TensorProto(**fields))
+    file = EventFile(folder)
+    file.write(1, Summary(value=[value]))
+    file.write(2, scalar_pb("a", 5.0))
+    file.close()
+
+
+SIZES = [TensorShapeProto.Dim(size=size) for size in (10**9, -1)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(dtype=1, float_val=[1.0], tensor_shape=TensorShapeProto(dim=SIZES[:1] * 2)),
+        dict(dtype=1, float_val=[1.0], tensor_shape=TensorShapeProto(dim=SIZES[1:] * 2)),
+        dict(dtype=7, tensor_content=b"abcd"),
+        dict(dtype=20, tensor_content=b"abcd"),
+    ],
+    ids=["a huge shape", "a negative shape", "text", "a resource"],
+)
+def test_a_tensor_of_another_shape_or_kind_is_no_scalar_and_is_not_unpacked(tmp_path, fields):
+    write_tensor(tmp_path, **fields)
+    assert [(s.step, s.value) for s in read_scalars(tmp_path)] == [(2, 5.0)]
+
+
+def test_a_scalar_of_16_bits_is_read(tmp_path):
+    write_tensor(tmp_path, dtype=14, half_val=[0x3F80])  # bfloat16: the upper half of float32
+    assert [s.value for s in read_scalars(tmp_path)] == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(dtype=99, tensor_content=b"1234"), dict(dtype=1, tensor_content=b"1")]
+)
+def test_a_scalar_without_a_number_is_named(tmp_path, fields):
+    write_tensor(tmp_path, **fields)
+    with pytest.raises(UserError, match="is damaged: a at step 1 holds no number"):
+        read_scalars(tmp_path)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

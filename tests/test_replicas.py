@@ -2,6 +2,7 @@
 clear failures."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -334,6 +335,39 @@ def test_a_cluster_that_does_not_come_together_says_why_to_every_worker_in_time(
     assert time.monotonic() - started < 20
 
 
+def test_a_worker_of_a_finished_run_has_nothing_to_do():
+    addresses = tuple(f"127.0.0.1:{port}" for port in ports(2))
+    config = Config.make("digits", strategy="multi_worker", worker_timeout=20.0)
+    chief, other = (places.Place(index, addresses) for index in (0, 1))
+    arguments = (chief, config, "r: is finished", False)
+    thread = threading.Thread(target=cluster.refuse, args=arguments)
+    thread.start()
+    with pytest.raises(cluster.NothingToDo, match="r: is finished"):
+        cluster.meet(other, config, config, "CPU")
+    thread.join(20)
+
+
+@pytest.mark.parametrize("change", [dict(strategy="none"), dict(cls=1), None])
+def test_settings_that_no_chief_sends_are_refused(change):
+    settings = dataclasses.asdict(Config.make("digits", strategy="multi_worker"))
+    sent = {} if change is None else settings | change
+    with pytest.raises(UserError, match="the chief, sent settings that are no cluster's"):
+        cluster._settings_of(places.Place(1, ("a:1", "b:1")), {"settings": sent}, {})
+
+
+def test_signals_that_come_together_are_one_question_to_a_guardian(monkeypatch):
+    """As systemd sends them; the second would kill the training process."""
+    sent = []
+    watching = guardian._Guardian(places.Place(0, ("a:1",)), 9.0, 1, socket.socket())
+    watching._has_started = True
+    monkeypatch.setattr(guardian.os, "kill", lambda child, number: sent.append(number))
+    numbers = [{signal.SIGHUP, signal.SIGTERM}, {signal.SIGTERM}, set()]
+    monkeypatch.setattr(guardian.signal, "sigpending", lambda: numbers[0])
+    monkeypatch.setattr(guardian.signal, "sigwait", lambda _: min(numbers.pop(0)))
+    watching._hand_on_signals()
+    assert sent == [signal.SIGHUP]
+
+
 def test_workers_that_agree_train_with_the_settings_of_the_chief():
     found = meet(
         [f"127.0.0.1:{port}" for port in ports(3)],
@@ -651,11 +685,25 @@ def test_workers_with_other_data_are_named(tmp_path, random):
             '{"cluster": {"ps": ["a:1"], "worker": ["a:2"]}, "task": {"type": "ps", "index": 0}}',
             "has jobs ps, worker",
         ),
+        *(
+            (json.dumps({"cluster": {"worker": [address]}, "task": {}}), "is no host:port")
+            for address in ("a..b:1", "x" * 64 + ":1", "\ud800:1", ":1", "a b:1", "a:" + "1" * 5000)
+        ),
     ],
 )
 def test_a_tf_config_that_makes_no_sense_is_named(monkeypatch, value, message):
     monkeypatch.setenv("TF_CONFIG", value)
     with pytest.raises(UserError, match=re.escape(message)):
+        places.find()
+
+
+@pytest.mark.parametrize("number", ["2", "-1", "1" * 5000])
+def test_a_process_that_is_none_of_slurms_tasks_is_named(monkeypatch, number):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", number)
+    answer = subprocess.CompletedProcess([], 0, '["a:1", "b:1"]', "")
+    monkeypatch.setattr(places.subprocess, "run", lambda *_, **__: answer)
+    with pytest.raises(UserError, match=f"SLURM_PROCID={number[:80]}.*"):
         places.find()
 
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is los
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import signal
@@ -156,8 +157,7 @@ def _main(argv: list[str]) -> int:
 
 def _check_flagfiles(arguments: list[str], seen: tuple[str, ...] = ()) -> None:
     """Raises UserError where a --flagfile, or one named in it, cannot be read or has no end."""
-    following = [*arguments[1:], ""]
-    for argument, after in zip(arguments, following, strict=True):
+    for argument, after in itertools.pairwise([*arguments, ""]):
         found = re.fullmatch(r"--?flagfile(?:=(.*))?", argument.strip())
         if not found:
             continue

@@ -115,10 +115,11 @@ def whole_number(options: dict[str, Any], name: str, least: int) -> int:
     Raises:
       UserError: it is no whole number, or less than `least`.
     """
-    number = whole(options[name])
+    text = options[name]
+    number = whole(text)
     if number is None or number < least:
         raise UserError(
-            f"--{name}={options[name]}: expected a whole number from {least} to {COUNT[1]}"
+            f"--{name}={text}: expected a whole number, {least} or more, at most {COUNT[1]}"
         )
     return number
 
@@ -131,7 +132,9 @@ def number_of_steps(options: dict[str, Any]) -> int:
     """
     if number := whole(options["steps"]):
         return number
-    raise UserError(f"--steps={options['steps']}: expected a number of steps from 1 to {COUNT[1]}")
+    raise UserError(
+        f"--steps={options['steps']}: expected a number of steps, 1 or more, at most {COUNT[1]}"
+    )
 
 
 def positive_rate(options: dict[str, Any], name: str) -> float:

@@ -94,7 +94,7 @@ class Replay:
         self.loop.part = None
         if path is not None:
             manifest = checkpoints.read_manifest(path)
-            differs = bool(folders.changed(Config.make(**manifest["config"]), self.config))
+            differs = bool(folders.changed(folders.config_in(manifest, path), self.config))
             checkpoints.restore(state, path, differs)
             self.loop.part = None if differs else call_part(manifest, self.loop)
             if differs:

@@ -303,6 +303,18 @@ def config_of(folder: Path) -> Config:
         raise UserError(f"{folder / CONFIG}: {error.as_flags}") from None
 
 
+def config_in(manifest: dict[str, Any], path: Path) -> Config:
+    """The settings in the manifest of the checkpoint at `path`.
+
+    Raises:
+      UserError: they are none.
+    """
+    try:
+        return Config.make(**manifest["config"])
+    except UserError as error:
+        raise UserError(f"{path}: its manifest holds no settings: {error.as_flags}") from None
+
+
 def resumed(folder: Path, asked: Config, given: dict[str, Any], override: bool) -> Config:
     """The settings of the run in `folder` with `given` in place of its own.
 

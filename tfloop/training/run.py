@@ -292,7 +292,7 @@ class Run:
         """Take over a checkpoint; the sizes of the event files when it was made."""
         state, config = self._loop.state, self._config
         # With --override the settings may change the mathematics of what the checkpoint holds.
-        differs = bool(folders.changed(Config.make(**manifest["config"]), config))
+        differs = bool(folders.changed(folders.config_in(manifest, path), config))
         checkpoints.restore(state, path, differs)
         if (done := int(state.epoch)) > config.epochs:
             raise UserError(
@@ -504,7 +504,10 @@ def call_part(manifest: dict[str, Any], loop: Loop) -> CallPart | None:
     part = manifest.get("part")
     if not part:
         return None
-    if len(part["sums"]) not in (0, len(loop.state.totals)) or not 0 <= part["steps"] < loop.steps:
+    if (
+        len(part["sums"]) not in (0, loop.state.totals.shape[0])
+        or not 0 <= part["steps"] < loop.steps
+    ):
         raise UserError("the manifest of a checkpoint names another call than the run's")
     return CallPart(**{**part, "sums": tuple(map(float, part["sums"]))})
 

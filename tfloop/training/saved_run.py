@@ -46,7 +46,7 @@ def open_run(
             )
         path = folder / "checkpoints" / Path(manifest["best"]["checkpoint"]).name
         manifest = checkpoints.read_manifest(path)
-    config = _own_code(folder, Config.make(**manifest["config"]), named or {})
+    config = _own_code(folder, folders.config_in(manifest, path), named or {})
     of_data = spec_of(manifest)
     try:
         state = make_state(config, of_data, manifest["steps_per_epoch"])

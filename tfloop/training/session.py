@@ -470,6 +470,8 @@ def _not_all(result: dict[str, Any], folder: Path) -> str:
         return ""
     if result["reached"]:
         return f"\nstopped: {result['reached']} is reached"
+    if not best:  # as where a manifest names fewer epochs than were made
+        return ""
     by = criterion.parse(best.get("metric", "accuracy"))  # what 0.3 went by
     patience = counted(config["early_stopping"], "epoch")
     return (
