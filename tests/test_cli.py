@@ -545,6 +545,12 @@ def test_predict_names_pictures_that_do_not_fit(train, tmp_path, capsys):
         np.savez(tmp_path / "a.npz", images=images)
         assert main(["predict", str(tmp_path / "digits-001"), str(tmp_path / "a.npz")]) == 2
         assert message in capsys.readouterr().err
+    images, rows = np.arange(128).reshape(2, 8, 8), []
+    for dtype in (np.uint8, np.int64):
+        np.save(tmp_path / "a.npy", images.astype(dtype))
+        assert main(["predict", str(tmp_path / "digits-001"), str(tmp_path / "a.npy")]) == 0
+        rows.append(capsys.readouterr().out)
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.quick

@@ -296,10 +296,11 @@ def test_an_npz_that_does_not_fit_into_memory_is_refused_before_it_is_read(tmp_p
     "change, note",
     [
         ({"x": lambda x: np.moveaxis(np.stack([x] * 3, -1), -1, 1)}, "channels come first"),
+        ({"x": lambda x: np.stack([x[:, :6]] * 3, 1)}, "channels come first"),
         ({"y": lambda y: y + 1}, "no training example has class 0"),
         ({}, ""),
     ],
-    ids=["channels first", "classes from 1", "nothing"],
+    ids=["channels first", "channels first, not square", "classes from 1", "nothing"],
 )
 def test_what_looks_as_if_it_was_meant_otherwise_is_noted(change, note):
     x, y = np.zeros((12, 8, 8), np.uint8), np.arange(12) % 3

@@ -8,7 +8,7 @@ from keras import layers
 from sklearn import metrics as sk
 
 import tfloop
-from tfloop import criterion
+from tfloop import assembly, criterion
 from tfloop.errors import UserError
 from tfloop.training.export import plain_model
 
@@ -333,6 +333,15 @@ def test_a_sigmoid_that_the_graph_does_not_show_is_refused(random):
     data = tfloop.from_arrays(random.normal(size=(10, 4, 4, 1)), masks, standardize=False)
     with pytest.raises(UserError, match="are probabilities, those of a sigmoid"):
         evaluated(ends("lambda"), data)
+
+
+def test_labels_and_the_softmax_of_the_cnn_name_the_flag_that_helps(random):
+    data = tfloop.from_arrays(
+        random.normal(size=(40, 8, 8, 1)), random.integers(0, 2, (40, 3)), standardize=False
+    )
+    config = tfloop.Config.make("digits", conv=(2,), dense=())
+    with pytest.raises(UserError, match="Leave the softmax out, of the CNN by output=sigmoid"):
+        assembly.make_loop(config, data).fit(1)
 
 
 def test_one_hot_masks_are_shares_of_classes_at_each_place(random):

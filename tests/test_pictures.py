@@ -175,6 +175,16 @@ def test_parts_are_known_by_any_of_their_names(tmp_path, folders, found):
     assert is_told == (folders == ("training", "validation"))
 
 
+def test_the_name_of_a_class_is_one_line(tmp_path):
+    for name in ("cat", "a\ndog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for picture in ("1.png", "2.png"):
+            Image.fromarray(COLOUR).save(tmp_path / "in" / name / picture)
+    with pytest.raises(UserError, match="the name of a class is one line; rename it"):
+        pack.pack(str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_part_without_those_beside_it_is_no_class(tmp_path):
     tree(tmp_path / "p", "train/a/1.png", "train/b/1.png", "more/a/1.png")
     (tmp_path / "p/train/.DS_Store").write_text("")

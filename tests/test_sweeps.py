@@ -85,7 +85,8 @@ def test_every_trial_ends_as_a_run_of_its_own_would_and_the_step_is_traced_once(
         and "8 trials in" in (said := capsys.readouterr().out)
         and "the training step was traced 1 time" in said
     )
-    for number, values in enumerate(sweeps.grid(search), start=1):
+    trials = list(enumerate(sweeps.grid(search), start=1))
+    for number, values in trials if ensemble == "1" else trials[1::3]:
         flags = dict(flag.removeprefix("--").split("=") for flag in SMALL)
         alone = session.train(
             tfloop.Config.make(
@@ -207,16 +208,17 @@ def test_an_interrupted_sweep_goes_on_where_it_was_finished_trials_untouched(tmp
     when = os.stat(folder / "trial-001" / "result.json").st_mtime_ns
     second = result(folder / "trial-002")
     assert finished["finished"] and not second["finished"] and not (folder / "trial-003").exists()
-    for flags in (["--resume=auto"], []):
-        subprocess.run([*command, *flags], check=True, capture_output=True)
+    subprocess.run([*command, "--resume=auto"], check=True, capture_output=True)
     assert os.stat(folder / "trial-001" / "result.json").st_mtime_ns == when
-    for number in range(1, 4):
-        resumed, other = (
-            result(tmp_path / f"digits-sweep-{which}" / f"trial-{number:03d}")
-            for which in ("001", "002")
-        )
-        assert resumed["state_sha256"] == other["state_sha256"]
-    assert result(folder / "trial-002")["resumed_at"]
+    resumed = result(folder / "trial-002")
+    assert resumed["resumed_at"] and result(folder / "trial-003")["finished"]
+    alone = subprocess.run(
+        [*command[:3], "train", *SMALL, "--epochs=40", "--learning_rate=0.002", "--name=alone"]
+        + [f"--logdir={tmp_path}"],
+        capture_output=True,
+    )
+    assert alone.returncode == 0
+    assert resumed["state_sha256"] == result(tmp_path / "alone-001")["state_sha256"]
 
 
 @pytest.mark.quick

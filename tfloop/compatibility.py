@@ -169,10 +169,12 @@ def _check_logits(state: TrainState, inputs: Any, outputs: Any) -> None:
             *_, (last, _, _) = models.activations(state.model, inputs)
             shown = ", ".join(f"{value:.3g}" for value in values.reshape(-1)[:4])
             of = f" {term.name}" if term.name else ""
+            is_other = term.activation != squashed  # labels are none of the CNN's softmax
+            of_cnn = f", of the CNN by --output={term.activation}" if is_other else ""
             raise UserError(
                 f"the model's outputs{of} are probabilities, those of a {squashed} ({last} gives "
                 f"{shown}, … for the first example); the loss takes logits. Leave the {squashed} "
-                "out, or give a loss of your own, such as "
+                f"out{of_cnn}, or give a loss of your own, such as "
                 "keras.losses.sparse_categorical_crossentropy"
             )
 

@@ -114,7 +114,8 @@ def notes_on(train: Split, kinds: Mapping[str, Target]) -> Iterator[str]:
     """What looks as if it was meant otherwise: channels that come first, classes from 1 on."""
     if train.has_images:
         first, second, last = train.inputs.shape[1:]
-        if first in _CHANNELS and last not in _CHANNELS and second == last:
+        may_be_first = first in _CHANNELS and last not in _CHANNELS
+        if may_be_first and (second == last or (first > 1 and min(second, last) > 4)):
             yield (
                 f"the images are {first} high, {second} wide and have {last} channels; if their "
                 "channels come first, give np.moveaxis(images, 1, -1)"

@@ -137,12 +137,22 @@ def _scaled(
 
 
 def _checked(inputs: Any, path: Path, spec: Spec) -> tuple[list[str], Any]:
+    dtypes = {name: array.dtype for name, array in named_leaves(spec.inputs)}
+    inputs = _as_bytes(inputs, dtypes[""]) if list(dtypes) == [""] else inputs
     checked = as_inputs(inputs, f"{path}")
     if spec.has_images and is_leaf(checked) and checked.ndim == 3:
         checked = checked[..., np.newaxis]  # grey images without their channel
     if not len(leaves(checked)[0]):
         raise UserError(f"{path}: holds no {'images' if spec.has_images else 'examples'}")
     return [str(row) for row in range(len(leaves(checked)[0]))], checked
+
+
+def _as_bytes(array: Any, dtype: str) -> Any:
+    """Whole numbers from 0 to 255 as the bytes that the model was trained on."""
+    is_whole = dtype == "uint8" and isinstance(array, np.ndarray) and array.dtype.kind in "iu"
+    if is_whole and array.size and array.min() >= 0 and array.max() <= 255:
+        return array.astype(np.uint8)
+    return array
 
 
 def _as_trained(values: np.ndarray, mean: Any) -> np.ndarray:
