@@ -88,13 +88,13 @@ def test_a_manifest_of_right_sums_and_impossible_content_is_damaged(saved, tmp_p
 
 
 def test_a_call_that_is_not_the_loops_is_refused(saved):
-    trained, _ = saved
+    trained, path = saved
     sums = [float("nan")] * trained.state.totals.shape[0]  # as of a metric without a value
     good = {"steps": 1, "sums": sums}
-    assert run.call_part({"part": good}, trained).steps == 1
+    assert run.call_part({"part": good}, path, trained).steps == 1
     for part in ({"steps": 1, "sums": [1.0]}, {"steps": 10**9, "sums": []}):
         with pytest.raises(UserError, match="names another call than the run's"):
-            run.call_part({"part": part}, trained)
+            run.call_part({"part": part}, path, trained)
 
 
 def test_what_a_killed_process_left_is_cleared_away(saved, tmp_path):

@@ -96,7 +96,7 @@ class Replay:
             manifest = checkpoints.read_manifest(path)
             differs = bool(folders.changed(folders.config_in(manifest, path), self.config))
             checkpoints.restore(state, path, differs)
-            self.loop.part = None if differs else call_part(manifest, self.loop)
+            self.loop.part = None if differs else call_part(manifest, path, self.loop)
             if differs:
                 state.reset(weights=False, slots=False, schedule=False, data=False, hyper=True)
         self.start, self._running = step, None

@@ -301,7 +301,7 @@ class Run:
         try:
             self._reached = Reached(**manifest["reached"])
             # Of other settings, such as other metrics, the sums are others.
-            self._loop.part = None if differs else call_part(manifest, self._loop)
+            self._loop.part = None if differs else call_part(manifest, path, self._loop)
         except (TypeError, KeyError):
             raise UserError(f"{path}: its manifest is not what a run writes") from None
         for entry in self._reached.epochs:
@@ -495,8 +495,8 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def call_part(manifest: dict[str, Any], loop: Loop) -> CallPart | None:
-    """What was made of the call within which a checkpoint was made.
+def call_part(manifest: dict[str, Any], path: Path, loop: Loop) -> CallPart | None:
+    """What was made of the call within which the checkpoint at `path` was made.
 
     Raises:
       UserError: it is of another loop.
@@ -508,7 +508,7 @@ def call_part(manifest: dict[str, Any], loop: Loop) -> CallPart | None:
         len(part["sums"]) not in (0, loop.state.totals.shape[0])
         or not 0 <= part["steps"] < loop.steps
     ):
-        raise UserError("the manifest of a checkpoint names another call than the run's")
+        raise UserError(f"{path}: its manifest names another call than the run's")
     return CallPart(**{**part, "sums": tuple(map(float, part["sums"]))})
 
 
