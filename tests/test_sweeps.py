@@ -212,12 +212,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was_finished_trials_untouched(tmp
     assert os.stat(folder / "trial-001" / "result.json").st_mtime_ns == when
     resumed = result(folder / "trial-002")
     assert resumed["resumed_at"] and result(folder / "trial-003")["finished"]
-    alone = subprocess.run(
-        [*command[:3], "train", *SMALL, "--epochs=40", "--learning_rate=0.002", "--name=alone"]
-        + [f"--logdir={tmp_path}"],
-        capture_output=True,
-    )
-    assert alone.returncode == 0
+    flags = ["--epochs=40", "--learning_rate=0.002", "--name=alone", f"--logdir={tmp_path}"]
+    subprocess.run([*command[:3], "train", *SMALL, *flags], check=True, capture_output=True)
     assert resumed["state_sha256"] == result(tmp_path / "alone-001")["state_sha256"]
 
 
