@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tfloop.cli import main
+from tfloop.commands import launch
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.inspection.event_files import read_scalars
@@ -353,6 +354,14 @@ def test_settings_that_no_chief_sends_are_refused(change):
     sent = {} if change is None else settings | change
     with pytest.raises(UserError, match="the chief, sent settings that are no cluster's"):
         cluster._settings_of(places.Place(1, ("a:1", "b:1")), {"settings": sent}, {})
+
+
+def test_a_worker_that_is_stopped_as_the_others_end_does_not_keep_the_launcher(monkeypatch):
+    monkeypatch.setattr(launch, "PATIENCE", 0.2)
+    workers = [subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])]
+    workers[1].send_signal(signal.SIGSTOP)
+    launch._wait(workers)
+    assert [worker.wait() for worker in workers] == [0, -signal.SIGKILL]
 
 
 def test_signals_that_come_together_are_one_question_to_a_guardian(monkeypatch):

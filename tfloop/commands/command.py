@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 from tfloop import stopping
 from tfloop.config import FIELDS, GROUPS, Config
 from tfloop.errors import UserError
-from tfloop.settings import COUNT, whole
+from tfloop.settings import COUNT, LARGEST, SMALLEST, whole
 from tfloop.wording import counted, without_controls
 
 STARTED = time.perf_counter()  # when the program began, but for the imports above
@@ -147,8 +147,9 @@ def positive_rate(options: dict[str, Any], name: str) -> float:
         rate = float(options[name])
     except ValueError:
         rate = math.nan
-    if not 0 < rate < math.inf:
-        raise UserError(f"--{name}={options[name]}: expected a rate above 0")
+    if not SMALLEST <= rate <= LARGEST:
+        range_text = f"from {SMALLEST:.2g} to {LARGEST:.2g}, as float32 has them"
+        raise UserError(f"--{name}={options[name]}: expected a rate above 0, {range_text}")
     return rate
 
 

@@ -105,7 +105,7 @@ def _start(
 def _supervise(workers: list[subprocess.Popen]) -> int:
     """Hand on signals and what the workers complain of; the worst exit code.
 
-    Where one fails, the others get some time.
+    All end together: where one has ended, the others get some time.
     """
 
     def send_all(number: int, _: Any) -> None:
@@ -136,13 +136,13 @@ def _supervise(workers: list[subprocess.Popen]) -> int:
 
 
 def _wait(workers: list[subprocess.Popen]) -> None:
-    """Until all have ended; some time after one has failed, the others are killed."""
-    failed_at = None
+    """Until all have ended; some time after one has, the others, as a stopped one, are killed."""
+    ended_at = None
     while any(worker.poll() is None for worker in workers):
         time.sleep(0.05)
-        if failed_at is None and any(worker.poll() for worker in workers):
-            failed_at = time.monotonic()
-        if failed_at and time.monotonic() - failed_at > PATIENCE:
+        if ended_at is None and any(worker.poll() is not None for worker in workers):
+            ended_at = time.monotonic()
+        if ended_at and time.monotonic() - ended_at > PATIENCE:
             for worker in workers:
                 if worker.poll() is None:
                     worker.kill()
