@@ -84,7 +84,7 @@ def go_on_without_readers() -> None:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """After this block the streams are those that were there before."""
+    """After this block the streams are those that were there before, but for one that moved."""
     before = sys.stdout, sys.stderr
     try:
         yield
@@ -93,6 +93,17 @@ def kept() -> Iterator[None]:
         drop(before[0])
     finally:
         sys.stdout, sys.stderr = before
+        if _moved:
+            sys.stderr = _moved[-1]
+
+
+_moved: list[Any] = []
+
+
+def move_stderr(stream: Any) -> None:
+    """From now on, to the end of the process, Python's errors go there."""
+    sys.stderr = _Steady(stream)
+    _moved.append(sys.stderr)
 
 
 def drop(stream: Any) -> None:

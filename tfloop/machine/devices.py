@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tfloop import parallelism
+from tfloop import parallelism, streams
 from tfloop.config import Config
 from tfloop.errors import UserError
 from tfloop.machine import cluster, guardian, places
@@ -227,10 +227,9 @@ def _silence_cpp() -> None:
     Where a worker is lost, TensorFlow's C++ says so in many lines.
     """
     sys.stderr.flush()
-    own = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+    streams.move_stderr(os.fdopen(os.dup(2), "w", buffering=1, errors="replace"))
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
-    sys.stderr = own
 
 
 @contextlib.contextmanager

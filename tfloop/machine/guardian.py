@@ -102,11 +102,17 @@ def end_with(parent: int, number: int) -> None:
 
 def lost_text(place: Place, lost: list[int]) -> str:
     names = joined([place.name(index) for index in lost])
-    verb = "are" if len(lost) > 1 else "is"
-    return (
-        f"{names} {verb} gone; start the cluster again with --resume=auto to go on from the last "
-        "checkpoint"
-    )
+    return f"{names} {'are' if len(lost) > 1 else 'is'} gone; {_AGAIN}"
+
+
+_AGAIN = "start the cluster again with --resume=auto to go on from the last checkpoint"
+
+
+def _is_stopped(process: int) -> bool:
+    """Was it stopped, as by SIGSTOP? Linux can tell."""
+    with contextlib.suppress(OSError), open(f"/proc/{process}/stat", encoding="utf-8") as file:
+        return file.read().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 class _Link:
@@ -227,8 +233,10 @@ class _Guardian:
             self._asks_who = None
 
     def _end_child(self) -> int:
+        was_stopped = f"the training process was stopped, and the other workers went; {_AGAIN}"
+        why = was_stopped if self._gone and _is_stopped(self._child) else self._why
         self._kill_child()
-        self._say(self._why or self._not_started())
+        self._say(why or self._not_started())
         return self._close(self._code)
 
     def _kill_child(self) -> None:
