@@ -1,4 +1,5 @@
 import json
+import os
 
 import keras
 import numpy as np
@@ -84,6 +85,21 @@ def test_a_manifest_of_right_sums_and_impossible_content_is_damaged(saved, tmp_p
     ):
         path = Checkpoints(saved[0].state, tmp_path).save(entries)
         with pytest.raises(manifests.DamagedCheckpoint, match="damaged"):
+            checkpoints.read_manifest(path)
+
+
+def test_files_that_the_manifest_does_not_name_are_damage(saved, tmp_path):
+    """TensorFlow would read them unchecked, and wait for a pipe."""
+    _, path = saved
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256_of_this"], manifest["sha256"]["state.index"]
+    (path / "state.index").unlink()
+    os.mkfifo(path / "state.index")
+    for sums in (manifest["sha256"], {}):
+        manifest["sha256"] = sums
+        text = json.dumps({**manifest, "sha256_of_this": manifests.sum_of(manifest)})
+        (path / "manifest.json").write_text(text)
+        with pytest.raises(manifests.DamagedCheckpoint, match="does not name the files beside it"):
             checkpoints.read_manifest(path)
 
 

@@ -23,8 +23,8 @@ from tfloop.commands import command
 from tfloop.commands.command import Stop
 from tfloop.errors import UserError
 from tfloop.history import stretch
-from tfloop.machine import guardian
-from tfloop.training import folders, session
+from tfloop.machine import arithmetic, devices, guardian
+from tfloop.training import code, folders, session
 
 TRAIN = ["train", "--preset=digits", "--conv=4", "--dense=8", "--summaries=none"]
 
@@ -295,6 +295,22 @@ def test_the_shells_own_pipe_is_read_and_a_named_one_is_not(tmp_path):
     for flag in ("--config", "--flagfile"):
         code, said = main_says("train", f"{flag}={tmp_path}/pipe")
         assert code == 2 and "pipe: cannot be read: it is no plain file" in said
+
+
+def test_flagfiles_that_lead_to_very_many_are_refused(tmp_path):
+    for number in range(9):  # each names the next one twice: 2⁹ in all
+        following = f"--flagfile={tmp_path}/{number + 1}\n"
+        (tmp_path / str(number)).write_text(2 * following)
+    (tmp_path / "9").write_text("--quiet\n")
+    code, said = main_says("train", f"--flagfile={tmp_path}/0")
+    assert code == 2 and "leads to more than 100 files" in said
+
+
+def test_a_user_without_a_home_has_no_place_for_notes(monkeypatch):
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(devices.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    code.note(["model.py:make"])
+    assert code._noted() == set() and arithmetic.peak() > 0
 
 
 def main_says(*arguments):

@@ -364,6 +364,18 @@ def test_a_worker_that_is_stopped_as_the_others_end_does_not_keep_the_launcher(m
     assert [worker.wait() for worker in workers] == [0, -signal.SIGKILL]
 
 
+def test_a_worker_that_listens_on_ipv6_is_not_gone():
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+        port = listener.getsockname()[1]
+        place = places.Place(0, ("[::1]:1", f"[::1]:{port}"))
+        assert places.unreachable(place) == []
+
+
+def test_a_token_may_be_any_bytes(monkeypatch):
+    monkeypatch.setenv(messages.TOKEN, os.fsdecode(b"\xff"))
+    assert messages.opened(messages.signed({"a": 1}, "x", "y"), "x", "y") == {"a": 1}
+
+
 def test_signals_that_come_together_are_one_question_to_a_guardian(monkeypatch):
     """As systemd sends them; the second would kill the training process."""
     sent = []

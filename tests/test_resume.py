@@ -17,6 +17,7 @@ import pytest
 import tfloop
 from tfloop import stopping
 from tfloop.cli import main
+from tfloop.errors import UserError
 from tfloop.inspection.event_files import read_scalars
 from tfloop.training import checkpoints, folders, session
 
@@ -193,6 +194,18 @@ def test_an_override_takes_the_new_number_from_there_on(config):
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 0.5
     rates = [s.value for s in read_scalars(folder) if s.tag == "learning_rate"]
     assert rates[0] == pytest.approx(0.001) and rates[-1] == pytest.approx(0.5)
+
+
+def test_auto_passes_over_what_a_killed_process_left_and_names_what_was_lost(tmp_path):
+    config = tfloop.Config.make("digits", logdir=str(tmp_path))
+    begun = folders.create(config)
+    left = tmp_path / "digits-002"
+    left.mkdir()
+    (left / "config.json.partial").touch()
+    assert folders.newest_unfinished(config) == ([begun], 1)
+    (left / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="digits-002, the newest, has no config.json"):
+        folders.newest_unfinished(config)
 
 
 def test_auto_goes_on_with_the_newest_unfinished_run_or_begins(tmp_path, capsys):

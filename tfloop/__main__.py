@@ -22,7 +22,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to be broken off
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # nothing is left to be broken off
     # Where Ctrl-C came amid code that runs from a string, such as a dataclass's, CPython remembers
     # that, and `python -m` ends by the signal although it was caught. The next such code resets it.
     exec("")

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 3 diverged, 4 a worker is los
 """
 
 import contextlib
-import errno
 import itertools
 import os
 import re
@@ -24,7 +23,7 @@ from tfloop.errors import DivergenceError, UserError, WorkerLost
 from tfloop.stopping import StopAsked, surfacing
 from tfloop.training import code
 from tfloop.version import __version__
-from tfloop.wording import value_text, without_controls
+from tfloop.wording import systems_reason, value_text, without_controls
 
 BAD_INPUT, DIVERGED, WORKER_LOST, INTERRUPTED = 2, 3, 4, 130
 _CODES = {UserError: BAD_INPUT, DivergenceError: DIVERGED, WorkerLost: WORKER_LOST}
@@ -58,7 +57,9 @@ def _ended(argv: list[str]) -> int:
         _say(f"{error.filename or 'writing'}: {error.strerror or error}")
         return BAD_INPUT
     except Exception as error:
-        if reason := _systems_reason(error):
+        if is_tensorflows := type(error).__module__.startswith("tensorflow."):
+            reason = systems_reason(str(error))
+        if is_tensorflows and reason:
             _say(f"writing: {reason}")
         elif _is_out_of_memory(error):
             _say("out of memory; try a smaller model or --batch_size")
@@ -100,13 +101,6 @@ def _say(message: str) -> None:
     print(f"tfloop: {without_controls(message)}", file=sys.stderr)
 
 
-def _systems_reason(error: Exception) -> str:
-    """What keeps TensorFlow from writing, such as a full disk; "" where it is something else."""
-    is_tensorflows = type(error).__module__.startswith("tensorflow.")
-    reasons = map(os.strerror, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO))
-    return next((each for each in reasons if is_tensorflows and each in str(error)), "")
-
-
 def _is_out_of_memory(error: Exception) -> bool:
     is_tensorflows = type(error).__name__ == "ResourceExhaustedError"
     return is_tensorflows or isinstance(error, MemoryError)
@@ -132,7 +126,7 @@ def _main(argv: list[str]) -> int:
     if any(argument in _HELP for argument in rest):
         print(_help(name, command))
         return 0
-    _check_flagfiles(rest)
+    _check_flagfiles(rest, [])
     parsed = _flags(command)
     try:
         arguments = parsed([name, *rest])[1:]
@@ -155,18 +149,25 @@ def _main(argv: list[str]) -> int:
     return command.function(config, options | {"given": given}, arguments)
 
 
-def _check_flagfiles(arguments: list[str], seen: tuple[str, ...] = ()) -> None:
+MOST_FLAGFILES = 100
+
+
+def _check_flagfiles(arguments: list[str], read: list[str]) -> None:
     """Raises UserError where a --flagfile, or one named in it, cannot be read or has no end."""
     for argument, after in itertools.pairwise([*arguments, ""]):
         found = re.fullmatch(r"--?flagfile(?:=(.*))?", argument.strip())
         if not found:
             continue
         path = os.path.expanduser(found[1] if found[1] is not None else after)
-        if path in seen:
-            raise UserError(f"--flagfile={path}: names itself")
+        read.append(path)
+        if len(read) > MOST_FLAGFILES:
+            raise UserError(
+                f"--flagfile={read[0]}: leads to more than {MOST_FLAGFILES} files; does one name "
+                "itself?"
+            )
         try:
             if not path.startswith("/dev/fd/"):  # the shell's own, as of <(command)
-                _check_flagfiles(plain_files.read_text(path).splitlines(), (*seen, path))
+                _check_flagfiles(plain_files.read_text(path).splitlines(), read)
         except OSError as error:
             raise UserError(f"--flagfile={path}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:

@@ -420,7 +420,7 @@ class Config(
         """
         path = Path(path, "config.json") if Path(path).is_dir() else Path(path)
         try:
-            values = plain_files.read_json(path)
+            values = plain_files.read_json(path, pipes=bool(named))
         except OSError as error:
             raise UserError(f"{named}{path}: cannot be read: {error.strerror}") from None
         except ValueError as error:

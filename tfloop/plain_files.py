@@ -19,16 +19,18 @@ def check(file: str | Path | int) -> None:
         raise OSError(None, "it is no plain file", str(file))
 
 
-def read(path: str | Path) -> bytes:
+def read(path: str | Path, pipes: bool = False) -> bytes:
     """What is in the file.
 
-    The shell's own pipes, as of `--config=<(command)`, are read too: their writer is there.
+    Args:
+      path: of the file.
+      pipes: read the shell's own pipes too, as of `--config=<(command)`: their writer is there.
 
     Raises:
       OSError: it cannot be read, is no plain file, or is longer than MOST.
     """
     path = Path(path)
-    is_shells_pipe = path.is_fifo() and not Path(os.path.realpath(path)).exists()
+    is_shells_pipe = pipes and path.is_fifo() and not Path(os.path.realpath(path)).exists()
     descriptor = os.open(path, os.O_RDONLY | (0 if is_shells_pipe else os.O_NONBLOCK))
     try:
         if not is_shells_pipe:
@@ -53,12 +55,13 @@ def read_text(path: str | Path) -> str:
     return read(path).decode("utf-8")
 
 
-def read_json(path: str | Path, finite: bool = True) -> Any:
+def read_json(path: str | Path, finite: bool = True, pipes: bool = False) -> Any:
     """The content of a JSON file, whose whole numbers have at most 64 bits.
 
     Args:
       path: of the file.
       finite: refuse NaN, infinity, and numbers that float64 takes for infinity.
+      pipes: as of `read`.
 
     Raises:
       OSError: as `read`.
@@ -66,7 +69,8 @@ def read_json(path: str | Path, finite: bool = True) -> Any:
     """
     only_finite: Any = {"parse_constant": _refuse, "parse_float": _fraction} if finite else {}
     try:
-        return json.loads(read_text(path), parse_int=_whole, **only_finite)
+        text = read(path, pipes).decode("utf-8")
+        return json.loads(text, parse_int=_whole, **only_finite)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

@@ -13,6 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def open_up(folder: Path) -> None:
+    """Give a folder the rights of one that is made now: those of temporary ones are the user's."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+
+
 def temporary(name: str) -> contextlib.AbstractContextManager[Path]:
     """A new folder where the system has its temporary ones, for files of this name."""
     return folder(Path(tempfile.gettempdir()), f"tfloop-{name}-")

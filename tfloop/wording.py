@@ -1,5 +1,8 @@
 """How numbers, shapes and lists are written in messages: each way once."""
 
+import errno
+import os
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -55,6 +58,20 @@ def first_sentence(error: BaseException) -> str:
     sentence = lines[0].partition(". ")[0].rstrip(".")
     shown = sentence if len(sentence) <= 160 else f"{sentence[:160].rsplit(' ', 1)[0]} …"
     return f"{type(error).__name__}: {shown}"
+
+
+_REASONS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def systems_reason(message: str) -> str:
+    """What the system said in a message of TensorFlow's, such as that a disk is full; or ""."""
+    return next((text for text in map(os.strerror, _REASONS) if text in message), "")
+
+
+def of_tensorflow(message: str) -> str:
+    """The first line of a message of TensorFlow's, or what the system said, without its nodes."""
+    plain = re.sub(r"\{\{.*?\}\} ?", "", message).split(" [Op")[0].strip()
+    return systems_reason(message) or plain.partition("\n")[0]
 
 
 def without_controls(text: str) -> str:

@@ -23,6 +23,8 @@ def new(config: Config, options: dict[str, Any], arguments: list[str]) -> int:
         for path in files:
             shutil.copyfile(path, folder / path.name)
     except OSError as error:
+        for path in files:
+            (folder / path.name).unlink(missing_ok=True)
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     place = shlex.quote(str(folder))
     program = f"{shlex.quote(sys.executable)} -m tfloop"

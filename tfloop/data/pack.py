@@ -12,7 +12,7 @@ from tfloop import scratch
 from tfloop.data import parts, pictures, shard_files, shards, sources
 from tfloop.data.dataset import Dataset, Split
 from tfloop.errors import UserError
-from tfloop.wording import counted, shape_text
+from tfloop.wording import counted, of_tensorflow, shape_text
 
 TEST_SHARE = 0.1  # of each class, where pictures are not divided into train and test
 Item = tuple[Any, int]  # (an image, or its Picture; class number)
@@ -92,14 +92,14 @@ def _make(folder: Path, contents: _Contents, format: str, shard_mib: int) -> Non
                 names = "\n".join(contents.classes) + "\n"
                 (partial / "classes.txt").write_text(names, encoding="utf-8")
             shards.load(partial)  # checks what was written, and leaves the index
-            partial.chmod(0o755)
+            scratch.open_up(partial)
             partial.rename(folder)
     except UnicodeEncodeError:
         raise UserError(f"{folder}: a class has a name that is no UTF-8; rename it") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     except tf.errors.OpError as error:
-        raise UserError(f"{folder}: cannot be written: {error.message}") from None
+        raise UserError(f"{folder}: cannot be written: {of_tensorflow(error.message)}") from None
     except UserError as error:
         message = error.as_flags.replace(f"--dataset={partial}", str(folder))
         raise UserError(message.replace(str(partial), str(folder))) from None

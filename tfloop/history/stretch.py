@@ -77,7 +77,7 @@ def _made_whole(records: Records, folder: Path) -> Iterator[Path]:
     try:
         with scratch.folder(folder.absolute().parent, f"{REPLAYS}unfinished-") as partial:
             yield partial
-            partial.chmod(0o755)
+            scratch.open_up(partial)
             partial.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None

@@ -16,6 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from tfloop.data.tf_data import UNTUNED
 from tfloop.errors import UserError
+from tfloop.wording import of_tensorflow
 
 _numbers = itertools.count()
 
@@ -57,7 +58,9 @@ class EventFile:
             self._file.write(event.SerializeToString())
             self._file.flush()
         except tf.errors.OpError as error:
-            raise UserError(f"{self._path}: cannot be written: {_plain(error)}") from None
+            raise UserError(
+                f"{self._path}: cannot be written: {of_tensorflow(error.message)}"
+            ) from None
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
@@ -94,7 +97,10 @@ class Scalar(NamedTuple):
 
 def event_paths(folder: str | Path) -> list[Path]:
     """The event files in `folder` and below, sorted."""
-    return sorted(path for path in Path(folder).rglob("*tfevents*") if path.is_file())
+    try:
+        return sorted(path for path in Path(folder).rglob("*tfevents*") if path.is_file())
+    except RecursionError:
+        raise UserError(f"{folder}: its folders are nested too deep") from None
 
 
 REPLAYS = "replay-"  # the folders of what was trained again begin so
@@ -197,9 +203,9 @@ def _events(path: Path) -> Iterator[Event]:
         at = re.search(r"corrupted record at (\d+)", error.message)
         is_end = "truncated" in error.message or (at and _is_zeros(path, int(at[1])))
         if not is_end:
-            raise UserError(f"{path}: is damaged: {_plain(error)}") from None
+            raise UserError(f"{path}: is damaged: {of_tensorflow(error.message)}") from None
     except tf.errors.OpError as error:
-        raise UserError(f"{path}: cannot be read: {_plain(error)}") from None
+        raise UserError(f"{path}: cannot be read: {of_tensorflow(error.message)}") from None
 
 
 def _is_zeros(path: Path, start: int) -> bool:
@@ -207,8 +213,3 @@ def _is_zeros(path: Path, start: int) -> bool:
     with open(path, "rb") as file:
         file.seek(start)
         return all(not any(part) for part in iter(lambda: file.read(1 << 20), b""))
-
-
-def _plain(error: tf.errors.OpError) -> str:
-    """TensorFlow's message without the names of nodes around it."""
-    return re.sub(r"\{\{.*?\}\} ?", "", error.message).split(" [Op")[0].strip()

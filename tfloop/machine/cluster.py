@@ -141,10 +141,9 @@ def _listening(place: Place) -> Iterator[socket.socket]:
     try:
         family, address = _own_address(place, host.strip("[]"), int(port))
         listener = socket.socket(family)
-    except OSError as error:
-        raise _CannotListen(
-            f"{place.name(place.index)}: cannot listen there: {error.strerror or error}"
-        ) from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", "") or error
+        raise _CannotListen(f"{place.name(place.index)}: cannot listen there: {reason}") from None
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

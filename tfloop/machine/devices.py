@@ -209,8 +209,11 @@ def _set_threads(asked: Config, chosen: Config) -> Config:
 
 
 def state_folder() -> Path:
-    """Where tfloop notes what it found out on this machine."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    """Where tfloop notes what it found out on this machine; no folder where there is no home."""
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError:  # a user of whom the system knows nothing, as in a container
+        state = os.devnull
     return Path(state) / "tfloop"
 
 

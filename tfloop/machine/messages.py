@@ -77,4 +77,5 @@ def opened(message: dict, first: str, second: str) -> dict:
 def _signature(text: str, first: str, second: str) -> str:
     """HMAC-SHA256 by the cluster's token of a text and the numbers of both sides."""
     signed = json.dumps([first, second, text]).encode()
-    return hmac.new(os.environ.get(TOKEN, "").encode(), signed, hashlib.sha256).hexdigest()
+    token = os.fsencode(os.environ.get(TOKEN, ""))
+    return hmac.new(token, signed, hashlib.sha256).hexdigest()

@@ -96,6 +96,8 @@ def _from_slurm() -> Place:
         if done.returncode:
             raise ValueError(done.stderr.strip().splitlines()[-1])
         workers = json.loads(done.stdout.splitlines()[-1])
+        if odd := [each for each in workers if not _is_host(each.rpartition(":")[0])]:
+            raise ValueError(f"{odd[0]!r} is no host:port")
         index = whole(os.environ["SLURM_PROCID"], most=len(workers) - 1)
         if index is None:
             raise ValueError(
@@ -125,7 +127,7 @@ def unreachable(place: Place) -> list[int]:
         host, _, port = address.rpartition(":")
         if index != place.index:
             try:
-                socket.create_connection((host, int(port)), timeout=2.0).close()
-            except OSError:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+            except (OSError, UnicodeError):
                 gone.append(index)
     return gone

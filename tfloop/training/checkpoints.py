@@ -24,6 +24,7 @@ from tfloop.training.manifests import FORMAT, MANIFEST, all_in, number_of, sum_o
 from tfloop.training.manifests import newest as newest
 from tfloop.training.manifests import read_manifest as read_manifest
 from tfloop.vectors import count_elements
+from tfloop.wording import of_tensorflow
 
 
 class Checkpoints:
@@ -61,10 +62,12 @@ class Checkpoints:
             self._clean()
             self._write(path, about)
         except OSError as error:
+            self._clean()
             reason = f"{error.strerror}{self._last_good()}"
             raise UserError(f"{path}: cannot be written: {reason}") from None
         except tf.errors.OpError as error:
-            reason = f"{error.message.splitlines()[0]}{self._last_good()}"
+            self._clean()
+            reason = f"{of_tensorflow(error.message)}{self._last_good()}"
             raise UserError(f"{path}: cannot be written: {reason}") from None
         for old in all_in(self._folder)[self._keep :]:
             if old.name != best:
@@ -135,8 +138,8 @@ def restore(state: TrainState, path: Path, other_settings: bool = False) -> None
                 read.assert_consumed()
     except UserError:
         raise
-    except (AssertionError, ValueError, tf.errors.OpError) as error:
-        raise UserError(f"{misfit}: {str(error).splitlines()[0]}") from None
+    except (AssertionError, ValueError, TypeError, tf.errors.OpError) as error:
+        raise UserError(f"{misfit}: {of_tensorflow(str(error))}") from None
     if "averages" in missing:
         state.restart_ema()
 

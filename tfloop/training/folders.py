@@ -8,9 +8,11 @@ epochs were done. Runs that one command began have a group.json.
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,11 @@ FREE = {
 def create(config: Config) -> Path:
     """A new folder in config.logdir: "article2-001", "article2-002" …"""
     folder = numbered(Path(config.logdir), name_of(config))
-    write(folder / CONFIG, config.to_json())
+    try:
+        write(folder / CONFIG, config.to_json())
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
@@ -64,7 +70,7 @@ def made_whole(config: Config) -> Iterator[Path]:
 
 def placed(folder: Path, config: Config) -> Path:
     """Rename the folder to the first free name of a run."""
-    folder.chmod(0o755)
+    scratch.open_up(folder)
     while True:
         taken = numbered(Path(config.logdir), name_of(config))
         try:
@@ -122,7 +128,7 @@ def name_of(config: Config) -> str:
       UserError: it is no plain name.
     """
     name = config.name or config.preset
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UserError(
             f"--name={name}: expected a plain name, not a path; --logdir chooses the folder"
         )
@@ -149,12 +155,22 @@ def newest_unfinished(config: Config) -> tuple[list[Path], int]:
         for path in (logdir.iterdir() if logdir.is_dir() else ())
         if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdecimal()
     ]
-    newest = max(runs, key=number, default=None)
-    if not newest or not (newest / CONFIG).is_file():
+    newest = max((path for path in runs if _is_begun(path)), key=number, default=None)
+    if not newest:
         return [], 1
+    if not (newest / CONFIG).is_file():
+        raise UserError(
+            f"--resume=auto: {newest}, the newest, has no {CONFIG}; put it back, or remove the "
+            "folder"
+        )
     group, ensemble = group_of(newest)
     batches = [group[first : first + ensemble] for first in range(0, len(group), ensemble)]
     return ([], 1) if all(map(all_finished, batches)) else (group, ensemble)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Is there more in it than a process leaves that was killed as it made the folder?"""
+    return any(path.name != f"{CONFIG}.partial" for path in folder.iterdir())
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -165,7 +181,10 @@ def runs_in(folder: Path) -> list[Path]:
     """
     if (folder / CONFIG).is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.rglob(CONFIG)) if folder.is_dir() else []
+    try:
+        found = sorted(path.parent for path in folder.rglob(CONFIG)) if folder.is_dir() else []
+    except RecursionError:
+        raise UserError(f"{folder}: its folders are nested too deep") from None
     found = [path for path in found if not path.name.startswith(PARTIAL)]
     if not found:
         what = "holds no runs" if folder.is_dir() else "is no folder"
@@ -449,14 +468,17 @@ def check_holds_no_links(folder: Path) -> None:
     """Raises UserError where a link, the folder or one in it, would have something else changed."""
     if folder.is_symlink():
         raise UserError(f"{folder}: is a link; name the run's own folder: {folder.resolve()}")
-    for parent, names, files in os.walk(folder):
-        for name in (*names, *files):
-            path = Path(parent, name)
-            if path.is_symlink():
-                raise UserError(
-                    f"{path}: is a link, to {os.readlink(path)!r}; a run is trained in its own "
-                    "folder alone: put there what the link points to, or remove it"
-                )
+    try:
+        paths = [
+            Path(place, n) for place, *names in os.walk(folder) for n in itertools.chain(*names)
+        ]
+    except RecursionError:
+        raise UserError(f"{folder}: its folders are nested too deep") from None
+    for path in filter(Path.is_symlink, paths):
+        raise UserError(
+            f"{path}: is a link, to {os.readlink(path)!r}; a run is trained in its own folder "
+            "alone: put there what the link points to, or remove it"
+        )
 
 
 def check_kept(folder: Path, identity: tuple[int, int] | None) -> None:

@@ -79,12 +79,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if name := kinds.wrong(manifest, _KINDS) or next((n for n in _NEEDED if n not in manifest), ""):
         raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: its {name} is not what a run writes")
     for name, expected in manifest["sha256"].items():
-        file = path / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+        file = path / Path(name).name
+        if not file.is_file() or _sum_of_file(file) != expected:
             raise DamagedCheckpoint(
                 f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}"
             )
+    unknown = {file.name for file in path.iterdir()} - {MANIFEST, *manifest["sha256"]}
+    if unknown or not manifest["sha256"]:  # TensorFlow would read it all the same
+        raise DamagedCheckpoint(f"{path}: damaged: {MANIFEST} does not name the files beside it")
     return manifest
+
+
+def _sum_of_file(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for part in iter(lambda: file.read(1 << 22), b""):
+            found.update(part)
+    return found.hexdigest()
 
 
 _NEEDED = ("sha256",)
