@@ -6,6 +6,8 @@ import os
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from keras import layers
 
 import tfloop
 from tfloop.assembly import make_state
@@ -14,7 +16,7 @@ from tfloop.config import PRESETS, Config
 from tfloop.data.spec import of_data
 from tfloop.errors import UserError
 from tfloop.training import folders, saved_run
-from tfloop.training.export import plain_model
+from tfloop.training.export import export, plain_model
 
 SMALL = ["--conv=2", "--pool=", "--dense=4", "--batch_size=20", "--epochs=1", "--quiet"]
 
@@ -32,6 +34,28 @@ def test_an_export_gives_what_predict_gives(mnist, digits, preset):
     images = data.test.inputs[:16]
     exported = plain_model(state).predict(images.astype(np.float32), verbose=0)
     np.testing.assert_allclose(exported, tfloop.predict(state, images), atol=1e-5)
+
+
+def test_layers_that_augment_operators_and_models_in_models_are_exported_as_they_predict(
+    digits, tmp_path
+):
+    """A layer that augments would do so in a saved model, unless it is told not to."""
+    keras.utils.set_random_seed(0)
+    outer = keras.Input((8, 8, 1))
+    inner = keras.Sequential([layers.Flatten(), layers.Dense(8, "relu")], name="inner")
+    x = inner(layers.RandomRotation(0.5)(outer)) * 0.5
+    state = tfloop.TrainState(keras.Model(outer, layers.Dense(10)(x)))
+    tfloop.Loop(state, digits)
+    images = digits.test.inputs[:16].astype(np.float32)
+    expected = tfloop.predict(state, images)
+    export(state, "saved_model", tmp_path / "model")
+    served = tf.saved_model.load(tmp_path / "model").signatures["serving_default"]
+    np.testing.assert_allclose(served(tf.constant(images))["output_0"], expected, atol=1e-5)
+    mixed = keras.Sequential([keras.Input((8, 8, 1)), inner, layers.Dense(10)])
+    for layer in inner.layers:
+        layer.dtype_policy = "mixed_float16"
+    plain = plain_model(tfloop.TrainState(mixed))
+    assert {each.compute_dtype for each in plain._flatten_layers()} == {"float32"}
 
 
 def test_a_scale_that_keras_does_not_divide_by_is_not_exported(random):

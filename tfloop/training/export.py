@@ -48,9 +48,9 @@ def plain_model(state: TrainState, as_predicted: bool = True) -> keras.Model:
     x = _standardized(state, inputs)
     if isinstance(twin, keras.Sequential):  # its layers, one by one, rather than a model in a model
         for layer in twin.layers:
-            x = layer(x)
+            x = layer(x, training=False)  # or layers that augment would, in a saved model
     else:
-        x = twin(x)
+        x = twin(x, training=False)
     plain = keras.Model(inputs, _squashed(state, x), name="tfloop")
     with state.using_ema():
         for copy, trained in zip(_variables(twin), _variables(model), strict=True):
@@ -63,7 +63,7 @@ def _averaged(plain: keras.Model, pixels: int) -> keras.Model:
     if not pixels:
         return plain
     image, n, layers = keras.Input(plain.input_shape[1:], name="inputs"), pixels, keras.layers
-    given = [plain(image)]
+    given = [plain(image, training=False)]
     for way, rows, columns in (
         ("down", (n, 0), (0, 0)),
         ("up", (0, n), (0, 0)),
@@ -72,14 +72,19 @@ def _averaged(plain: keras.Model, pixels: int) -> keras.Model:
     ):
         wide = layers.ZeroPadding2D((rows, columns), name=f"{way}_wide")(image)
         cut = layers.Cropping2D((rows[::-1], columns[::-1]), name=way)(wide)
-        given.append(plain(cut))
+        given.append(plain(cut, training=False))
     flat = zip(*map(keras.tree.flatten, given), strict=True)
     means = [layers.Average(name=f"mean_{i}")(list(values)) for i, values in enumerate(flat)]
     outputs = keras.tree.pack_sequence_as(given[0], means)
     return keras.Model(image, outputs, name="tfloop_averaged")
 
 
-def _in_float32(layer: keras.layers.Layer) -> keras.layers.Layer:
+def _in_float32(layer: Any) -> Any:
+    """A copy of a layer, or of a model in a model, without its weights."""
+    if isinstance(layer, keras.Model) and models.output_activations(layer):
+        return keras.models.clone_model(layer, clone_function=_in_float32)
+    if not isinstance(layer, keras.layers.Layer):  # Python's operators have no type of their own
+        return type(layer).from_config(layer.get_config())
     return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
 
 
@@ -176,8 +181,8 @@ def export(state: TrainState, format: str, path: str | Path) -> None:
         raise UserError(f"--out={path}: a {format} file ends in {ending}")
     if path.exists():
         raise UserError(f"--out={path}: exists already; name another")
-    model = None if format == "weights" else plain_model(state)
     try:
+        model = None if format == "weights" else plain_model(state)
         with scratch.folder(path.parent, ".export-") as folder:
             partial = folder / path.name
             _write_names(state, partial)
