@@ -293,6 +293,70 @@ def test_an_npz_that_does_not_fit_into_memory_is_refused_before_it_is_read(tmp_p
 
 
 @pytest.mark.parametrize(
+    "y, other, message",
+    [
+        (np.eye(3)[np.arange(12) % 3], np.zeros((12, 3)), "shares from 0 to 1 that add up to 1"),
+        (np.eye(3)[np.arange(12) % 3], 5 * np.eye(3)[np.arange(12) % 3] - 1, "row 0 holds other"),
+        (
+            np.arange(36).reshape(12, 3) % 2,
+            np.full((12, 3), -1),
+            "row 0 holds other numbers than 0",
+        ),
+    ],
+    ids=["shares of 0", "other shares", "labels of -1"],
+)
+def test_targets_of_a_test_are_like_those_of_the_training(y, other, message):
+    x = np.zeros((12, 4))
+    for part in (dict(x_test=x, y_test=other), dict(validation=(x, other))):
+        with pytest.raises(UserError, match=message):
+            tfloop.from_arrays(x, y, **part)
+
+
+def test_whole_numbers_are_values_where_those_of_the_training_are():
+    x = np.zeros((4, 2))
+    data = tfloop.from_arrays(x, np.arange(4) / 3, x, np.arange(4))
+    assert data.test.targets.dtype == np.float32 and data.test.targets.tolist() == [0, 1, 2, 3]
+
+
+class Table(np.ndarray):
+    """As a data frame: columns with names, and a selection of them by name."""
+
+    def __new__(cls, values, columns):
+        table = np.asarray(values).view(cls)
+        table.columns = columns
+        return table
+
+    def __getitem__(self, key):
+        if isinstance(key, list) and key and isinstance(key[0], str):
+            return np.asarray(self)[:, [self.columns.index(name) for name in key]]
+        return super().__getitem__(key)
+
+
+def test_columns_with_names_are_matched_by_them(random):
+    x, y = random.normal(size=(6, 2)).astype(np.float32), np.arange(6) % 2
+    train, test = Table(x, ["a", "b"]), Table(x[:, ::-1], ["b", "a"])
+    data = tfloop.from_arrays(train, y, test, y, standardize=False)
+    np.testing.assert_array_equal(data.train.inputs, data.test.inputs)
+    with pytest.raises(UserError, match="the columns are b,c, those of the training a,b"):
+        tfloop.from_arrays(train, y, Table(x, ["b", "c"]), y)
+
+
+def test_masked_values_are_named():
+    x = np.ma.masked_array(np.zeros((4, 2)), np.eye(4, 2))
+    with pytest.raises(UserError, match="holds masked values"):
+        tfloop.from_arrays(x, np.arange(4) % 2)
+
+
+@pytest.mark.parametrize(
+    "low, high, is_noted", [(-1, 1, True), (0, 16, True), (0, 2, False), (0, 1, False)]
+)
+def test_a_part_of_another_scale_is_noted(random, low, high, is_noted):
+    x, y = random.uniform(size=(50, 4)), np.arange(50) % 2
+    notes = tfloop.from_arrays(x, y, low + (high - low) * x, y).notes
+    assert ("are they scaled otherwise?" in "".join(notes)) == is_noted
+
+
+@pytest.mark.parametrize(
     "change, note",
     [
         ({"x": lambda x: np.moveaxis(np.stack([x] * 3, -1), -1, 1)}, "channels come first"),
@@ -340,7 +404,7 @@ def test_the_arrays_of_an_npz_have_the_names_that_people_give_the_parts(tmp_path
     "names, message",
     [
         ("x_train y_train x_test y_test x_val", "has no y_val"),
-        ("x_train y_train x_test y_test x_val y_val x_dev y_dev", "val stands beside dev"),
+        ("x_train y_train x_test y_test x_val y_val x_dev y_dev", "x_val stands beside x_dev"),
         ("x_train y_train", "has no x_test, y_test"),
     ],
 )

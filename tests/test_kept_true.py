@@ -13,6 +13,7 @@ import tfloop
 from tfloop.assembly import make_state
 from tfloop.cli import main
 from tfloop.config import PRESETS, Config
+from tfloop.data.dataset import with_classes_of
 from tfloop.data.spec import of_data
 from tfloop.errors import UserError
 from tfloop.training import folders, saved_run
@@ -104,6 +105,28 @@ def test_classes_of_other_names_are_other_data():
     assert saved_run.difference_of_data(manifest, one) == ""
     found = saved_run.difference_of_data(manifest, other)
     assert found == "names the classes b, a, the run had a, b"
+
+
+def test_classes_of_one_name_are_matched_by_number_and_shares_by_name():
+    x, shares = np.zeros((4, 3)), np.eye(2)[[0, 1, 1, 0]]
+    twice = tfloop.from_arrays(x, [0, 1, 1, 0], x, [0, 1, 1, 0], class_names=["crane", "crane"])
+    assert with_classes_of(twice, twice.kinds, "x").test.targets.tolist() == [0, 1, 1, 0]
+    one = tfloop.from_arrays(x, shares, x, shares, class_names=["a", "b"])
+    other = tfloop.from_arrays(x, shares[:, ::-1], x, shares[:, ::-1], class_names=["b", "a"])
+    np.testing.assert_array_equal(with_classes_of(other, one.kinds, "x").test.targets, shares)
+    with pytest.raises(UserError, match="x: has the class 'c', which the run was not trained on"):
+        unknown = tfloop.from_arrays(x, shares, x, shares, class_names=["a", "c"])
+        with_classes_of(unknown, one.kinds, "x")
+
+
+def test_an_input_that_would_cut_fractions_off_is_refused(random):
+    inputs = keras.Input((4,), dtype="int32")
+    model = keras.Model(inputs, layers.Dense(2)(layers.Rescaling(0.5)(inputs)))
+    x, y = random.normal(size=(20, 4)), np.arange(20) % 2
+    with pytest.raises(UserError, match="takes int32, and is given fractions"):
+        tfloop.Loop(tfloop.TrainState(model), tfloop.from_arrays(x, y), batch_size=5)
+    whole = tfloop.from_arrays(np.round(9 * x), y, standardize=False)
+    tfloop.Loop(tfloop.TrainState(model), whole, batch_size=5)
 
 
 def test_a_trial_of_a_search_which_sees_no_test_is_of_the_data_with_one(digits):

@@ -294,6 +294,72 @@ def test_weights_of_a_dataset_count_in_training_and_in_tests(random):
     assert record.test.data == pytest.approx(record.train.data, rel=1e-5)
 
 
+def stream(x, y):
+    return lambda: tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+
+
+def test_a_dataset_with_other_examples_has_another_fingerprint(random):
+    x, y = random.normal(size=(12, 2)), np.arange(12) % 3
+    found = {
+        tfloop.from_dataset(stream(inputs, targets)).fingerprint
+        for inputs, targets in ((x, y), (x, y), (x, y[::-1].copy()), (x + 1, y), (x, y * 2))
+    }
+    assert len(found) == 4  # the first two are the same
+
+
+def test_the_test_of_a_dataset_is_like_its_training(random):
+    x, y = random.normal(size=(12, 2)), np.arange(12) % 3
+    for inputs, targets, message in (
+        (x, y - 1, "test targets: label -1 is not a class number"),
+        (x, y + 1, "test targets: label 3 is out of range"),
+        (x[:, :1], y, "test: inputs are 1 float64, those of the training 2 float64"),
+        (x.astype(np.float32), y, "test: inputs are 2 float32, those of the training 2 float64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tfloop.from_dataset(stream(x, y), stream(inputs, targets))
+
+
+def test_targets_are_told_by_all_rows_of_a_dataset(random):
+    one_hot = np.eye(3, dtype=np.float32)[np.arange(1200) % 3]
+    one_hot[-1] = 1  # behind those that are looked at first
+    data = tfloop.from_dataset(stream(random.normal(size=(1200, 2)), one_hot))
+    assert data.target.kind == "labels"
+
+
+def test_sequences_of_any_length_train_in_padded_batches_alone(random):
+    spec = (tf.TensorSpec((None, 2)), tf.TensorSpec((), tf.int64))
+    examples = [(random.normal(size=(3 + i % 4, 2)).astype(np.float32), i % 2) for i in range(40)]
+
+    def make():
+        return tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=spec)
+
+    def state():
+        keras.utils.set_random_seed(0)
+        return tfloop.TrainState(
+            keras.Sequential([keras.Input((None, 2)), layers.SimpleRNN(3), layers.Dense(2)])
+        )
+
+    data = tfloop.from_dataset(lambda: make().padded_batch(10), lambda: make().padded_batch(40))
+    assert tfloop.Loop(state(), data, shards=2).fit(1).steps == 4
+    with pytest.raises(UserError, match="its examples have different shapes: batch them"):
+        tfloop.Loop(state(), tfloop.from_dataset(make), batch_size=10)
+
+
+def test_a_dataset_that_gives_less_than_was_counted_says_so(random):
+    x, y, passes = random.normal(size=(12, 2)), np.arange(12) % 3, []
+
+    def rows():
+        passes.append(None)
+        return iter(zip(x, y)) if len(passes) < 8 else iter(zip(x[:6], y[:6]))
+
+    spec = (tf.TensorSpec((2,), tf.float64), tf.TensorSpec((), tf.int64))
+    data = tfloop.from_dataset(
+        lambda: tf.data.Dataset.from_generator(rows, output_signature=spec).batch(4)
+    )
+    with pytest.raises(UserError, match="gives a batch of 2 where it gave 4 when"):
+        tfloop.Loop(tfloop.TrainState(dense(3, inputs=2)), data).fit(20)
+
+
 # --- sigmoids, masks
 
 

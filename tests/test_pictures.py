@@ -185,6 +185,28 @@ def test_the_name_of_a_class_is_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("training_set", "test_set"), ("seg_train", "seg_test"), ("Train images", "Val images")],
+)
+def test_parts_are_told_by_the_words_of_their_names(tmp_path, names):
+    for name in names:
+        for kind in ("cat", "dog"):
+            (tmp_path / "in" / name / kind).mkdir(parents=True)
+            Image.fromarray(COLOUR).save(tmp_path / "in" / name / kind / "1.png")
+    data = pack.pack(str(tmp_path / "in"), tmp_path / "out")
+    assert data.target.names == ("cat", "dog") and len(data.train) == len(data.test) == 2
+
+
+def test_classes_may_have_the_name_of_a_part_in_theirs(tmp_path):
+    for name in ("train station", "test tube"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for picture in ("1.png", "2.png"):
+            Image.fromarray(COLOUR).save(tmp_path / "in" / name / picture)
+    data = pack.pack(str(tmp_path / "in"), tmp_path / "out")
+    assert data.target.names == ("test tube", "train station")
+
+
 def test_a_part_without_those_beside_it_is_no_class(tmp_path):
     tree(tmp_path / "p", "train/a/1.png", "train/b/1.png", "more/a/1.png")
     (tmp_path / "p/train/.DS_Store").write_text("")

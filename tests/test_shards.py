@@ -383,6 +383,45 @@ def test_compressed_shards_are_read_as_plain_ones(tmp_path, random, kind):
         tfloop.load(str(tmp_path / "packed"))
 
 
+def test_joined_zlib_streams_are_read_to_their_end(tmp_path, random):
+    images = random.integers(0, 256, (12, 5, 4, 1), dtype=np.uint8)
+    for part, rows in (("a", slice(6)), ("b", slice(6, 12)), ("whole", slice(12))):
+        write_raw(tmp_path / part, images[rows], "ZLIB")
+    joined = b"".join((tmp_path / part / "train-0.tfrecord").read_bytes() for part in "ab")
+    (tmp_path / "whole" / "train-0.tfrecord").write_bytes(joined)
+    np.testing.assert_array_equal(tfloop.load(str(tmp_path / "whole")).train.inputs[:], images)
+
+
+def test_bytes_of_an_unknown_number_of_channels_are_no_images(tmp_path):
+    """height and width alone: 4 bytes a pixel may be one float32."""
+    feature = {
+        "image_raw": np.zeros((5, 4), np.float32).tobytes(),
+        "height": 5,
+        "width": 4,
+        "label": 0,
+    }
+    kinds = {bytes: "bytes_list", int: "int64_list"}
+    example = tf.train.Example()
+    for name, value in feature.items():
+        getattr(example.features.feature[name], kinds[type(value)]).value.append(value)
+    for part in ("train", "test"):
+        with tf.io.TFRecordWriter(str(tmp_path / f"{part}-0.tfrecord")) as writer:
+            writer.write(example.SerializeToString())
+    with pytest.raises(UserError, match="holds 4 bytes a pixel and does not say how many channels"):
+        tfloop.load(str(tmp_path))
+
+
+def test_two_sets_of_one_part_are_refused(tmp_path, random):
+    images = random.integers(0, 256, (6, 5, 4, 1), dtype=np.uint8)
+    write_raw(tmp_path / "s", images)
+    path = tmp_path / "s" / "train-0.tfrecord"
+    for name in ("train", "training"):
+        shutil.copy(path, tmp_path / "s" / f"{name}-00000-of-00001.tfrecord")
+    path.unlink()
+    with pytest.raises(UserError, match="holds shards of two sets, train-… and training-…"):
+        tfloop.load(str(tmp_path / "s"))
+
+
 def test_two_damaged_records_and_a_truncated_end_are_all_found(copy):
     path, _number, offset, _ = place(copy, 100)
     damage(path, offset + 3)

@@ -431,7 +431,7 @@ def once():
     [
         ("train", "whole", ["--validation_size=5"], "a tf.data.Dataset cannot be cut"),
         ("sweep", "whole", ["--grid=l2=0,1"], "a tf.data.Dataset cannot be cut"),
-        ("train", "other_shape", [], "inputs to evaluate are (2,), those of the training (3,)"),
+        ("train", "other_shape", [], "inputs are 2 float64, those of the training 3 float64"),
         ("train", "once", [], "once only"),
         ("train", "whole", ["--batch_size=20"], "gives batches of 10"),
         ("train", "whole", ["--pipeline=resident"], "use host or prefetch"),

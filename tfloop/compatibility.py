@@ -10,6 +10,7 @@ from tfloop import models
 from tfloop.config import FIELDS, check_setting
 from tfloop.data import pipelines
 from tfloop.data.dataset import Dataset
+from tfloop.data.tf_data import failure_of
 from tfloop.errors import UserError
 from tfloop.nests import leaves, map_leaves, named_leaves
 from tfloop.state import TrainState
@@ -79,9 +80,15 @@ def check_fit(state: TrainState, data: Dataset, most: int) -> Any:
         )
     _check_takes(state.model, data)
     _check_moved(state, data)
-    batch = pipelines.batch_at(data.train, min(LOOKED_AT, most), 0, 0, 0)
+    try:
+        batch = pipelines.batch_at(data.train, min(LOOKED_AT, most), 0, 0, 0)
+    except tf.errors.OpError as error:
+        if reason := failure_of(error.message):
+            raise UserError(f"{data.name}: {reason}") from None
+        raise
     inputs = state.standardize(batch.inputs)
     _check_count(state.model, inputs)
+    _check_whole(state.model, inputs)
     given = models.output_specs(state.model)
     if given is not None:  # one call will do: the graph shows what it gives
         _settle(state, data, batch.targets, given)
@@ -118,6 +125,25 @@ def _check_count(model: Any, inputs: Any) -> None:
             f"the model cannot be called with {_described(inputs)}: it has "
             f"{counted(len(taken), 'input')} ({names})"
         )
+
+
+def _check_whole(model: Any, inputs: Any) -> None:
+    """Raises UserError where a model would cut fractions to whole numbers, as of a uint8 Input."""
+    taken, given = getattr(model, "inputs", None) or [], dict(named_leaves(inputs))
+    if not taken:
+        return
+    by_name = {x.name: x for x in taken}
+    pairs = [(name, by_name[name], leaf) for name, leaf in given.items() if name in by_name]
+    if set(given) != set(by_name):
+        pairs = [(x.name, x, leaf) for x, leaf in zip(taken, given.values(), strict=True)]
+    for name, x, leaf in pairs:
+        is_cut = "int" in x.dtype and leaf.dtype.is_floating
+        if is_cut and bool(tf.reduce_any(leaf != tf.round(leaf))):
+            raise UserError(
+                f"the model's input {name} takes {x.dtype}, and is given fractions, which it would "
+                "cut off: make it a float32 keras.Input, or leave the data as they are: "
+                "--nostandardize"
+            )
 
 
 def _called(state: TrainState, inputs: Any, as_logits: Any) -> Any:

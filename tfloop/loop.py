@@ -23,6 +23,7 @@ from tfloop.criterion import Criterion, Every, default, given
 from tfloop.data import pipelines
 from tfloop.data.dataset import Dataset, Split
 from tfloop.data.pipelines import Batch
+from tfloop.data.tf_data import failure_of
 from tfloop.errors import UserError, WithoutGradient
 from tfloop.evaluator import Evaluator
 from tfloop.keras_optimizers import KerasOptimizer
@@ -672,6 +673,8 @@ class Loop:
         except tf.errors.OpError as error:
             if self.pipeline.error:
                 raise self.pipeline.error from None
+            if reason := failure_of(error.message):
+                raise UserError(f"{self.data.name}: {reason}") from None
             # That of tf.debugging.enable_check_numerics().
             found = re.search(r'Infinity or NaN in output \d+ of .*op "(\w+)"', error.message)
             if not found:

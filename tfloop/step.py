@@ -240,7 +240,7 @@ def rows_of(batch: Batch, first: tf.Tensor | int, size: int) -> Batch:
 
     def cut(tensor: tf.Tensor) -> tf.Tensor:
         start = [first] + [0] * (len(tensor.shape) - 1)
-        return tf.slice(tensor, start, [size, *tensor.shape[1:]])
+        return tf.slice(tensor, start, [size, *(-1 if n is None else n for n in tensor.shape[1:])])
 
     return map_leaves(cut, batch)
 

@@ -10,7 +10,7 @@ from tfloop.data.dataset import Dataset, Split, Standardizer, described
 from tfloop.data.spec import notes_on_ranges, ranges
 from tfloop.data.targets import Target, as_targets, check_same, class_numbers, describe
 from tfloop.errors import UserError
-from tfloop.nests import leaves, map_leaves, named_leaves
+from tfloop.nests import filled, leaves, map_leaves, named_leaves
 from tfloop.wording import listed
 
 
@@ -65,12 +65,21 @@ def from_arrays(
     if (x_test is None) != (y_test is None):
         missing = "targets" if y_test is None else "inputs"
         raise UserError(f"{name}: there are no test {missing}")
+    if validation is not None and len(validation) != 2:
+        raise UserError(
+            f"{name}: validation: expected a pair (inputs, targets), found {len(validation)} parts"
+        )
     present = {part: pair for part, pair in given.items() if pair and pair[0] is not None}
+    present = {
+        part: (_with_columns_of(x_train, x, f"{name}: {part} inputs"), y)
+        for part, (x, y) in present.items()
+    }
     splits = {part: _split(name, part, *pair) for part, pair in present.items()}
     train = splits["training"]
     kinds = _describe_targets(name, train, class_names)
     for part in ("test", "validation"):
         if part in splits:
+            splits[part] = _as_values(splits[part], kinds)
             _check_same(name, part, train, splits[part], kinds)
     if sample_weight is not None:
         weight = _weights(name, sample_weight, len(train))
@@ -207,6 +216,16 @@ def _describe_targets(name: str, train: Split, class_names: Any) -> dict[str, Ta
     return kinds
 
 
+def _as_values(split: Split, kinds: Mapping[str, Target]) -> Split:
+    """With whole numbers as float32 where the training's targets are values."""
+    values = {name for name, target in kinds.items() if target.kind == "values"}
+    found = [
+        array.astype(np.float32) if name in values else array
+        for name, array in named_leaves(split.targets)
+    ]
+    return dataclasses.replace(split, targets=filled(split.targets, found))
+
+
 def _check_same(
     name: str, part: str, train: Split, other: Split, kinds: Mapping[str, Target]
 ) -> None:
@@ -222,6 +241,18 @@ def _check_same(
         )
     for leaf, array in found.items():
         check_same(kinds[leaf], array, f"{name}: {part} targets{f' {leaf}' if leaf else ''}")
+
+
+def _with_columns_of(train: Any, other: Any, where: str) -> Any:
+    """A table whose columns have names, in the order of those of the training."""
+    own, names = getattr(other, "columns", None), getattr(train, "columns", None)
+    if own is None or names is None or list(own) == list(names):
+        return other
+    if sorted(map(str, own)) != sorted(map(str, names)):
+        raise UserError(
+            f"{where}: the columns are {listed(own)}, those of the training {listed(names)}"
+        )
+    return other[list(names)]
 
 
 def _split(name: str, part: str, inputs: Any, targets: Any) -> Split:
@@ -275,6 +306,8 @@ def _as_inputs(values: Any, where: str) -> np.ndarray:
 
     float64 becomes float32; text stays text.
     """
+    if np.ma.is_masked(values):
+        raise UserError(f"{where}: holds masked values; fill them, or leave those rows out")
     array = np.asarray(values)
     if array.dtype.kind in "SUO" and array.ndim:
         return _as_text(array, where)

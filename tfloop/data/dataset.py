@@ -292,8 +292,13 @@ def with_classes_of(dataset: Dataset, kinds: Mapping[str, Target], where: str) -
     places = {}
     for name, own in dataset.kinds.items():
         trained = kinds.get(name)
-        if trained is None or own.kind != "classes" or not own.names or not trained.names:
+        has_classes = own.kind == "classes" or own.is_one_class
+        if trained is None or not has_classes or not own.names or not trained.names:
             continue
+        if own.names == trained.names:
+            continue
+        if twice := [each for each in own.names if own.names.count(each) > 1]:
+            raise UserError(f"{where}: has several classes {twice[0]!r}, so names match no numbers")
         if unknown := [each for each in own.names if each not in trained.names]:
             raise UserError(
                 f"{where}: has the class {unknown[0]!r}, which the run was not trained on; its "
@@ -305,7 +310,7 @@ def with_classes_of(dataset: Dataset, kinds: Mapping[str, Target], where: str) -
 
     def renumbered(split: Split) -> Split:
         values = [
-            places[name][targets] if name in places else targets
+            _renumbered(targets, places[name], kinds[name]) if name in places else targets
             for name, targets in zip(dataset.kinds, leaves(split.targets), strict=True)
         ]
         return dataclasses.replace(split, targets=filled(split.targets, values))
@@ -317,6 +322,15 @@ def with_classes_of(dataset: Dataset, kinds: Mapping[str, Target], where: str) -
         test=renumbered(dataset.test),
         kinds={**dataset.kinds, **{name: kinds[name] for name in places}},
     )
+
+
+def _renumbered(targets: np.ndarray, places: np.ndarray, target: Target) -> np.ndarray:
+    """Class numbers, or the columns of shares, at the places that they have in `target`."""
+    if target.kind == "classes":
+        return places[targets]
+    found = np.zeros((len(targets), target.classes), targets.dtype)
+    found[:, places] = targets
+    return found
 
 
 def targets_text(kinds: Mapping[str, Target]) -> str:

@@ -181,7 +181,27 @@ def _parts_of(source: Path) -> dict[str, Path]:
                 f"{place}: is named like a part of a data set, and holds folders; beside "
                 f"{source / 'train'} there must be {source / 'test'} or {source / 'val'}"
             )
-    return {}
+    return _parts_in_words(source)
+
+
+def _parts_in_words(source: Path) -> dict[str, Path]:
+    """As `_parts_of`, of "training_set" and "test_set"; classes may be called so, too.
+
+    Parts hold folders alone, and those of a test are among those of the training.
+    """
+    folders = [name for name in _folders(source) if parts.in_words(name)]
+    found = parts.by_part(folders, str(source), parts.in_words)
+    places = {part: source / name for part, name in found.items()}
+    if "train" not in places or len(places) < 2 or len(places) < len(_folders(source)):
+        return {}
+    inner = {part: set(_folders(place)) for part, place in places.items()}
+    hold_classes = all(names and names <= inner["train"] for names in inner.values())
+    hold_files = any(
+        p.is_file() and not pictures.is_hidden(p.name)
+        for place in places.values()
+        for p in place.iterdir()
+    )
+    return places if hold_classes and not hold_files else {}
 
 
 def _divided_pictures(source: Path, places: Mapping[str, Path]) -> _Contents:

@@ -52,6 +52,12 @@ def _check_complete(files: list[Path]) -> None:
                 "names; remove the one that does not belong to it"
             )
         numbers[number] = path
+    numbered = sorted(base for base, by_count in by_base.items() if any(by_count))
+    if len(numbered) > 1 and all(map(parts.named, numbered)):
+        raise UserError(
+            f"{files[0].parent}: holds shards of two sets, {numbered[0]}-… and {numbered[1]}-…; "
+            "remove those that do not belong to it"
+        )
     for by_count in by_base.values():
         if len(by_count) > 1:
             one, other, *_ = (next(iter(numbers.values())).name for numbers in by_count.values())

@@ -350,6 +350,11 @@ def _sizes(features: Any, length: int) -> list[int]:
     volume = found[0] * found[1]
     if volume > 0 and not found[2] and length % volume == 0:  # a table without channels
         found[2] = length // volume
+        if found[2] not in (1, 3):  # 4 bytes may be one float32 as well
+            raise _Problem(
+                f"holds {counted(found[2], 'byte')} a pixel and does not say how many channels "
+                f"that are; name them under {_SIZE_KEYS[2][0]}, one byte each"
+            )
     return found if volume > 0 and volume * found[2] == length else []
 
 

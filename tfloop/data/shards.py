@@ -178,11 +178,15 @@ def decode(examples: tf.Tensor, raw: tf.Tensor, image_shape: tuple[int, int, int
             lambda: decode_encoded(image),
         )
 
+    side_by_side = None if tf.executing_eagerly() else 16  # TensorFlow warns of it there
     return tf.cond(
         tf.reduce_all(raw),
         lambda: tf.reshape(tf.io.decode_raw(images, tf.uint8), [-1, *image_shape]),
         lambda: tf.map_fn(
-            decode_one, (images, raw), fn_output_signature=tf.uint8, parallel_iterations=16
+            decode_one,
+            (images, raw),
+            fn_output_signature=tf.uint8,
+            parallel_iterations=side_by_side,
         ),
     )
 

@@ -197,9 +197,7 @@ def _pairs(dataset: str, shapes: Collection[str]) -> dict[str, tuple[str, str]]:
     by_axis = {}
     for axis in "xy":
         own = [name for name in shapes if name.lower().startswith(f"{axis}_")]
-        found = parts.by_part([name[2:] for name in own], f"{dataset}, {axis}_…")
-        whole = {name[2:]: name for name in own}
-        by_axis[axis] = {part: whole[name] for part, name in found.items()}
+        by_axis[axis] = parts.by_part(own, dataset, lambda name: parts.named(name[2:]))
     x, y = by_axis["x"], by_axis["y"]
     missing = [f"y{x[part][1:]}" for part in x if part not in y]
     missing += [f"x{y[part][1:]}" for part in y if part not in x]

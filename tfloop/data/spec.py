@@ -12,12 +12,14 @@ from tfloop.errors import UserError
 from tfloop.nests import is_leaf, leaves, map_leaves, named_leaves
 from tfloop.wording import shape_text
 
+SOME = 8  # the size of an example of zeros along an axis of no fixed size
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
     """The shape and the type of one example's array; "text" is a type, too."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]  # None: of no fixed size
     dtype: str
 
 
@@ -44,6 +46,11 @@ class Spec(NamedTuple):
             raise UserError(
                 f"the inputs are {self.text}, and the article's CNN takes images [N, height, "
                 "width, channels]; give a --model of your own"
+            )
+        if None in self.inputs.shape:
+            raise UserError(
+                f"the inputs are {self.text}: images of no fixed size; the article's CNN takes all "
+                "of one, so set their shape in the dataset"
             )
         height, width, channels = self.inputs.shape
         return height, width, channels
@@ -72,9 +79,9 @@ class Spec(NamedTuple):
         """(inputs, targets) of so many examples of zeros and empty texts."""
 
         def zeros(array: Array) -> np.ndarray:
-            if array.dtype == "text":
-                return np.full((rows, *array.shape), b"", object)
-            return np.zeros((rows, *array.shape), array.dtype)
+            shape = [rows, *(size or SOME for size in array.shape)]
+            is_text = array.dtype == "text"
+            return np.full(shape, b"", object) if is_text else np.zeros(shape, array.dtype)
 
         return map_leaves(zeros, self.inputs), map_leaves(zeros, self.targets)
 
@@ -146,7 +153,9 @@ def notes_on_ranges(trained: Mapping[str, Any], inputs: Any) -> list[str]:
         if not known:
             continue
         size, trained_size = max(abs(low), abs(high)), max(abs(known[0]), abs(known[1]))
-        if size and trained_size and not 0.05 < size / trained_size < 20:
+        is_other_size = bool(size and trained_size) and not 0.1 < size / trained_size < 10
+        is_shifted = known[0] >= 0 and low < -0.1 * size  # 0 to 1 became -1 to 1
+        if is_other_size or is_shifted:
             of = f" of {name}" if name else ""
             notes.append(
                 f"the inputs{of} go from {low:g} to {high:g}, in training from {known[0]:g} to "

@@ -18,10 +18,11 @@ import tensorflow as tf
 
 from tfloop.data.arrays import from_arrays
 from tfloop.data.dataset import Dataset, Split, Standardizer
-from tfloop.data.targets import Target, describe
+from tfloop.data.targets import Target, check_same, describe
 from tfloop.data.tf_data import UNTUNED
 from tfloop.errors import UserError
 from tfloop.nests import leaves, map_leaves, named_leaves
+from tfloop.wording import listed, shape_text
 
 LOOKED_AT = 1000  # examples whose targets tell what they are
 PATIENCE = 5.0  # seconds of counting until that is said
@@ -54,6 +55,7 @@ class Stream:
         size: int,
         batch_size: int | None,
         repeats: bool,
+        content: int = 0,
     ) -> None:
         """Make one.
 
@@ -62,12 +64,13 @@ class Stream:
           spec: (inputs, targets) of an example, nests of tf.TensorSpec.
           size: examples in it.
           batch_size, repeats: as the attributes.
+          content: a checksum of what is known of the examples.
         """
 
         def column(leaf: tf.TensorSpec) -> Column:
             return Column((size, *leaf.shape), np.dtype(leaf.dtype.as_numpy_dtype))
 
-        self._make, self._size = make, size
+        self._make, self._size, self._content = make, size, content
         self.inputs, self.targets = (map_leaves(column, part) for part in spec)
         self.batch_size, self.repeats = batch_size, repeats
 
@@ -80,7 +83,9 @@ class Stream:
 
     @property
     def fingerprint(self) -> int:
-        return zlib.crc32(repr((self.inputs, self.targets, self._size)).encode())
+        """Of shapes, types and size, of the targets in any order, and of the first batch."""
+        known = zlib.crc32(repr((self.inputs, self.targets, self._size)).encode())
+        return known ^ self._content
 
     def batches(self, batch_size: int, first: int) -> tf.data.Dataset:
         """(inputs, targets, weights) without end, from the batch with this number on.
@@ -192,7 +197,9 @@ def from_dataset(
                 f"{name}: are its elements batches, or examples that are sequences? Say "
                 "batched=True or batched=False"
             )
-    sizes, highest, sample = _gone_through(_made(make, name), batched, name, classes)
+    passed = _Passed(name, batched, classes)
+    passed.go_through(_made(make, name))
+    sizes = passed.sizes
     if not sizes:
         raise UserError(f"{name}: holds no training examples")
     batch_size = sizes[0] if batched else None
@@ -202,7 +209,7 @@ def from_dataset(
             f"{name}: batch {odd} has {sizes[odd]} examples, the first has {batch_size}; all but "
             "the last must have as many"
         )
-    kinds = _kinds(sample, highest, classes, class_names, name)
+    kinds = passed.kinds(class_names)
     of_example = map_leaves(_without_rows, spec[:2]) if batched else spec[:2]
     of_example = of_example[0], map_leaves(_of_target, of_example[1])
     again = next(iter(_made(make, name).take(1)), None)
@@ -210,12 +217,15 @@ def from_dataset(
         raise UserError(
             f"{name}: can be read once only; give a function that makes the dataset anew"
         )
-    stream = Stream(make, of_example, sum(sizes), batch_size, _are_equal(first, again))
+    repeats = _are_equal(first, again)
+    content = passed.checksum ^ _checksum(first) if repeats else 0
+    stream = Stream(make, of_example, sum(sizes), batch_size, repeats, content)
     like = stream.first(1)
-    held_out = {
-        part: _in_memory(given, like, batched, f"{name}: {part}")
-        for part, given in (("test", test), ("validation", validation))
-    }
+    held_out = {}
+    for part, given in (("test", test), ("validation", validation)):
+        held_out[part] = _in_memory(given, like, batched, f"{name}: {part}")
+        if given is not None:
+            _check_same(stream, held_out[part], kinds, f"{name}: {part}")
     fit = Standardizer.identities(like.inputs)
     train_part: Any = stream  # a part like any other, but for what lies in memory
     return Dataset(name, train_part, held_out["validation"], held_out["test"], kinds, fit)
@@ -261,69 +271,132 @@ def _looks_batched(element: tuple) -> bool:
     return all(shape.rank for shape in shapes) and len({shape[0] for shape in shapes}) == 1
 
 
-def _gone_through(
-    dataset: tf.data.Dataset, batched: bool, where: str, classes: int | None
-) -> tuple[list[int], dict[str, int], list]:
-    """(rows of each batch, the highest whole number of each target, some targets)
+class _Passed:
+    """What one pass over a dataset tells of its targets.
 
-    Raises:
-      UserError: a label or weight that is none.
+    Attributes:
+      sizes: rows of each batch.
+      checksum: of the targets, in whatever order they come; 32 bits.
     """
-    batches = dataset.map(lambda *x: x[1:])  # without the inputs
-    is_unknown = dataset.cardinality() == tf.data.UNKNOWN_CARDINALITY
-    started = time.monotonic()
-    sizes: list[int] = []
-    highest: dict[str, int] = {}
-    sample: list = []
-    for batch in batches if batched else batches.batch(1024):
-        if is_unknown and time.monotonic() - started > PATIENCE:
-            is_unknown = False  # said once
-            warnings.warn(
-                f"{where}: its examples are being counted, {sum(sizes)} so far; one without an end "
-                "needs .take(N)",
-                stacklevel=2,
-            )
-        _, targets, weight = _with_weight(None, *batch)
-        sizes.append(int(leaves(targets)[0].shape[0]))
-        if not (tf.reduce_all(weight >= 0) and tf.reduce_all(tf.math.is_finite(weight))):
-            raise UserError(f"{where}: sample_weight: expected finite numbers from 0 on")
-        for name, leaf in named_leaves(targets):
-            if leaf.dtype.is_floating:
-                if not tf.reduce_all(tf.math.is_finite(leaf)):
-                    raise UserError(
-                        f"{where}: a target {name} is NaN or infinite".replace("  ", " ")
-                    )
-                continue
-            least, most = int(tf.reduce_min(leaf)), int(tf.reduce_max(leaf))
-            if least < 0 or (classes and most >= classes):
-                bad = least if least < 0 else most
-                raise UserError(
-                    f"{where}: label {bad} is not a class number below {classes or most}"
+
+    def __init__(self, where: str, batched: bool, classes: int | None) -> None:
+        self.sizes: list[int] = []
+        self.checksum = 0
+        self._where, self._batched, self._classes = where, batched, classes
+        self._highest: dict[str, int] = {}
+        self._first: list[Any] = []  # targets of so many examples
+        self._odd: dict[str, np.ndarray] = {}  # the first row that is no share
+
+    def go_through(self, dataset: tf.data.Dataset) -> None:
+        """Go through it, without its inputs.
+
+        Raises:
+          UserError: a label or weight that is none.
+        """
+        batches = dataset.map(lambda *x: x[1:])
+        is_unknown = dataset.cardinality() == tf.data.UNKNOWN_CARDINALITY
+        started = time.monotonic()
+        for batch in batches if self._batched else batches.batch(1024):
+            if is_unknown and time.monotonic() - started > PATIENCE:
+                is_unknown = False  # said once
+                warnings.warn(
+                    f"{self._where}: its examples are being counted, {sum(self.sizes)} so far; one "
+                    "without an end needs .take(N)",
+                    stacklevel=2,
                 )
-            highest[name] = max(most, highest.get(name, 0))
-        if sum(size for size, _ in sample) < LOOKED_AT:
-            sample.append((sizes[-1], targets))
-    return sizes, highest, [targets for _, targets in sample]
+            _, targets, weight = _with_weight(None, *batch)
+            if not (tf.reduce_all(weight >= 0) and tf.reduce_all(tf.math.is_finite(weight))):
+                raise UserError(f"{self._where}: sample_weight: expected finite numbers from 0 on")
+            self._take(map_leaves(lambda leaf: leaf.numpy(), targets))
+
+    def _take(self, targets: Any) -> None:
+        if sum(self.sizes) < LOOKED_AT:
+            self._first.append(targets)
+        self.sizes.append(len(leaves(targets)[0]))
+        for name, array in named_leaves(targets):
+            sums = sum(zlib.crc32(row.tobytes()) for row in array)
+            self.checksum = (self.checksum + sums) % 2**32
+            if array.dtype.kind == "f":
+                if not np.isfinite(array).all():
+                    of = f"a target {name}".strip()
+                    raise UserError(f"{self._where}: {of} is NaN or infinite")
+            else:
+                self._take_classes(name, array)
+            if array.ndim > 1 and name not in self._odd:
+                is_odd = ~np.isclose(array.sum(-1), 1.0, atol=1e-3)
+                if is_odd.any():
+                    self._odd[name] = array[np.argwhere(is_odd)[0][0]]
+
+    def _take_classes(self, name: str, array: np.ndarray) -> None:
+        least, most = int(array.min()), int(array.max())
+        if least < 0 or (self._classes and most >= self._classes):
+            bad = least if least < 0 else most
+            below = self._classes or most
+            raise UserError(f"{self._where}: label {bad} is not a class number below {below}")
+        self._highest[name] = max(most, self._highest.get(name, 0))
+
+    def kinds(self, names: Any) -> dict[str, Target]:
+        """What the targets are; `names` of the classes."""
+        joined = map_leaves(lambda *parts: np.concatenate(parts), *self._first)
+        kinds = {}
+        for name, array in named_leaves(joined):
+            own = names.get(name, ()) if isinstance(names, dict) else names
+            target = self._kind(name, array)
+            kinds[name] = target._replace(names=tuple(map(str, own)))
+        return kinds
+
+    def _kind(self, name: str, array: np.ndarray) -> Target:
+        if array.dtype.kind != "f" and array.ndim == 1:
+            count = self._classes or self._highest[name] + 1
+            return Target("classes", (), max(count, 2))
+        where = f"{self._where}: targets {name}".rstrip()
+        target = describe(array, where)
+        if target.kind == "shares" and name in self._odd:  # a row beyond those that were looked at
+            target = describe(np.concatenate([array, self._odd[name][np.newaxis]]), where)
+        if target.kind == "classes":
+            count = self._classes or self._highest[name] + 1
+            target = target._replace(classes=max(count, 2))
+        return target
 
 
-def _kinds(
-    sample: list, highest: dict[str, int], classes: int | None, names: Any, where: str
-) -> dict[str, Target]:
-    joined = map_leaves(lambda *parts: np.concatenate([p.numpy() for p in parts]), *sample)
-    kinds = {}
-    for name, array in named_leaves(joined):
-        is_whole = array.dtype.kind in "iub"
-        array = array.astype(np.int64) if is_whole else array
-        own = names.get(name, ()) if isinstance(names, dict) else names
-        if is_whole and array.ndim == 1:
-            count = classes or highest[name] + 1
-            target = Target("classes", (), max(count, 2))
-        else:
-            target = describe(array, f"{where}: targets {name}".rstrip())
-            if target.kind == "classes":
-                target = target._replace(classes=max(classes or highest[name] + 1, 2))
-        kinds[name] = target._replace(names=tuple(map(str, own)))
-    return kinds
+def _checksum(element: tuple) -> int:
+    """Of the first example or batch."""
+    crc = 0
+    for leaf in leaves(element):
+        array = leaf.numpy()
+        content = repr(array.tolist()).encode() if array.dtype == object else array.tobytes()
+        crc = zlib.crc32(content, crc)
+    return crc
+
+
+def _check_same(stream: Stream, part: Split, kinds: dict[str, Target], where: str) -> None:
+    """Raises UserError for test or validation examples that are not like those of the training."""
+    trained, found = dict(named_leaves(stream.inputs)), dict(named_leaves(part.inputs))
+    if trained.keys() != found.keys():
+        raise UserError(
+            f"{where}: inputs are {listed(found)}, those of the training {listed(trained)}"
+        )
+    for name, array in found.items():
+        known = trained[name]
+        sizes = zip(known.shape[1:], array.shape[1:], strict=False)
+        is_same = len(known.shape) == array.ndim and all(k in (None, n) for k, n in sizes)
+        if not is_same or known.dtype != array.dtype:
+            one, other = (
+                f"{shape_text(shape)} {dtype}".strip()
+                for shape, dtype in ((known.shape[1:], known.dtype), (array.shape[1:], array.dtype))
+            )
+            raise UserError(
+                f"{where}: inputs {name} are {other}, those of the training {one}".replace(
+                    "  ", " "
+                )
+            )
+    targets = dict(named_leaves(part.targets))
+    if targets.keys() != kinds.keys():
+        raise UserError(
+            f"{where}: targets are {listed(targets)}, those of the training {listed(kinds)}"
+        )
+    for name, array in targets.items():
+        check_same(kinds[name], array, f"{where} targets {name}".rstrip())
 
 
 def _are_equal(one: tuple, other: tuple) -> bool:

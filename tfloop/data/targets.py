@@ -144,6 +144,17 @@ def check_same(target: Target, array: np.ndarray, where: str) -> None:
             )
         if array.size and array.min() < 0:
             raise UserError(f"{where}: label {array.min()} is not a class number")
+    elif target.kind in ("shares", "labels"):
+        is_other = (array < 0) | (array > 1)
+        if target.kind == "shares":
+            is_other = is_other.any(-1) | ~np.isclose(array.sum(-1), 1.0, atol=1e-3)
+            expected = "shares from 0 to 1 that add up to 1"
+        else:
+            is_other |= (array != 0) & (array != 1)
+            expected = "0 and 1"
+        if is_other.any():
+            row = int(np.argwhere(is_other)[0][0])
+            raise UserError(f"{where}: row {row} holds other numbers than {expected}")
 
 
 def class_numbers(target: Target, array: np.ndarray) -> np.ndarray:

@@ -196,7 +196,7 @@ def _compression(path: Path) -> str:
 
 def _unpack(file: BinaryIO, target: BinaryIO, kind: str) -> None:
     """Raises zlib.error or EOFError for a damaged file."""
-    while True:  # gzip files may be joined
+    while True:  # such files may be joined
         unpacker = zlib.decompressobj(31 if kind == "gzip" else 15)
         rest = b""
         while not unpacker.eof:
@@ -207,6 +207,6 @@ def _unpack(file: BinaryIO, target: BinaryIO, kind: str) -> None:
             while unpacker.unconsumed_tail:
                 target.write(unpacker.decompress(unpacker.unconsumed_tail, 1 << 24))
             rest = unpacker.unused_data
-        if kind == "zlib" or not (rest or file.peek(1)):  # type: ignore[attr-defined]
+        if not (rest or file.peek(1)):  # type: ignore[attr-defined]
             return
         file.seek(-len(rest), os.SEEK_CUR)

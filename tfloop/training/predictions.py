@@ -17,7 +17,7 @@ from tfloop.data.spec import Array, Spec
 from tfloop.errors import UserError
 from tfloop.nests import is_leaf, leaves, map_leaves, named_leaves
 from tfloop.state import TrainState
-from tfloop.wording import counted, shape_text
+from tfloop.wording import counted, names_text, shape_text
 
 ARRAYS = ("images", "inputs", "x", "x_test")
 BATCH = 256
@@ -43,6 +43,8 @@ def read_inputs(
       UserError: nothing to read, a damaged file, or other inputs than the model's.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: does not exist")
     if spec.has_images and path.is_dir() and any(map(shard_files.is_shard, path.iterdir())):
         test = shards.load(path).test.inputs
         return [str(row) for row in range(len(test))], _scaled(test[:], path, spec, ranges, warn)
@@ -52,10 +54,9 @@ def read_inputs(
     if path.suffix.lower() == ".npy" and path.is_file() and isinstance(spec.inputs, Array):
         return _checked(read_npy(path), path, spec)
     if path.suffix.lower() != ".npz" or not path.is_file():
-        missing = "" if path.exists() else "does not exist; "
         kinds = "a picture, a folder of pictures, " if spec.has_images else ""
         expected = f"{kinds}an .npy or an .npz file"
-        raise UserError(f"{path}: {missing}expected {expected}")
+        raise UserError(f"{path}: expected {expected}")
     arrays = read_npz(path)
     inputs: Any = {name: arrays[name] for name, _ in named_leaves(spec.inputs) if name in arrays}
     if isinstance(spec.inputs, Array):
@@ -66,6 +67,9 @@ def read_inputs(
         inputs = arrays[name]
     elif missing_names := [name for name, _ in named_leaves(spec.inputs) if name not in arrays]:
         raise UserError(f"{path}: has no array {missing_names[0]}; found {', '.join(arrays)}")
+    taken = [name] if isinstance(spec.inputs, Array) else [n for n, _ in named_leaves(spec.inputs)]
+    if others := sorted(arrays.keys() - set(taken)):
+        warn(f"{path}: left out: {names_text(others)}")
     if isinstance(spec.inputs, tuple):
         inputs = tuple(inputs[str(place)] for place in range(len(spec.inputs)))
     return _checked(inputs, path, spec)
