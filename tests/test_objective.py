@@ -356,7 +356,7 @@ def test_a_dataset_that_gives_less_than_was_counted_says_so(random):
     data = tfloop.from_dataset(
         lambda: tf.data.Dataset.from_generator(rows, output_signature=spec).batch(4)
     )
-    with pytest.raises(UserError, match="gives a batch of 2 where it gave 4 when"):
+    with pytest.raises(UserError, match="gives a batch of 2.* where it gave 4"):
         tfloop.Loop(tfloop.TrainState(dense(3, inputs=2)), data).fit(20)
 
 
