@@ -198,13 +198,16 @@ def test_parts_are_told_by_the_words_of_their_names(tmp_path, names):
     assert data.target.names == ("cat", "dog") and len(data.train) == len(data.test) == 2
 
 
-def test_classes_may_have_the_name_of_a_part_in_theirs(tmp_path):
-    for name in ("train station", "test tube"):
-        (tmp_path / "in" / name).mkdir(parents=True)
-        for picture in ("1.png", "2.png"):
-            Image.fromarray(COLOUR).save(tmp_path / "in" / name / picture)
-    data = pack.pack(str(tmp_path / "in"), tmp_path / "out")
-    assert data.target.names == ("test tube", "train station")
+@pytest.mark.parametrize(
+    "names",
+    [("test tube", "train station"), ("test a", "test b"), ("test a", "train a", "train b")],
+)
+def test_classes_may_have_the_name_of_a_part_in_theirs(tmp_path, names):
+    for name in names:
+        for place in ("", "more"):
+            (tmp_path / "in" / name / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(COLOUR).save(tmp_path / "in" / name / place / "1.png")
+    assert pack.pack(str(tmp_path / "in"), tmp_path / "out").target.names == names
 
 
 def test_a_part_without_those_beside_it_is_no_class(tmp_path):

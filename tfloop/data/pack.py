@@ -189,10 +189,9 @@ def _parts_in_words(source: Path) -> dict[str, Path]:
 
     Parts hold folders alone, and those of a test are among those of the training.
     """
-    folders = [name for name in _folders(source) if parts.in_words(name)]
-    found = parts.by_part(folders, str(source), parts.in_words)
-    places = {part: source / name for part, name in found.items()}
-    if "train" not in places or len(places) < 2 or len(places) < len(_folders(source)):
+    folders = _folders(source)
+    places = {parts.in_words(name): source / name for name in folders}
+    if "train" not in places or "" in places or not 2 <= len(places) == len(folders):
         return {}
     inner = {part: set(_folders(place)) for part, place in places.items()}
     hold_classes = all(names and names <= inner["train"] for names in inner.values())

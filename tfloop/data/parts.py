@@ -41,7 +41,7 @@ def by_part(
 
     Args:
       names: of folders, or of arrays.
-      where: they are, for messages.
+      where: where they are, for messages.
       part_of: the part that a name is of; "" for none.
 
     Raises:
