@@ -84,8 +84,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(
                 f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}"
             )
-    unknown = {file.name for file in path.iterdir()} - {MANIFEST, *manifest["sha256"]}
-    if unknown or not manifest["sha256"]:  # TensorFlow would read it all the same
+    of_tensorflow = {file.name for file in path.iterdir() if file.name.startswith("state")}
+    if not of_tensorflow or of_tensorflow - set(manifest["sha256"]):  # it would read them unchecked
         raise DamagedCheckpoint(f"{path}: damaged: {MANIFEST} does not name the files beside it")
     return manifest
 
