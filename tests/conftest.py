@@ -19,8 +19,9 @@ from tfloop.models import layer_rules
 from tfloop.optimizers import OPTIMIZERS
 from tfloop.schedules import SCHEDULES
 
-# A shell ignores Ctrl-C for what it starts in the background, and tfloop would obey that.
+# A shell ignores Ctrl-C for what it starts in the background, and nohup SIGHUP; tfloop would obey.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100)
 

@@ -32,7 +32,6 @@ def results(folder):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         dict(batch_norm=True, dropout=0.2, augment_shift=1, ema=0.9),
         dict(pipeline="prefetch"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from tfloop.cli import main
 from tfloop.config import Config
 from tfloop.errors import DivergenceError, UserError
-from tfloop.history import difference
+from tfloop.history import difference, side
 from tfloop.history.records import Records
 from tfloop.history.replay import Replay, go_to, told
 from tfloop.training import checkpoints, manifests
@@ -235,6 +235,7 @@ def test_a_replay_may_not_lie_where_the_runs_own_events_are(run, capsys):
     assert not Path(run, "mine").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_runs_of_other_lengths_are_not_equal(run, tmp_path, capsys):
     code, text = diff(run, made(tmp_path, epochs=2), capsys=capsys)
     assert code == 1 and "one made 45 steps, the other 30" in text
@@ -248,6 +249,7 @@ def test_a_run_resumed_with_other_shards_is_not_accused(tmp_path, run, capsys):
     assert "something changed it there" not in text
 
 
+@pytest.mark.usefixtures("here")
 def test_where_one_diverges_the_part_that_differs_is_told(run, capsys):
     code, text = diff(run, "--with=--learning_rate=1e30", "--steps=5", capsys=capsys)
     assert code == 1 and "step 0 is the first that differs: first in its update" in text
@@ -279,6 +281,38 @@ def test_a_replay_is_not_cut_off_when_the_run_goes_on(run, tmp_path):
     assert kept and all(path.is_file() for path in kept)
 
 
+class Here:
+    """A side in this process: what its own would answer, without the seconds that one takes to
+    start."""
+
+    def __init__(self, *arguments):
+        self._answers, self._asked = side.Answers(*arguments), None
+
+    def ask(self, method, *arguments):
+        self._asked = method, arguments
+
+    def answer(self):
+        try:
+            return getattr(self._answers, self._asked[0])(*self._asked[1])
+        except DivergenceError as error:
+            raise UserError(error.as_flags) from None
+
+    def do(self, method, *arguments):
+        self.ask(method, *arguments)
+        return self.answer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(difference, "Side", Here)
+
+
 def diff(*arguments, capsys):
     """(exit code, output) of the command."""
     code = main(["diff", *map(str, arguments)])
@@ -291,12 +325,14 @@ def test_a_run_twice_is_equal_bit_for_bit(run, tmp_path, capsys):
     assert code == 0 and text.endswith("equal, bit for bit\n") and "settings: the same" in text
 
 
+@pytest.mark.usefixtures("here")
 def test_other_seeds_part_in_the_weights_they_begin_with(run, tmp_path, capsys):
     code, text = diff(run, made(tmp_path, seed=1), "--steps=2", capsys=capsys)
     assert code == 1 and "--seed: 0 | 1" in text
     assert "step 0 is the first that differs: first in its weights conv1/kernel" in text
 
 
+@pytest.mark.usefixtures("here")
 def test_another_rate_parts_in_the_first_update(run, tmp_path, capsys):
     code, text = diff(run, made(tmp_path, learning_rate=0.002), "--steps=2", capsys=capsys)
     assert code == 1 and "--learning_rate: 0.001 | 0.002" in text
@@ -353,6 +389,7 @@ def test_a_weight_changed_in_its_last_bit_is_found(tmp_path, capsys):
     )
 
 
+@pytest.mark.usefixtures("here")
 def test_models_that_differ_are_told_by_a_weight(run, tmp_path, capsys):
     code, text = diff(run, made(tmp_path, dense=(9,)), capsys=capsys)
     assert code == 1 and "the models differ, first in dense1/bias" in text

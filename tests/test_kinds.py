@@ -249,8 +249,17 @@ def two_outputs(random):
     return random.normal(size=(50, 4)), targets, {"kind": kind, "size": "mse"}, None
 
 
-@pytest.mark.parametrize("case", [regression, several_labels, weighted, two_outputs])
-@pytest.mark.parametrize("own_loss", [False, True], ids=["the loss of the targets", "Keras's loss"])
+@pytest.mark.parametrize(
+    "case, own_loss",
+    [
+        (regression, False),
+        (several_labels, False),
+        (weighted, False),
+        (two_outputs, False),
+        (weighted, True),
+        (two_outputs, True),
+    ],
+)
 def test_two_epochs_are_those_of_fit(case, own_loss, random):
     x, y, loss, weight = case(random)
 

@@ -193,8 +193,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was_finished_trials_untouched(tmp
         "sweep",
         *SMALL,
         f"--logdir={tmp_path}",
-        "--epochs=40",
-        "--grid=learning_rate=0.001,0.002,0.003",
+        "--epochs=25",
+        "--grid=learning_rate=0.001,0.002",
     ]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "digits-sweep-001"
@@ -207,12 +207,13 @@ def test_an_interrupted_sweep_goes_on_where_it_was_finished_trials_untouched(tmp
     finished = result(folder / "trial-001")
     when = os.stat(folder / "trial-001" / "result.json").st_mtime_ns
     second = result(folder / "trial-002")
-    assert finished["finished"] and not second["finished"] and not (folder / "trial-003").exists()
+    assert finished["finished"] and not second["finished"]
+    assert not (folder / "ranking.json").exists()
     subprocess.run([*command, "--resume=auto"], check=True, capture_output=True)
     assert os.stat(folder / "trial-001" / "result.json").st_mtime_ns == when
     resumed = result(folder / "trial-002")
-    assert resumed["resumed_at"] and result(folder / "trial-003")["finished"]
-    flags = ["--epochs=40", "--learning_rate=0.002", "--name=alone", f"--logdir={tmp_path}"]
+    assert resumed["resumed_at"] and (folder / "ranking.json").exists()
+    flags = ["--epochs=25", "--learning_rate=0.002", "--name=alone", f"--logdir={tmp_path}"]
     subprocess.run([*command[:3], "train", *SMALL, *flags], check=True, capture_output=True)
     assert resumed["state_sha256"] == result(tmp_path / "alone-001")["state_sha256"]
 
@@ -356,30 +357,6 @@ def test_a_trials_folder_with_other_settings_is_not_taken_for_it(sweep, capsys):
     (folder / "trial-001" / "config.json").write_text(json.dumps(settings | {"l1": 0.5}))
     assert sweep("--epochs=1", "--grid=l2=0", f"--resume={folder}")[0] == 2
     assert "trial-001: is a run with other settings: --l1" in capsys.readouterr().err
-
-
-def test_a_killed_sweep_goes_on(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tfloop",
-        "sweep",
-        *SMALL,
-        f"--logdir={tmp_path}",
-        "--epochs=30",
-        "--grid=learning_rate=0.001,0.002",
-    ]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "digits-sweep-001"
-    while running.poll() is None and not list((folder / "trial-002").glob("checkpoints/*")):
-        time.sleep(0.02)
-    running.kill()
-    running.wait()
-    assert not (folder / "ranking.json").exists()
-    done = subprocess.run([*command, "--resume=auto"], check=True, capture_output=True, text=True)
-    assert "1 trial in" in done.stdout and all(
-        result(folder / f"trial-{number:03d}")["finished"] for number in (1, 2)
-    )
 
 
 @pytest.mark.quick
