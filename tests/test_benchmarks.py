@@ -72,8 +72,7 @@ def test_a_contender_that_dies_says_of_which_signal_and_its_last_own_line():
     with pytest.raises(
         SystemExit, match="PyTorch: exit code 1; its last line: KeyError: 'nothing'"
     ):
-        contender = race.Contender("tfloop", {"preset": "digits"}, "PyTorch")
-        contender._process.kill()
+        contender.label = "PyTorch"
         contender._process = subprocess.Popen(
             [sys.executable, "-c", "{}['nothing']"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=contender._errors, text=True,

@@ -372,6 +372,7 @@ def change_a_bit(folder, step, name):
     checkpoints.Checkpoints(state, path.parent)._write(path, about)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_weight_changed_in_its_last_bit_is_found(tmp_path, capsys):
     first = made(tmp_path, keep=20, checkpoint_every="8")
     second = shutil.copytree(first, tmp_path / "digits-002")
