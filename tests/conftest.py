@@ -29,6 +29,7 @@ SMALL = dict(preset="digits", conv=(4, 6), pool=(2,), dense=(8,), batch_size=100
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="a selection that covers every module")
     parser.addoption("--all_kinds", action="store_true", help="all kinds of inputs × targets")
+    parser.addoption("--in_full", action="store_true", help="the slow tests marked in_full, too")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -36,6 +37,10 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if not item.get_closest_marker("quick")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item.get_closest_marker("quick")]
+    if not config.getoption("in_full"):
+        for item in items:
+            if item.get_closest_marker("in_full"):
+                item.add_marker(pytest.mark.skip(reason="slow: --in_full runs it"))
     if not tf.config.list_physical_devices("GPU"):
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -33,7 +33,7 @@ def results(folder):
     "settings",
     [
         dict(batch_norm=True, dropout=0.2, augment_shift=1, ema=0.9),
-        dict(pipeline="prefetch"),
+        pytest.param(dict(pipeline="prefetch"), marks=pytest.mark.in_full),
     ],
     ids=str,
 )

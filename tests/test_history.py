@@ -242,6 +242,7 @@ def test_runs_of_other_lengths_are_not_equal(run, tmp_path, capsys):
     assert re.search(r"trained again, side by side, \d+ steps: equal, bit for bit", text)
 
 
+@pytest.mark.in_full
 def test_a_run_resumed_with_other_shards_is_not_accused(tmp_path, run, capsys):
     folder = made(tmp_path, epochs=1, keep=20, shards=1)
     assert main(["train", f"--resume={folder}", "--epochs=3", "--shards=3", "--quiet"]) == 0

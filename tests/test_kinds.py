@@ -212,7 +212,11 @@ def named(nest):
     return sorted(nest.items()) if isinstance(nest, dict) else [("", nest)]
 
 
-@pytest.mark.parametrize("of", [("dict", "outputs"), ("images", "classes")], ids="-".join)
+@pytest.mark.parametrize(
+    "of",
+    [pytest.param(("dict", "outputs"), marks=pytest.mark.in_full), ("images", "classes")],
+    ids="-".join,
+)
 def test_a_tf_data_dataset_resumes_in_mid_epoch_with_the_same_bits(file, of):
     whole, cut = (file.parent / "runs" / f"run-00{number}" for number in (1, 2))
     assert main(command(file, of, source="stream", epochs=3)) == 0

@@ -194,6 +194,7 @@ def test_when_a_worker_is_killed_the_others_name_it_and_a_restart_ends_as_if_not
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+@pytest.mark.in_full
 def test_a_cluster_goes_on_with_all_runs_that_were_begun_together(tmp_path):
     flags = [flag for flag in SMOOTH if not flag.startswith(("--seed", "--epochs"))] + [
         "--epochs=2",

@@ -117,7 +117,7 @@ def test_a_stopped_run_ends_as_one_that_went_through(config, monkeypatch):
 
     whole = session.train(config(optimizer="nadam", name="whole"))[0]
     monkeypatch.setattr(stopping, "LONGEST", 1e-9)  # every step, and batch, may be the last
-    for stopped_at in (2, 6, 12, 31, 32, 47):
+    for stopped_at in (2, 12, 31, 47):
         own = config(optimizer="nadam", name=f"stopped-{stopped_at}")
         first = session.train(own, stop=stop_after(stopped_at))[0]
         assert not first["finished"] and first["steps"] < whole["steps"]
