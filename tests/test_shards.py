@@ -383,6 +383,17 @@ def test_compressed_shards_are_read_as_plain_ones(tmp_path, random, kind):
         tfloop.load(str(tmp_path / "packed"))
 
 
+def test_a_shard_that_is_made_to_fill_the_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfrecords, "SURELY", 1 << 20)
+    options = tf.io.TFRecordOptions("GZIP")
+    for part in ("train", "test"):
+        with tf.io.TFRecordWriter(str(tmp_path / f"{part}-0.tfrecord"), options) as writer:
+            writer.write(bytes(1 << 25))
+    with pytest.raises(UserError, match="unpacks to more than 100 times its size"):
+        tfloop.load(str(tmp_path))
+    assert not list((tmp_path / ".unpacked").iterdir())
+
+
 def test_joined_zlib_streams_are_read_to_their_end(tmp_path, random):
     images = random.integers(0, 256, (12, 5, 4, 1), dtype=np.uint8)
     for part, rows in (("a", slice(6)), ("b", slice(6, 12)), ("whole", slice(12))):

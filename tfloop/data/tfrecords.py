@@ -194,8 +194,13 @@ def _compression(path: Path) -> str:
     return ""
 
 
+SURELY = 1 << 30  # bytes that a shard may unpack to, however small it is
+DENSEST = 100  # times its size that a larger one may
+
+
 def _unpack(file: BinaryIO, target: BinaryIO, kind: str) -> None:
-    """Raises zlib.error or EOFError for a damaged file."""
+    """Raises zlib.error or EOFError for a damaged file, and for one that is made to fill the disk."""
+    most = max(SURELY, DENSEST * os.fstat(file.fileno()).st_size)
     while True:  # such files may be joined
         unpacker = zlib.decompressobj(31 if kind == "gzip" else 15)
         rest = b""
@@ -204,6 +209,8 @@ def _unpack(file: BinaryIO, target: BinaryIO, kind: str) -> None:
             if not part:
                 raise EOFError
             target.write(unpacker.decompress(part, 1 << 24))
+            if target.tell() > most:
+                raise zlib.error(f"it unpacks to more than {DENSEST} times its size")
             while unpacker.unconsumed_tail:
                 target.write(unpacker.decompress(unpacker.unconsumed_tail, 1 << 24))
             rest = unpacker.unused_data
