@@ -199,7 +199,7 @@ DENSEST = 100  # times its size that a larger one may
 
 
 def _unpack(file: BinaryIO, target: BinaryIO, kind: str) -> None:
-    """Raises zlib.error or EOFError for a damaged file, and for one that is made to fill the disk."""
+    """Raises zlib.error or EOFError for a damaged file, and for one made to fill the disk."""
     most = max(SURELY, DENSEST * os.fstat(file.fileno()).st_size)
     while True:  # such files may be joined
         unpacker = zlib.decompressobj(31 if kind == "gzip" else 15)
