@@ -33,6 +33,7 @@ def test_the_articles_first_network_costs_16_4_million_operations_an_image():
     assert contenders.flop_per_image(model) == pytest.approx(16.4e6, rel=0.01)
 
 
+@pytest.mark.in_full
 def test_contenders_compute_the_same_loss_and_train():
     settings = {
         "preset": "digits",

@@ -51,6 +51,7 @@ def test_the_fuzzers_can_fail(targets):
     assert "KeyError" in fuzz.fuzz("IDX", targets["IDX"]._replace(run=crash), cases=10)["failure"]
 
 
+@pytest.mark.in_full
 def test_the_readers_stand_a_fuzzer_that_sees_what_it_reaches():
     """The shards' is the longest of them; `./run.sh bench fuzz --guided` has all."""
     pytest.importorskip("atheris")

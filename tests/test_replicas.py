@@ -133,6 +133,7 @@ def test_batch_normalisation_dropout_and_augmentation_look_at_the_whole_batch(tm
         assert found[1][part]["total"] == pytest.approx(found[0][part]["total"], rel=1e-3)
 
 
+@pytest.mark.in_full
 def test_a_run_checkpointed_on_one_number_of_workers_goes_on_with_another(alone, tmp_path):
     flags = [*SMOOTH, f"--logdir={tmp_path}"]
     for command, epochs in ((["train"], 7), (["launch", "--workers=2"], 12), (["train"], 20)):

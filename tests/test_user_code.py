@@ -319,6 +319,7 @@ def test_an_example_learns_by_the_command_it_shows(tmp_path, example, part, metr
 
 
 @pytest.mark.filterwarnings("ignore:the training step is traced again")
+@pytest.mark.in_full
 def test_transfer_in_two_phases_is_better_than_from_scratch():
     from tfloop.examples import transfer
 
