@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 import tfloop
-from tfloop import cli, scratch, stopping
+from tfloop import cli, plain_files, scratch, stopping
 from tfloop.commands import command
 from tfloop.commands.command import Stop
 from tfloop.errors import UserError
@@ -311,6 +311,13 @@ def test_a_user_without_a_home_has_no_place_for_notes(monkeypatch):
     monkeypatch.setattr(devices.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
     code.note(["model.py:make"])
     assert code._noted() == set() and arithmetic.peak() > 0
+
+
+def test_the_ends_of_lines_are_those_of_python(tmp_path):
+    """The digest of a user's file was taken so, whatever system wrote it."""
+    path = tmp_path / "model.py"
+    path.write_bytes(b"a = 1\r\nb = 2\rc = 3\n")
+    assert plain_files.read_text(path) == path.read_text() == "a = 1\nb = 2\nc = 3\n"
 
 
 def main_says(*arguments):

@@ -57,9 +57,8 @@ def _ended(argv: list[str]) -> int:
         _say(f"{error.filename or 'writing'}: {error.strerror or error}")
         return BAD_INPUT
     except Exception as error:
-        if is_tensorflows := type(error).__module__.startswith("tensorflow."):
-            reason = systems_reason(str(error))
-        if is_tensorflows and reason:
+        is_tensorflows = type(error).__module__.startswith("tensorflow.")
+        if reason := systems_reason(str(error)) if is_tensorflows else "":
             _say(f"writing: {reason}")
         elif _is_out_of_memory(error):
             _say("out of memory; try a smaller model or --batch_size")

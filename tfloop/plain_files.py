@@ -3,6 +3,7 @@
 A named pipe would be waited for without end, and /dev/zero has no end.
 """
 
+import io
 import json
 import os
 import stat
@@ -11,12 +12,6 @@ from typing import Any, NoReturn
 
 MOST = 1 << 28  # bytes of one file
 LARGEST = 2**64  # of a whole number, in its absolute value
-
-
-def check(file: str | Path | int) -> None:
-    """Raises OSError where a path, or an open file, is no plain file, or not there."""
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise OSError(None, "it is no plain file", str(file))
 
 
 def read(path: str | Path, pipes: bool = False) -> bytes:
@@ -31,14 +26,10 @@ def read(path: str | Path, pipes: bool = False) -> bytes:
     """
     path = Path(path)
     is_shells_pipe = pipes and path.is_fifo() and not Path(os.path.realpath(path)).exists()
-    descriptor = os.open(path, os.O_RDONLY | (0 if is_shells_pipe else os.O_NONBLOCK))
-    try:
-        if not is_shells_pipe:
-            check(descriptor)
-    except OSError:
-        os.close(descriptor)
-        raise
-    with open(descriptor, "rb") as file:
+    waits = 0 if is_shells_pipe else os.O_NONBLOCK
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | waits)) as file:
+        if not is_shells_pipe and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(None, "it is no plain file", str(path))
         content = file.read(MOST + 1)
     if len(content) > MOST:
         raise OSError(None, f"it holds more than {MOST >> 20} MiB", str(path))
@@ -46,13 +37,13 @@ def read(path: str | Path, pipes: bool = False) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """What is in a file of UTF-8.
+    """What is in a file of UTF-8, with every end of a line as "\\n".
 
     Raises:
       OSError: as `read`.
       ValueError: it is no UTF-8.
     """
-    return read(path).decode("utf-8")
+    return io.StringIO(read(path).decode("utf-8"), newline=None).read()
 
 
 def read_json(path: str | Path, finite: bool = True, pipes: bool = False) -> Any:

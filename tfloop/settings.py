@@ -155,7 +155,8 @@ def whole(text: str, most: int = COUNT[1]) -> int | None:
     digits = text.lstrip("0") or text[-1:]
     if not (text.isascii() and text.isdecimal() and len(digits) <= len(str(most))):
         return None
-    return int(digits) if int(digits) <= most else None
+    number = int(digits)
+    return number if number <= most else None
 
 
 def fields_of(group: type) -> dict[str, Field]:

@@ -187,16 +187,15 @@ def output(path: str) -> Iterator[IO[str]]:
     target = Path(os.path.realpath(path)) if is_plain else Path(path)
     partial = target.with_name(f"{target.name}.partial") if is_plain else target
     try:
-        try:
-            with open(partial, "w", encoding="utf-8", newline="") as file:
-                yield file
-            partial.replace(target)
-        except BaseException:
-            if is_plain:
-                partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"--out={path}: cannot be written: {error.strerror}") from None
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            yield file
+        partial.replace(target)
+    except BaseException as error:
+        if is_plain:
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"--out={path}: cannot be written: {error.strerror}") from None
+        raise
 
 
 class Stop:

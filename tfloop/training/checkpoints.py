@@ -5,7 +5,6 @@ after that: at every instant there is a newest one that is whole.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from tfloop import plain_files, scratch
 from tfloop.errors import UserError
 from tfloop.optimizers import Optimizer
 from tfloop.state import TrainState
-from tfloop.training.manifests import FORMAT, MANIFEST, all_in, number_of, sum_of
+from tfloop.training.manifests import FORMAT, MANIFEST, all_in, number_of, sum_of, sum_of_file
 from tfloop.training.manifests import newest as newest
 from tfloop.training.manifests import read_manifest as read_manifest
 from tfloop.vectors import count_elements
@@ -82,7 +81,7 @@ class Checkpoints:
         files = sorted(temporary.iterdir())
         for file in files:
             _flush(file)
-        sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        sums = {file.name: sum_of_file(file) for file in files}
         trained = {"without_gradient": self._state.stable(self._state.without_gradient)}
         manifest = {"format": FORMAT, **about, **trained, "sha256": sums}
         text = json.dumps({**manifest, "sha256_of_this": sum_of(manifest)}, indent=2)

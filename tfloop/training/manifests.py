@@ -80,7 +80,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: its {name} is not what a run writes")
     for name, expected in manifest["sha256"].items():
         file = path / Path(name).name
-        if not file.is_file() or _sum_of_file(file) != expected:
+        if not file.is_file() or sum_of_file(file) != expected:
             raise DamagedCheckpoint(
                 f"{file}: missing or damaged: its SHA-256 sum is not the one in {MANIFEST}"
             )
@@ -90,7 +90,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _sum_of_file(path: Path) -> str:
+def sum_of_file(path: Path) -> str:
+    """SHA-256, in hexadecimal."""
     found = hashlib.sha256()
     with open(path, "rb") as file:
         for part in iter(lambda: file.read(1 << 22), b""):

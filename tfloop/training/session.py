@@ -203,8 +203,9 @@ class Session:
         for config, folder in zip(self._configs, places, strict=True):
             planned.append(_Planned(config, folder, bool(folders.epochs_done(folder, config))))
         for plan in planned:
-            folders.check_holds_no_links(plan.folder)  # finished ones are judged with the others
-            if not plan.is_done:
+            if plan.is_done:  # it is judged with the others, and its result written again
+                folders.check_holds_no_links(plan.folder)
+            else:
                 self._locks.enter_context(folders.locked(plan.folder))
         return planned
 
